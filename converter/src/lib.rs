@@ -1,0 +1,1 @@
+//! Converts images to lazily loadable layers.

@@ -1,0 +1,8 @@
+//! Compiles the protocol definitions under `proto/`.
+
+fn main() -> std::io::Result<()> {
+    tonic_prost_build::configure().compile_protos(
+        &["proto/containerd/services/snapshots/v1/snapshots.proto"],
+        &["proto"],
+    )
+}

@@ -1,0 +1,3 @@
+//! The four files of a layer on a node.
+
+pub mod placement;

@@ -1,0 +1,4 @@
+//! The node's daemon as a library: lazily mounted layers, and containerd's
+//! snapshots service in front of them.
+
+pub mod layer_dir;

@@ -1,0 +1,3 @@
+//! The daemon `sluice-snapshotter`.
+
+fn main() {}
