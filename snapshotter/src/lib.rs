@@ -2,3 +2,4 @@
 //! snapshots service in front of them.
 
 pub mod layer_dir;
+pub mod service;

@@ -1,0 +1,120 @@
+//! What the snapshots service needs from the data plane, in its own words.
+
+use std::collections::{BTreeMap, HashSet};
+use std::error::Error as StdError;
+use std::path::PathBuf;
+
+use sluice_oci::{Digest, Reference};
+
+/// A layer that containerd asks for, and the image through which it asks.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerRequest {
+    /// The image that is being pulled; its repository holds the layer.
+    pub reference: Reference,
+    /// The layer's digest: that of its compressed blob.
+    pub digest: Digest,
+    /// Digest of the image's manifest, when containerd told it.
+    pub manifest_digest: Option<Digest>,
+    /// The labels that begin with `containerd.io/snapshot/`, as they came. The
+    /// annotations of the layer's descriptor are among them when they begin so.
+    pub annotations: BTreeMap<String, String>,
+    /// This layer and those above it in the image, lowest first. containerd
+    /// caps a label at 4096 bytes, so a long list arrives cut: it is a hint
+    /// for fetching ahead, not the image's list of layers.
+    pub image_layers: Vec<Digest>,
+}
+
+/// What a layer takes on this node.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Bytes on disk.
+    pub bytes: u64,
+    /// Inodes.
+    pub inodes: u64,
+}
+
+/// Why a layer cannot be mounted lazily. The image still works: containerd is
+/// told to unpack the layer as usual.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("layer {layer} cannot be lazy: {reason}")]
+pub struct NotLazy {
+    layer: Digest,
+    reason: String,
+}
+
+impl NotLazy {
+    /// Names the layer and the reason, in words for the person who reads the
+    /// log: "it has no table of contents; convert the image with `sluice
+    /// convert`".
+    pub fn new(layer: Digest, reason: impl Into<String>) -> Self {
+        Self {
+            layer,
+            reason: reason.into(),
+        }
+    }
+
+    /// The reason alone.
+    pub fn reason(&self) -> &str {
+        &self.reason
+    }
+}
+
+/// Why a layer that was opened cannot be mounted, measured or removed.
+#[derive(Debug, thiserror::Error)]
+pub enum MountError {
+    /// There is no such layer on this node: it was never opened, or removed.
+    #[error("layer {0} is not on this node; pull the image again")]
+    Unknown(Digest),
+    /// It is there, and something failed.
+    #[error("layer {layer}: {source}")]
+    Failed {
+        /// The layer.
+        layer: Digest,
+        /// What failed, with its path.
+        source: Box<dyn StdError + Send + Sync>,
+    },
+}
+
+impl MountError {
+    /// A failure on `layer`.
+    pub fn failed(layer: Digest, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
+        Self::Failed {
+            layer,
+            source: source.into(),
+        }
+    }
+}
+
+/// Layers that are mounted before they are downloaded.
+///
+/// Every method may be called from many tasks at once. The service calls
+/// `open` and `remove` of one layer one after the other, never together, and
+/// `mount` of a layer only while a snapshot refers to it.
+pub trait LazyLayers: Send + Sync + 'static {
+    /// Makes the layer ready to be mounted: its table of contents is fetched
+    /// and verified unless it is on disk already. Idempotent, and cheap when
+    /// the layer is open. What it has written when it returns `Ok` survives a
+    /// crash of the machine.
+    fn open(&self, request: LayerRequest) -> impl Future<Output = Result<(), NotLazy>> + Send;
+
+    /// The directory that overlayfs is given as a `lowerdir`; mounts it if it
+    /// is not mounted. Needs no registry, also after a restart.
+    ///
+    /// The path stays valid until `remove` of that layer, must hold neither
+    /// `:` nor `,` nor `\`, and should be short and inside the daemon's root
+    /// (`m/<number>`, not 64 hexadecimal digits): an image's directories share
+    /// one page of mount options.
+    fn mount(&self, layer: Digest) -> impl Future<Output = Result<PathBuf, MountError>> + Send;
+
+    /// Unmounts and deletes a layer that no snapshot refers to any more. A
+    /// layer that is not there is no error.
+    fn remove(&self, layer: Digest) -> impl Future<Output = Result<(), MountError>> + Send;
+
+    /// What the layer takes on disk now.
+    fn usage(&self, layer: Digest) -> impl Future<Output = Result<Usage, MountError>> + Send;
+
+    /// Removes what is on disk of layers that are not in `known`, except those
+    /// being opened now.
+    fn retain(&self, known: HashSet<Digest>)
+    -> impl Future<Output = Result<(), MountError>> + Send;
+}
