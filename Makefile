@@ -1,0 +1,40 @@
+# Everything here runs as root on Debian 12 or later, or Ubuntu. `make help`.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+CARGO_HOME ?= $(HOME)/.cargo
+export PATH := $(CARGO_HOME)/bin:$(PATH):/usr/sbin:/sbin
+
+.PHONY: help
+help: ## Lists the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+.PHONY: deps
+deps: ## Installs what is missing (apt, rustup, cargo-deny)
+	@scripts/install-dependencies
+
+.PHONY: build
+build: deps ## Builds `sluice` and `sluice-snapshotter` (release)
+	cargo build --release --locked -p sluice-cli -p sluice-snapshotter
+
+.PHONY: lint
+lint: deps ## Formatting, clippy, dependency rules
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	cargo deny check --hide-inclusion-graph bans licenses sources
+	@scripts/check-advisories
+
+.PHONY: test
+test: lint ## Lint and every test, with real containerd, runc and registry
+	cargo test --workspace --locked --doc
+	cargo test --workspace --locked --lib --bins --tests
+
+.PHONY: demo
+demo: build ## Starts a 300 MB image over a 100 Mbit/s link, ordinarily and lazily
+	cargo build --release --locked -p sluice-benches --bin demo
+	@exec target/release/demo
+
+.PHONY: clean
+clean: ## Removes everything built, cached images included
+	cargo clean
