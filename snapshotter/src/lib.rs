@@ -1,5 +1,6 @@
 //! The node's daemon as a library: lazily mounted layers, and containerd's
 //! snapshots service in front of them.
 
+pub mod fuse;
 pub mod layer_dir;
 pub mod service;
