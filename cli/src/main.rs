@@ -1,3 +1,37 @@
-//! The command `sluice`.
+//! The command `sluice`: arguments, progress and printing. What it does is
+//! in the libraries.
 
-fn main() {}
+mod args;
+mod inspect;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+use args::{Cli, Command};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(cause) => return fail(&anyhow::Error::new(cause).context("cannot start threads")),
+    };
+    match runtime.block_on(run(cli.command)) {
+        Ok(code) => code,
+        Err(error) => fail(&error),
+    }
+}
+
+async fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Inspect(args) => inspect::run(args).await,
+    }
+}
+
+/// One line that says what failed, and exit code 1. Code 2, for usage, is
+/// clap's.
+fn fail(error: &anyhow::Error) -> ExitCode {
+    let line = format!("{error:#}").replace('\n', " ");
+    eprintln!("sluice: {line}");
+    ExitCode::FAILURE
+}
