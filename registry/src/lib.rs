@@ -1,1 +1,35 @@
-//! OCI distribution client: authentication, ranges, retries, uploads.
+//! A client of the OCI distribution protocol: manifests, ranges of blobs,
+//! uploads; authentication, redirects and retries.
+//!
+//! One [`Client`] serves a whole process: it holds the connections, the tokens
+//! and the redirects. Whatever a registry answers is treated as hostile: it is
+//! bounded in size, checked against digests where there is one, and stripped
+//! of control characters before it is shown.
+//!
+//! Credentials come from Docker configuration files named in [`Config`]; the
+//! crate reads no environment variable of its own. (`HTTPS_PROXY` and
+//! `SSL_CERT_FILE` are honoured by the libraries below, except that loopback
+//! registries are never reached through a proxy.)
+
+mod auth;
+mod blob;
+mod body;
+mod client;
+mod config;
+mod content_range;
+mod document;
+mod endpoint;
+mod error;
+mod http_client;
+mod redirect;
+mod retry;
+mod transport;
+mod upload;
+
+pub use blob::{Blob, ByteRange};
+pub use body::Body;
+pub use client::Client;
+pub use config::{Config, RetryPolicy};
+pub use document::Document;
+pub use error::{Error, ErrorKind};
+pub use upload::{BlobSource, ChunkedUpload};

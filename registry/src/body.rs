@@ -1,0 +1,160 @@
+//! The bytes of a blob as they arrive.
+
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use reqwest::Response;
+use sluice_oci::{Digest, Hasher};
+
+use crate::blob::{Blob, ByteRange};
+use crate::document::check_digest;
+use crate::error::{Context, Error, ErrorKind};
+use crate::http_client::broken_body;
+use crate::retry::Attempts;
+
+/// A part of a blob, or all of it, being received.
+///
+/// A body that breaks off or stalls is resumed where it stopped, by a further
+/// range request and within the retry policy. Dropping a body ends its
+/// request.
+pub struct Body {
+    /// Where in the blob the first byte lies.
+    pub offset: u64,
+    /// How many bytes there are in all. Less than asked for only where the
+    /// blob ends.
+    pub len: u64,
+    /// The blob's size, where the registry told it.
+    pub blob_size: Option<u64>,
+    received: u64,
+    response: Option<Response>,
+    check: Option<(Digest, Hasher)>,
+    blob: Blob,
+    attempts: Attempts,
+}
+
+impl Body {
+    pub(crate) fn new(
+        opened: Opened,
+        blob: Blob,
+        check: Option<Digest>,
+        attempts: Attempts,
+    ) -> Self {
+        Self {
+            offset: opened.offset,
+            len: opened.len,
+            blob_size: opened.blob_size,
+            received: 0,
+            response: opened.response,
+            check: check.map(|digest| (digest, Hasher::new())),
+            blob,
+            attempts,
+        }
+    }
+
+    /// The next bytes, or nothing after the last. The bytes of a whole blob
+    /// are to be trusted only once `None` was returned: its digest is checked
+    /// there.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, Error> {
+        loop {
+            if self.received == self.len {
+                self.response = None;
+                return self.finish().map(|()| None);
+            }
+            match self.receive().await {
+                Ok(bytes) => {
+                    self.received += bytes.len() as u64;
+                    if let Some((_, hasher)) = &mut self.check {
+                        hasher.update(&bytes);
+                    }
+                    self.attempts.restart();
+                    return Ok(Some(bytes));
+                }
+                Err(error) => {
+                    self.response = None;
+                    self.attempts.pause(error).await?;
+                }
+            }
+        }
+    }
+
+    /// All the bytes in one piece, if they are at most `limit`.
+    pub async fn collect(mut self, limit: usize) -> Result<Bytes, Error> {
+        if self.len > limit as u64 {
+            return Err(self.blob.context()?.error(
+                ErrorKind::TooLarge,
+                format!("{} bytes where at most {limit} are accepted", self.len),
+            ));
+        }
+        let mut all = BytesMut::with_capacity(self.len as usize);
+        while let Some(bytes) = self.next().await? {
+            all.extend_from_slice(&bytes);
+        }
+        Ok(all.freeze())
+    }
+
+    async fn receive(&mut self) -> Result<Bytes, Error> {
+        let left = self.len - self.received;
+        let context = self.blob.context()?;
+        let stall = self.blob.stall_timeout();
+        let response = match &mut self.response {
+            Some(response) => response,
+            none => {
+                let range = ByteRange::From {
+                    offset: self.offset + self.received,
+                    len: left,
+                };
+                let opened = self.blob.open(range).await?;
+                if opened.len != left {
+                    return Err(context.protocol("the blob's size changed between two requests"));
+                }
+                match opened.response {
+                    Some(response) => none.insert(response),
+                    None => return Err(context.protocol("the registry sent no body")),
+                }
+            }
+        };
+        loop {
+            let chunk = tokio::time::timeout(stall, response.chunk())
+                .await
+                .map_err(|_| stalled(context, stall))?
+                .map_err(|error| broken_body(context, error))?;
+            match chunk {
+                None => {
+                    return Err(context.error(
+                        ErrorKind::Truncated,
+                        format!("the body ended {left} bytes early"),
+                    ));
+                }
+                Some(bytes) if bytes.is_empty() => {}
+                Some(bytes) if bytes.len() as u64 > left => {
+                    return Err(context.protocol("the body is longer than announced"));
+                }
+                Some(bytes) => return Ok(bytes),
+            }
+        }
+    }
+
+    fn finish(&mut self) -> Result<(), Error> {
+        let Some((expected, hasher)) = self.check.take() else {
+            return Ok(());
+        };
+        let context = self.blob.context()?;
+        check_digest(expected, hasher.finish(), "it was asked for by", context)
+    }
+}
+
+/// What a registry granted of a blob.
+pub(crate) struct Opened {
+    pub(crate) offset: u64,
+    pub(crate) len: u64,
+    pub(crate) blob_size: Option<u64>,
+    /// Absent where there is nothing to receive.
+    pub(crate) response: Option<Response>,
+}
+
+pub(crate) fn stalled(context: &Context, after: Duration) -> Error {
+    context.error(
+        ErrorKind::Stalled,
+        format!("nothing arrived for {} s", after.as_secs_f32()),
+    )
+}
