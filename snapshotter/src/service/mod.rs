@@ -1,6 +1,24 @@
 //! containerd's snapshots service: what a snapshot is, which mounts show it,
 //! and the state that survives a restart.
 
+mod directories;
+mod error;
+mod filter;
+mod grpc;
+mod labels;
 mod lazy_layers;
+mod logic;
+mod mounts;
+mod snapshot;
+mod store;
+#[cfg(test)]
+mod tests;
 
+pub use error::{Error, ErrorKind};
+pub use filter::{Filter, FilterError};
+pub use grpc::{Adapter, server};
 pub use lazy_layers::{LayerRequest, LazyLayers, MountError, NotLazy, Usage};
+pub use logic::Snapshots;
+pub use mounts::{Mount, OverlayOptions};
+pub use snapshot::{Chain, Content, EmptyKey, Info, Key, Kind, Labels, SnapshotId};
+pub use store::{ROOT_VERSION, Store, StoreError};

@@ -1,0 +1,380 @@
+//! The snapshots service itself: knows neither gRPC nor how a layer is
+//! fetched.
+
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use futures_util::future::try_join_all;
+use parking_lot::Mutex;
+use sluice_oci::Digest;
+use tokio::sync::OwnedMutexGuard;
+
+use super::directories::{Directories, Owner};
+use super::error::Error;
+use super::filter::Filter;
+use super::labels;
+use super::lazy_layers::{LayerRequest, LazyLayers, Usage};
+use super::mounts::{Mount, OverlayOptions, mounts};
+use super::snapshot::{Content, Info, Key, Kind, Labels, SnapshotId};
+use super::store::{LabelChange, NewSnapshot, Store, UsageSource};
+
+/// The snapshots of one root directory.
+#[derive(Debug)]
+pub struct Snapshots<L> {
+    store: Arc<Store>,
+    directories: Arc<Directories>,
+    layers: Arc<L>,
+    overlay: OverlayOptions,
+    locks: Arc<LayerLocks>,
+    /// Layers that nothing refers to and that could not be removed.
+    leftovers: Mutex<HashSet<Digest>>,
+}
+
+impl<L: LazyLayers> Snapshots<L> {
+    /// Reconciles directories and layers with the database: what has no record
+    /// goes, what has one is there.
+    pub async fn start(
+        root: &Path,
+        store: Store,
+        layers: Arc<L>,
+        overlay: OverlayOptions,
+    ) -> Result<Self, Error> {
+        let snapshots = Self {
+            store: Arc::new(store),
+            directories: Arc::new(Directories::open(root)?),
+            layers,
+            overlay,
+            locks: Arc::default(),
+            leftovers: Mutex::default(),
+        };
+        snapshots.restore_directories().await?;
+        let removed = snapshots.remove_orphans().await?;
+        if removed > 0 {
+            tracing::info!(removed, "directories without a snapshot removed");
+        }
+        let known = snapshots.store.layers().await?;
+        // Space that is not freed is no reason to serve nobody.
+        if let Err(error) = snapshots.layers.retain(known).await {
+            tracing::warn!(%error, "layers without a snapshot stay");
+        }
+        Ok(snapshots)
+    }
+
+    /// Makes a writable snapshot. When the labels ask for a snapshot by name
+    /// and its layer can be lazy, commits that one instead and answers
+    /// [`Error::AlreadyExists`].
+    pub async fn prepare(
+        &self,
+        key: Key,
+        parent: Option<Key>,
+        labels: Labels,
+    ) -> Result<Vec<Mount>, Error> {
+        if let Some(target) = labels::target(&labels)
+            && self.serve_lazily(&target, &parent, &labels).await?
+        {
+            return Err(Error::AlreadyExists(target));
+        }
+        self.create(Kind::Active, key, parent, labels).await
+    }
+
+    /// Makes a read-only snapshot.
+    pub async fn view(
+        &self,
+        key: Key,
+        parent: Option<Key>,
+        labels: Labels,
+    ) -> Result<Vec<Mount>, Error> {
+        self.create(Kind::View, key, parent, labels).await
+    }
+
+    /// The mounts of an active snapshot or view.
+    pub async fn mounts(&self, key: Key) -> Result<Vec<Mount>, Error> {
+        let chain = self.store.chain(key).await?;
+        let lower = self.lower(&chain.parents).await?;
+        Ok(self.overlay(chain.kind, chain.id, &lower))
+    }
+
+    /// Turns the active snapshot `key` into the committed snapshot `name`.
+    pub async fn commit(&self, name: Key, key: Key, labels: Labels) -> Result<(), Error> {
+        let id = self.store.would_commit(key.clone(), name.clone()).await?;
+        let usage = self.measure(id).await?;
+        self.store
+            .commit(key, name, labels, usage, SystemTime::now())
+            .await
+    }
+
+    /// Deletes a snapshot, and its layer if it was the last one of it.
+    pub async fn remove(&self, key: Key) -> Result<(), Error> {
+        let removed = self.store.remove(key).await?;
+        // The record is gone: what fails from here on is a leftover, which
+        // `cleanup` tries again, and not a failed removal.
+        let directories = Arc::clone(&self.directories);
+        if let Err(error) = blocking(move || directories.remove(removed.id)).await {
+            tracing::warn!(%error, "the directory of a removed snapshot stays until the next cleanup");
+        }
+        if let Some(layer) = removed.unused_layer
+            && let Err(error) = self.release(layer).await
+        {
+            tracing::warn!(%error, "the layer of a removed snapshot stays until the next cleanup");
+        }
+        Ok(())
+    }
+
+    /// What is known of a snapshot.
+    pub async fn stat(&self, key: Key) -> Result<Info, Error> {
+        self.store.stat(key).await
+    }
+
+    /// Sets labels: all of them, or those that `paths` names as `labels` or
+    /// `labels.<label>`.
+    pub async fn update(
+        &self,
+        key: Key,
+        mut labels: Labels,
+        paths: &[String],
+    ) -> Result<Info, Error> {
+        let mut named = Labels::new();
+        let mut all = paths.is_empty();
+        for path in paths {
+            if path == "labels" {
+                all = true;
+            } else if let Some(label) = path.strip_prefix("labels.") {
+                let value = labels.get(label).cloned().unwrap_or_default();
+                named.insert(label.to_owned(), value);
+            } else {
+                return Err(Error::Immutable {
+                    key,
+                    field: path.clone(),
+                });
+            }
+        }
+        let change = if all {
+            labels.extend(named);
+            LabelChange::All(labels)
+        } else {
+            LabelChange::Some(named)
+        };
+        self.store.update(key, change, SystemTime::now()).await
+    }
+
+    /// Every snapshot that one of the filters matches; all, if there is none.
+    pub async fn list(&self, filters: Vec<Filter>) -> Result<Vec<Info>, Error> {
+        self.store.list(filters).await
+    }
+
+    /// Disk space of the snapshot itself, without its parents.
+    pub async fn usage(&self, key: Key) -> Result<Usage, Error> {
+        match self.store.usage(key).await? {
+            UsageSource::Recorded(usage) => Ok(usage),
+            UsageSource::Directory(id) => self.measure(id).await,
+            UsageSource::Layer(layer) => Ok(self.layers.usage(layer).await?),
+        }
+    }
+
+    /// Removes what earlier removals have left behind.
+    pub async fn cleanup(&self) -> Result<(), Error> {
+        self.remove_orphans().await?;
+        let leftovers: Vec<Digest> = self.leftovers.lock().iter().copied().collect();
+        for layer in leftovers {
+            self.release(layer).await?;
+        }
+        Ok(())
+    }
+
+    /// Writes what is pending. Every later call fails.
+    pub async fn close(&self) {
+        self.store.close().await;
+    }
+
+    /// Whether the snapshot `target` now exists without having been unpacked.
+    async fn serve_lazily(
+        &self,
+        target: &Key,
+        parent: &Option<Key>,
+        labels: &Labels,
+    ) -> Result<bool, Error> {
+        let serving = self.store.serving(target.clone(), parent.clone());
+        if serving.await? {
+            return Ok(true);
+        }
+        let request = match labels::layer_request(labels) {
+            Ok(request) => request,
+            Err(reason) => {
+                tracing::info!(snapshot = %target, reason, "unpacked as usual");
+                return Ok(false);
+            }
+        };
+        self.commit_lazily(target, parent, labels, request).await
+    }
+
+    async fn commit_lazily(
+        &self,
+        target: &Key,
+        parent: &Option<Key>,
+        labels: &Labels,
+        request: LayerRequest,
+    ) -> Result<bool, Error> {
+        let layer = request.digest;
+        // Held until the record is written, so that a removal of the last
+        // snapshot of the same layer does not take the layer away in between.
+        let _lock = self.locks.lock(layer).await;
+        let image = request.reference.to_string();
+        if let Err(reason) = self.layers.open(request).await {
+            tracing::warn!(image, reason = %reason, "unpacked as usual");
+            return Ok(false);
+        }
+        let new = NewSnapshot {
+            id: self.store.new_id(),
+            key: target.clone(),
+            parent: parent.clone(),
+            labels: labels.clone(),
+            now: SystemTime::now(),
+        };
+        match self.store.create_remote(new, layer).await {
+            Ok(()) => {
+                tracing::info!(image, %layer, snapshot = %target, "served lazily");
+                Ok(true)
+            }
+            Err(Error::AlreadyExists(_)) => Ok(true),
+            Err(error) => {
+                if let Err(error) = self.remove_unused(layer).await {
+                    tracing::warn!(%error, "a layer without a snapshot stays until the next cleanup");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn create(
+        &self,
+        kind: Kind,
+        key: Key,
+        parent: Option<Key>,
+        labels: Labels,
+    ) -> Result<Vec<Mount>, Error> {
+        let below = self.store.would_create(key.clone(), parent.clone()).await?;
+        let lower = self.lower(&below).await?;
+        let id = self.store.new_id();
+        let new = NewSnapshot {
+            id,
+            key,
+            parent,
+            labels,
+            now: SystemTime::now(),
+        };
+        let nearest = lower.first().cloned();
+        let directories = Arc::clone(&self.directories);
+        let directory = blocking(move || {
+            let owner = nearest.as_deref().map(Owner::of).transpose()?;
+            directories.create(id, kind, owner)
+        })
+        .await?;
+        self.store.create(kind, new).await?;
+        directory.keep();
+        Ok(self.overlay(kind, id, &lower))
+    }
+
+    /// The directories of what lies below a snapshot. Layers are mounted all
+    /// at once.
+    async fn lower(&self, below: &[Content]) -> Result<Vec<PathBuf>, Error> {
+        try_join_all(below.iter().map(|content| async move {
+            match *content {
+                Content::Directory(id) => Ok(self.directories.upper(id)),
+                Content::Lazy(layer) => Ok(self.layers.mount(layer).await?),
+            }
+        }))
+        .await
+    }
+
+    fn overlay(&self, kind: Kind, id: SnapshotId, lower: &[PathBuf]) -> Vec<Mount> {
+        let upper = self.directories.upper(id);
+        let work = self.directories.work(id);
+        mounts(kind, &upper, &work, lower, self.overlay)
+    }
+
+    async fn measure(&self, id: SnapshotId) -> Result<Usage, Error> {
+        let directories = Arc::clone(&self.directories);
+        blocking(move || directories.usage(id)).await
+    }
+
+    /// Removes a layer unless a snapshot refers to it again by now.
+    async fn release(&self, layer: Digest) -> Result<(), Error> {
+        let _lock = self.locks.lock(layer).await;
+        self.remove_unused(layer).await
+    }
+
+    /// The same, under the layer's lock.
+    async fn remove_unused(&self, layer: Digest) -> Result<(), Error> {
+        if !self.store.layer_in_use(layer).await? {
+            self.leftovers.lock().insert(layer);
+            self.layers.remove(layer).await?;
+        }
+        self.leftovers.lock().remove(&layer);
+        Ok(())
+    }
+
+    async fn remove_orphans(&self) -> Result<usize, Error> {
+        let (store, directories) = (Arc::clone(&self.store), Arc::clone(&self.directories));
+        blocking(move || directories.remove_orphans(|| store.known_ids())).await
+    }
+
+    async fn restore_directories(&self) -> Result<(), Error> {
+        let recorded = self.store.directories().await?;
+        let directories = Arc::clone(&self.directories);
+        blocking(move || {
+            for (key, id, kind) in recorded {
+                if directories.restore(id, kind)? {
+                    tracing::warn!(snapshot = %key, %id, kind = kind.as_str(), "its directory was missing; made anew, empty");
+                }
+            }
+            Ok(())
+        })
+        .await
+    }
+}
+
+/// Runs what may wait for a disk off the async threads.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or(Err(Error::BrokeOff))
+}
+
+/// One lock a layer, there only while someone holds or awaits it.
+#[derive(Debug, Default)]
+struct LayerLocks(Mutex<HashMap<Digest, Arc<tokio::sync::Mutex<()>>>>);
+
+struct LayerLock {
+    locks: Arc<LayerLocks>,
+    layer: Digest,
+    held: Option<OwnedMutexGuard<()>>,
+}
+
+impl LayerLocks {
+    async fn lock(self: &Arc<Self>, layer: Digest) -> LayerLock {
+        let mut lock = LayerLock {
+            locks: Arc::clone(self),
+            layer,
+            held: None,
+        };
+        let mutex = Arc::clone(self.0.lock().entry(layer).or_default());
+        lock.held = Some(mutex.lock_owned().await);
+        lock
+    }
+}
+
+impl Drop for LayerLock {
+    fn drop(&mut self) {
+        let mut locks = self.locks.0.lock();
+        self.held = None;
+        if let Some(lock) = locks.get(&self.layer)
+            && Arc::strong_count(lock) == 1
+        {
+            locks.remove(&self.layer);
+        }
+    }
+}

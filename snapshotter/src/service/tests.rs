@@ -1,0 +1,663 @@
+//! The service over a strict fake of the data plane.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use parking_lot::Mutex;
+use proptest::prelude::*;
+use sluice_oci::Digest;
+use tempfile::TempDir;
+use tokio::runtime::Runtime;
+
+use super::*;
+
+/// Remembers what it was asked and objects to what the trait forbids.
+#[derive(Debug, Default)]
+struct Fake {
+    root: PathBuf,
+    state: Mutex<FakeState>,
+    opened: AtomicUsize,
+}
+
+#[derive(Debug, Default)]
+struct FakeState {
+    on_disk: HashSet<Digest>,
+    /// In `open` or `remove` now.
+    busy: HashSet<Digest>,
+    not_lazy: HashSet<Digest>,
+    broken: HashSet<Digest>,
+    requests: Vec<LayerRequest>,
+}
+
+impl Fake {
+    fn new(root: &Path) -> Arc<Self> {
+        Arc::new(Self {
+            root: root.to_owned(),
+            ..Self::default()
+        })
+    }
+
+    fn directory(&self, layer: Digest) -> PathBuf {
+        self.root.join("m").join(&layer.hex()[..8])
+    }
+
+    fn begin(&self, layer: Digest) {
+        let first = self.state.lock().busy.insert(layer);
+        assert!(first, "open and remove of one layer overlap");
+    }
+
+    fn end(&self, layer: Digest) {
+        self.state.lock().busy.remove(&layer);
+    }
+
+    fn on_disk(&self) -> HashSet<Digest> {
+        self.state.lock().on_disk.clone()
+    }
+}
+
+impl LazyLayers for Fake {
+    async fn open(&self, request: LayerRequest) -> Result<(), NotLazy> {
+        let layer = request.digest;
+        self.begin(layer);
+        tokio::task::yield_now().await;
+        self.opened.fetch_add(1, Ordering::Relaxed);
+        let lazy = {
+            let mut state = self.state.lock();
+            state.requests.push(request);
+            let lazy = !state.not_lazy.contains(&layer);
+            if lazy {
+                state.on_disk.insert(layer);
+            }
+            lazy
+        };
+        self.end(layer);
+        if lazy {
+            Ok(())
+        } else {
+            Err(NotLazy::new(layer, "it has no table of contents"))
+        }
+    }
+
+    async fn mount(&self, layer: Digest) -> Result<PathBuf, MountError> {
+        let state = self.state.lock();
+        if !state.on_disk.contains(&layer) {
+            return Err(MountError::Unknown(layer));
+        }
+        if state.broken.contains(&layer) {
+            return Err(MountError::failed(layer, "meta.erofs is damaged"));
+        }
+        let directory = self.directory(layer);
+        fs::create_dir_all(&directory).unwrap();
+        Ok(directory)
+    }
+
+    async fn remove(&self, layer: Digest) -> Result<(), MountError> {
+        self.begin(layer);
+        tokio::task::yield_now().await;
+        let broken = self.state.lock().broken.contains(&layer);
+        if !broken {
+            self.state.lock().on_disk.remove(&layer);
+        }
+        self.end(layer);
+        if broken {
+            return Err(MountError::failed(layer, "target is busy"));
+        }
+        Ok(())
+    }
+
+    async fn usage(&self, layer: Digest) -> Result<Usage, MountError> {
+        if !self.on_disk().contains(&layer) {
+            return Err(MountError::Unknown(layer));
+        }
+        Ok(Usage {
+            bytes: 77,
+            inodes: 7,
+        })
+    }
+
+    async fn retain(&self, known: HashSet<Digest>) -> Result<(), MountError> {
+        self.state.lock().on_disk.retain(|l| known.contains(l));
+        Ok(())
+    }
+}
+
+struct Rig {
+    runtime: Runtime,
+    root: TempDir,
+    fake: Arc<Fake>,
+    snapshots: Option<Arc<Snapshots<Fake>>>,
+}
+
+impl Rig {
+    fn new() -> Self {
+        let root = tempfile::tempdir().unwrap();
+        let mut rig = Self {
+            runtime: tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(2)
+                .build()
+                .unwrap(),
+            fake: Fake::new(root.path()),
+            root,
+            snapshots: None,
+        };
+        rig.restart();
+        rig
+    }
+
+    fn start(&self) -> Result<Snapshots<Fake>, Error> {
+        let store = Store::open(self.root.path())?;
+        self.runtime.block_on(Snapshots::start(
+            self.root.path(),
+            store,
+            Arc::clone(&self.fake),
+            OverlayOptions::default(),
+        ))
+    }
+
+    fn stop(&mut self) {
+        if let Some(snapshots) = self.snapshots.take() {
+            self.runtime.block_on(snapshots.close());
+        }
+    }
+
+    fn restart(&mut self) {
+        self.stop();
+        self.snapshots = Some(Arc::new(self.start().unwrap()));
+    }
+
+    fn run<T>(&self, call: impl AsyncFnOnce(&Snapshots<Fake>) -> T) -> T {
+        let snapshots = self.snapshots.as_ref().unwrap();
+        self.runtime.block_on(call(snapshots))
+    }
+
+    fn prepare(&self, name: &str, parent: &str, labels: Labels) -> Result<Vec<Mount>, Error> {
+        self.run(async |s| {
+            s.prepare(key(name), Key::try_from(parent).ok(), labels)
+                .await
+        })
+    }
+
+    fn view(&self, name: &str, parent: &str) -> Result<Vec<Mount>, Error> {
+        self.run(async |s| {
+            let parent = Key::try_from(parent).ok();
+            s.view(key(name), parent, Labels::new()).await
+        })
+    }
+
+    fn commit(&self, name: &str, active: &str) -> Result<(), Error> {
+        self.run(async |s| s.commit(key(name), key(active), Labels::new()).await)
+    }
+
+    fn remove(&self, name: &str) -> Result<(), Error> {
+        self.run(async |s| s.remove(key(name)).await)
+    }
+
+    fn stat(&self, name: &str) -> Result<Info, Error> {
+        self.run(async |s| s.stat(key(name)).await)
+    }
+
+    fn mounts(&self, name: &str) -> Result<Vec<Mount>, Error> {
+        self.run(async |s| s.mounts(key(name)).await)
+    }
+
+    fn list(&self) -> Vec<Info> {
+        self.run(async |s| s.list(Vec::new()).await).unwrap()
+    }
+
+    fn directories(&self) -> usize {
+        fs::read_dir(self.root.path().join("snapshots"))
+            .unwrap()
+            .count()
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+fn key(text: &str) -> Key {
+    Key::try_from(text).unwrap()
+}
+
+fn layer(n: u8) -> Digest {
+    Digest::of(&[n])
+}
+
+fn lazy(target: &str, digest: Digest) -> Labels {
+    [
+        ("containerd.io/snapshot.ref", target),
+        ("containerd.io/snapshot/cri.image-ref", "r.io/app:1"),
+        (
+            "containerd.io/snapshot/cri.layer-digest",
+            &digest.to_string(),
+        ),
+    ]
+    .map(|(k, v)| (k.to_owned(), v.to_owned()))
+    .into()
+}
+
+#[track_caller]
+fn assert_kind<T: std::fmt::Debug>(result: Result<T, Error>, kind: ErrorKind) {
+    let error = result.unwrap_err();
+    assert_eq!(error.kind(), kind, "{error}");
+}
+
+#[test]
+fn a_lazy_layer_is_committed_and_answered_with_already_exists() {
+    let rig = Rig::new();
+    let labels = lazy("chain-1", layer(1));
+    assert_kind(
+        rig.prepare("extract-1", "", labels.clone()),
+        ErrorKind::AlreadyExists,
+    );
+    let info = rig.stat("chain-1").unwrap();
+    assert_eq!((info.kind, &info.labels), (Kind::Committed, &labels));
+    assert_kind(rig.stat("extract-1"), ErrorKind::NotFound);
+    let usage = rig.run(async |s| s.usage(key("chain-1")).await).unwrap();
+    assert_eq!((usage.bytes, usage.inodes), (77, 7));
+
+    // On top of it, a container.
+    let mounts = rig.prepare("c", "chain-1", Labels::new()).unwrap();
+    let lower = rig.fake.directory(layer(1));
+    let lower = format!("lowerdir={}", lower.display());
+    assert_eq!(mounts[0].options.last(), Some(&lower));
+    assert_eq!(rig.mounts("c").unwrap(), mounts);
+
+    // Asked again, it is there: nothing is opened twice.
+    assert_kind(
+        rig.prepare("extract-2", "", labels),
+        ErrorKind::AlreadyExists,
+    );
+    assert_eq!(rig.fake.opened.load(Ordering::Relaxed), 1);
+}
+
+#[test]
+fn a_layer_that_cannot_be_lazy_is_an_ordinary_snapshot() {
+    let rig = Rig::new();
+    rig.fake.state.lock().not_lazy.insert(layer(1));
+    let mounts = rig.prepare("x", "", lazy("chain-1", layer(1))).unwrap();
+    assert_eq!(mounts[0].fs_type, "bind");
+    assert_eq!(rig.stat("x").unwrap().kind, Kind::Active);
+    rig.commit("chain-1", "x").unwrap();
+    // And so is one whose labels do not say enough.
+    let mut labels = lazy("chain-2", layer(2));
+    labels.remove("containerd.io/snapshot/cri.image-ref");
+    rig.prepare("y", "chain-1", labels).unwrap();
+    assert_eq!(rig.fake.opened.load(Ordering::Relaxed), 1);
+}
+
+#[test]
+fn one_target_over_two_parents_is_served_to_both() {
+    let rig = Rig::new();
+    for base in ["ns1/base", "ns2/base"] {
+        rig.prepare("tmp", "", Labels::new()).unwrap();
+        rig.commit(base, "tmp").unwrap();
+        assert_kind(
+            rig.prepare("tmp", base, lazy("chain", layer(1))),
+            ErrorKind::AlreadyExists,
+        );
+    }
+    let filter = "labels.\"containerd.io/snapshot.ref\"==chain,parent==\"ns2/base\"";
+    let found = rig
+        .run(async |s| s.list(vec![Filter::parse(filter).unwrap()]).await)
+        .unwrap();
+    assert_eq!(found.len(), 1);
+    assert_eq!(rig.stat("chain").unwrap().parent, Some(key("ns1/base")));
+    // The third time nothing is added.
+    assert_kind(
+        rig.prepare("tmp", "ns2/base", lazy("chain", layer(1))),
+        ErrorKind::AlreadyExists,
+    );
+    assert_eq!(rig.list().len(), 4);
+    // The layer goes with the last of the two.
+    rig.remove("chain").unwrap();
+    assert_eq!(rig.fake.on_disk(), [layer(1)].into());
+    rig.remove(found[0].name.as_str()).unwrap();
+    assert_eq!(rig.fake.on_disk(), [].into());
+}
+
+#[test]
+fn everything_is_there_after_a_restart() {
+    let mut rig = Rig::new();
+    let labels = lazy("chain-1", layer(1));
+    let _ = rig.prepare("x", "", labels);
+    rig.prepare("c", "chain-1", Labels::new()).unwrap();
+    rig.prepare("d", "", Labels::new()).unwrap();
+    let upper = PathBuf::from(&rig.mounts("d").unwrap()[0].source);
+    fs::write(upper.join("kept"), "x").unwrap();
+    rig.commit("plain", "d").unwrap();
+    let (before, mounts) = (rig.list(), rig.mounts("c").unwrap());
+
+    rig.stop();
+    // What a crash leaves: directories without a record, a layer without one.
+    let snapshots = rig.root.path().join("snapshots");
+    fs::create_dir_all(snapshots.join("900/fs/deep")).unwrap();
+    fs::create_dir_all(snapshots.join("new-1")).unwrap();
+    fs::write(snapshots.join("file"), "").unwrap();
+    rig.fake.state.lock().on_disk.insert(layer(9));
+    // And a record whose directory never reached the disk.
+    fs::remove_dir_all(snapshots.join("2")).unwrap();
+    rig.restart();
+
+    assert_eq!(rig.list(), before);
+    assert_eq!(rig.mounts("c").unwrap(), mounts);
+    assert_eq!(fs::read(upper.join("kept")).unwrap(), b"x");
+    assert_eq!(rig.directories(), 2);
+    assert!(snapshots.join("2/work").is_dir());
+    assert_eq!(rig.fake.on_disk(), [layer(1)].into());
+    // Numbers go on where they were.
+    let new = rig.prepare("e", "", Labels::new()).unwrap();
+    assert_eq!(Path::new(&new[0].source), snapshots.join("4/fs"));
+}
+
+#[test]
+fn one_bad_layer_fails_alone() {
+    let rig = Rig::new();
+    for n in 1..=2 {
+        let _ = rig.prepare("x", "", lazy(&format!("chain-{n}"), layer(n)));
+        rig.prepare(&format!("c{n}"), &format!("chain-{n}"), Labels::new())
+            .unwrap();
+    }
+    rig.fake.state.lock().broken.insert(layer(1));
+    let error = rig.mounts("c1").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable);
+    assert!(error.to_string().contains(&layer(1).to_string()), "{error}");
+    assert!(rig.mounts("c2").is_ok());
+    // Its removal is tried again by a cleanup.
+    rig.remove("c1").unwrap();
+    rig.remove("chain-1").unwrap();
+    assert!(rig.fake.on_disk().contains(&layer(1)));
+    assert_kind(rig.run(async |s| s.cleanup().await), ErrorKind::Unavailable);
+    rig.fake.state.lock().broken.clear();
+    rig.run(async |s| s.cleanup().await).unwrap();
+    assert_eq!(rig.fake.on_disk(), [layer(2)].into());
+}
+
+#[test]
+fn a_snapshot_that_is_not_made_leaves_nothing() {
+    let rig = Rig::new();
+    rig.prepare("a", "", Labels::new()).unwrap();
+    assert_kind(
+        rig.prepare("a", "", Labels::new()),
+        ErrorKind::AlreadyExists,
+    );
+    assert_kind(rig.prepare("b", "no", Labels::new()), ErrorKind::NotFound);
+    assert_kind(rig.view("b", "a"), ErrorKind::InvalidArgument);
+    let remote = lazy("chain", layer(1));
+    assert_kind(rig.prepare("b", "no", remote), ErrorKind::NotFound);
+    assert_eq!(rig.fake.opened.load(Ordering::Relaxed), 0);
+    assert_eq!(rig.directories(), 1);
+}
+
+#[test]
+fn many_at_once_agree() {
+    let rig = Rig::new();
+    let snapshots = rig.snapshots.clone().unwrap();
+    rig.runtime.block_on(async {
+        let tasks = (0..64).map(|n| {
+            let snapshots = Arc::clone(&snapshots);
+            tokio::spawn(async move {
+                // Eight tasks a layer race to make it, use it, remove it.
+                let target = format!("chain-{}", n % 8);
+                let labels = lazy(&target, layer(n % 8));
+                for round in 0..4 {
+                    let name = key(&format!("x-{n}-{round}"));
+                    let made = snapshots.prepare(name, None, labels.clone()).await;
+                    assert_kind(made, ErrorKind::AlreadyExists);
+                    let name = key(&format!("c-{n}-{round}"));
+                    match snapshots
+                        .prepare(name.clone(), Some(key(&target)), Labels::new())
+                        .await
+                    {
+                        Ok(_) => {
+                            snapshots.mounts(name.clone()).await.unwrap();
+                            snapshots.cleanup().await.unwrap();
+                            snapshots.remove(name).await.unwrap();
+                        }
+                        // Another task removed the layer's snapshot meanwhile.
+                        Err(error) => assert!(
+                            matches!(
+                                error.kind(),
+                                ErrorKind::NotFound | ErrorKind::FailedPrecondition
+                            ),
+                            "{error}"
+                        ),
+                    }
+                    let _ = snapshots.remove(key(&target)).await;
+                }
+            })
+        });
+        for task in tasks.collect::<Vec<_>>() {
+            task.await.unwrap();
+        }
+    });
+    let left = rig.list();
+    let layers: HashSet<String> = left.iter().map(|info| info.name.to_string()).collect();
+    assert_eq!(rig.fake.on_disk().len(), layers.len(), "{left:?}");
+    assert_eq!(rig.directories(), 0);
+}
+
+/// A call, over few names so that they meet.
+#[derive(Debug, Clone)]
+enum Op {
+    Prepare(u8, u8),
+    Lazy(u8, u8, u8),
+    View(u8, u8),
+    Commit(u8, u8),
+    Remove(u8),
+    Label(u8, u8),
+    Cleanup,
+    Restart,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let name = 0..6u8;
+    prop_oneof![
+        4 => (name.clone(), name.clone()).prop_map(|(a, b)| Op::Prepare(a, b)),
+        4 => (name.clone(), name.clone(), 0..3u8).prop_map(|(a, b, c)| Op::Lazy(a, b, c)),
+        2 => (name.clone(), name.clone()).prop_map(|(a, b)| Op::View(a, b)),
+        4 => (name.clone(), name.clone()).prop_map(|(a, b)| Op::Commit(a, b)),
+        3 => name.clone().prop_map(Op::Remove),
+        1 => (name, 0..2u8).prop_map(|(a, b)| Op::Label(a, b)),
+        1 => Just(Op::Cleanup),
+        1 => Just(Op::Restart),
+    ]
+}
+
+#[derive(Debug, Clone, PartialEq)]
+struct Model {
+    kind: Kind,
+    parent: Option<String>,
+    layer: Option<u8>,
+    labelled: bool,
+}
+
+type World = BTreeMap<String, Model>;
+
+/// What the interface says must happen, in as few words as possible.
+fn expect(world: &mut World, op: &Op) -> Option<ErrorKind> {
+    use ErrorKind::{AlreadyExists, FailedPrecondition, InvalidArgument, NotFound};
+    let parent_of = |world: &World, n: u8| -> Result<Option<String>, ErrorKind> {
+        let Some(parent) = parent_name(n) else {
+            return Ok(None);
+        };
+        match world.get(&parent) {
+            None => Err(NotFound),
+            Some(model) if model.kind != Kind::Committed => Err(InvalidArgument),
+            Some(_) => Ok(Some(parent)),
+        }
+    };
+    let name = |n: u8| format!("n{n}");
+    let result = match *op {
+        Op::Prepare(a, b) | Op::View(a, b) => parent_of(world, b).and_then(|parent| {
+            if world.contains_key(&name(a)) {
+                return Err(AlreadyExists);
+            }
+            let kind = match op {
+                Op::View(..) => Kind::View,
+                _ => Kind::Active,
+            };
+            let model = Model {
+                kind,
+                parent,
+                layer: None,
+                labelled: false,
+            };
+            world.insert(name(a), model);
+            Ok(())
+        }),
+        Op::Lazy(a, b, layer) => parent_of(world, b).and_then(|parent| {
+            let serving = world.iter().any(|(n, m)| {
+                m.kind == Kind::Committed
+                    && m.parent == parent
+                    && (*n == name(a) || n.starts_with(&format!("{}@", name(a))))
+            });
+            if !serving {
+                // Only its beginning is fixed when the name itself is taken.
+                let mut at = name(a);
+                if world.contains_key(&at) {
+                    at = format!("{}@{}", at, world.len() + 1000);
+                }
+                let model = Model {
+                    kind: Kind::Committed,
+                    parent,
+                    layer: Some(layer),
+                    labelled: false,
+                };
+                world.insert(at, model);
+            }
+            Err(AlreadyExists)
+        }),
+        Op::Commit(a, b) => match world.get(&name(b)) {
+            None => Err(NotFound),
+            Some(_) if world.contains_key(&name(a)) => Err(AlreadyExists),
+            Some(model) if model.kind != Kind::Active => Err(FailedPrecondition),
+            Some(_) => {
+                let mut model = world.remove(&name(b)).unwrap();
+                model.kind = Kind::Committed;
+                model.labelled = false;
+                world.insert(name(a), model);
+                Ok(())
+            }
+        },
+        Op::Remove(a) => match world.get(&name(a)) {
+            None => Err(NotFound),
+            Some(_) if world.values().any(|m| m.parent == Some(name(a))) => Err(FailedPrecondition),
+            Some(_) => {
+                world.remove(&name(a));
+                Ok(())
+            }
+        },
+        Op::Label(a, on) => match world.get_mut(&name(a)) {
+            None => Err(NotFound),
+            Some(model) => {
+                model.labelled = on == 1;
+                Ok(())
+            }
+        },
+        Op::Cleanup | Op::Restart => Ok(()),
+    };
+    result.err()
+}
+
+/// Name 0 as a parent means none.
+fn parent_name(n: u8) -> Option<String> {
+    (n > 0).then(|| format!("n{n}"))
+}
+
+fn apply(rig: &mut Rig, op: &Op) -> Option<ErrorKind> {
+    let name = |n: u8| format!("n{n}");
+    let parent = |n: u8| parent_name(n).unwrap_or_default();
+    let result = match *op {
+        Op::Prepare(a, b) => rig.prepare(&name(a), &parent(b), Labels::new()).map(drop),
+        Op::View(a, b) => rig.view(&name(a), &parent(b)).map(drop),
+        Op::Lazy(a, b, n) => rig
+            .prepare("extract", &parent(b), lazy(&name(a), layer(n)))
+            .map(drop),
+        Op::Commit(a, b) => rig.commit(&name(a), &name(b)),
+        Op::Remove(a) => rig.remove(&name(a)),
+        Op::Label(a, on) => rig.run(async |s| {
+            let value = if on == 1 { "yes" } else { "" };
+            let labels = Labels::from([("x".to_owned(), value.to_owned())]);
+            s.update(key(&name(a)), labels, &["labels.x".to_owned()])
+                .await
+                .map(drop)
+        }),
+        Op::Cleanup => rig.run(async |s| s.cleanup().await),
+        Op::Restart => {
+            rig.restart();
+            Ok(())
+        }
+    };
+    result.err().map(|error| error.kind())
+}
+
+/// A snapshot's name without the number that a second one of a target has.
+fn plain(name: &str) -> String {
+    name.split('@').next().unwrap_or_default().to_owned()
+}
+
+type Seen = (String, Kind, Option<String>, bool);
+
+fn seen(world: &World) -> Vec<Seen> {
+    let mut all: Vec<Seen> = world
+        .iter()
+        .map(|(n, m)| (plain(n), m.kind, m.parent.clone(), m.labelled))
+        .collect();
+    all.sort_by_key(|s| format!("{s:?}"));
+    all
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 40, ..ProptestConfig::default() })]
+
+    #[test]
+    fn behaves_as_the_model(ops in prop::collection::vec(op(), 1..40)) {
+        let mut rig = Rig::new();
+        let mut world = World::new();
+        for op in &ops {
+            let expected = expect(&mut world, op);
+            prop_assert_eq!(apply(&mut rig, op), expected, "{:?}", op);
+        }
+        let list = rig.list();
+        let mut found: Vec<Seen> = list
+            .iter()
+            .map(|i| {
+                let parent = i.parent.as_ref().map(|p| p.to_string());
+                (plain(i.name.as_str()), i.kind, parent, i.labels.contains_key("x"))
+            })
+            .collect();
+        found.sort_by_key(|s| format!("{s:?}"));
+        prop_assert_eq!(found, seen(&world));
+        // Nothing more on disk than the records need, and nothing less.
+        let layers: HashSet<Digest> = world.values().filter_map(|m| m.layer).map(layer).collect();
+        prop_assert_eq!(rig.fake.on_disk(), layers);
+        let directories = world.values().filter(|m| m.layer.is_none()).count();
+        prop_assert_eq!(rig.directories(), directories);
+        let by_name: HashMap<_, _> = list.iter().map(|i| (i.name.clone(), i)).collect();
+        for info in &list {
+            let mounts = rig.mounts(info.name.as_str());
+            if info.kind == Kind::Committed {
+                prop_assert_eq!(mounts.unwrap_err().kind(), ErrorKind::FailedPrecondition);
+                continue;
+            }
+            let mut depth = 0;
+            let mut next = info.parent.as_ref();
+            while let Some(parent) = next {
+                depth += 1;
+                next = by_name[parent].parent.as_ref();
+            }
+            let mount = mounts.unwrap().remove(0);
+            let lower = mount.options.last().unwrap();
+            match (info.kind, depth) {
+                (_, 0) | (Kind::View, 1) => prop_assert_eq!(mount.fs_type, "bind"),
+                _ => prop_assert_eq!(lower.split(':').count(), depth),
+            }
+        }
+    }
+}
