@@ -1,6 +1,8 @@
 //! The node's daemon as a library: lazily mounted layers, and containerd's
 //! snapshots service in front of them.
 
+pub mod erofs;
 pub mod fuse;
 pub mod layer_dir;
+pub mod mount;
 pub mod service;

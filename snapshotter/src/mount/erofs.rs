@@ -1,0 +1,185 @@
+//! Mounting a layer's `meta.erofs` by the kernel.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+
+use rustix::io::Errno;
+use rustix::mount::MountFlags;
+
+use super::Error;
+
+/// How the kernel reads what it does not have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Options {
+    /// Read `data` past the page cache of the file that holds it, so that
+    /// bytes are cached once, by EROFS. Kernels that do not know the option
+    /// are asked again without it.
+    pub direct_io: bool,
+}
+
+/// Mounts the image `meta` on the directory `target`, with `data` as the
+/// file that holds the content.
+///
+/// Only `mount(2)` can do this: `mount(8)` puts a loop device in between, and
+/// then extra devices that are files are refused. Neither `nosuid` nor
+/// `nodev` is set, as a lower directory of overlayfs has neither when it is
+/// unpacked: what the container's own mount allows decides.
+pub fn mount(meta: &Path, data: &Path, target: &Path, options: Options) -> Result<(), Error> {
+    let mut text = b"device=".to_vec();
+    text.extend_from_slice(data.as_os_str().as_bytes());
+    if text.contains(&b',') {
+        return Err(Error::Comma(data.into()));
+    }
+    let result = if options.direct_io {
+        let mut direct = text.clone();
+        direct.extend_from_slice(b",directio");
+        match mount_with(meta, target, direct) {
+            Err(Errno::INVAL) => mount_with(meta, target, text),
+            result => result,
+        }
+    } else {
+        mount_with(meta, target, text)
+    };
+    result.map_err(|errno| Error::Mount {
+        source_path: meta.into(),
+        target: target.into(),
+        source: errno.into(),
+        remedy: match errno {
+            Errno::NODEV | Errno::NOTBLK => "; set [mount] mode = \"fuse\"",
+            Errno::PERM => "; it takes CAP_SYS_ADMIN",
+            _ => "",
+        },
+    })
+}
+
+fn mount_with(meta: &Path, target: &Path, options: Vec<u8>) -> Result<(), Errno> {
+    let options = CString::new(options).map_err(|_| Errno::INVAL)?;
+    rustix::mount::mount(meta, target, "erofs", MountFlags::RDONLY, &*options)
+}
+
+/// Why layers cannot be mounted in `erofs` mode.
+#[derive(Debug, thiserror::Error)]
+pub enum Unsupported {
+    /// No `/dev/fuse`, through which missing bytes come.
+    #[error("no /dev/fuse ({0}); load the module fuse, or give the container the device")]
+    NoFuse(#[source] io::Error),
+    /// No EROFS at all.
+    #[error("the kernel has no EROFS; build it with CONFIG_EROFS_FS or load the module erofs")]
+    NoErofs,
+    /// EROFS on block devices only.
+    #[error(
+        "the kernel mounts EROFS from block devices only; it takes Linux 6.12 with \
+         CONFIG_EROFS_FS_BACKED_BY_FILE"
+    )]
+    NoFileBacked,
+    /// Not allowed to mount.
+    #[error("not allowed to mount; it takes CAP_SYS_ADMIN in the initial user namespace")]
+    NotPermitted,
+    /// Something else failed.
+    #[error("mounting a small EROFS image in {directory} failed: {source}")]
+    Failed {
+        /// The directory for the attempt.
+        directory: String,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The mount succeeded, but its content was wrong.
+    #[error("the kernel read a small EROFS image wrongly: got {0:?}")]
+    Wrong(String),
+}
+
+/// An image with one file, `probe`, whose content is [`PROBE_CONTENT`] at the
+/// beginning of the data.
+const PROBE_IMAGE: &[u8] = include_bytes!("probe.erofs");
+const PROBE_CONTENT: &str = "read through EROFS\n";
+
+/// Finds out whether the kernel mounts layers in `erofs` mode, by mounting a
+/// small image in a temporary directory below `scratch` and reading a file.
+pub fn probe(scratch: &Path) -> Result<(), Unsupported> {
+    File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/fuse")
+        .map_err(Unsupported::NoFuse)?;
+    let failed = |source| Unsupported::Failed {
+        directory: scratch.display().to_string(),
+        source,
+    };
+    let directory = tempfile::Builder::new()
+        .prefix("probe-")
+        .tempdir_in(scratch)
+        .map_err(failed)?;
+    let (meta, data, target) = (
+        directory.path().join("meta.erofs"),
+        directory.path().join("data"),
+        directory.path().join("mnt"),
+    );
+    let mut content = PROBE_CONTENT.as_bytes().to_vec();
+    content.resize(4096, 0);
+    std::fs::write(&meta, PROBE_IMAGE).map_err(failed)?;
+    std::fs::write(&data, content).map_err(failed)?;
+    std::fs::create_dir(&target).map_err(failed)?;
+    mount(&meta, &data, &target, Options::default()).map_err(|error| match error {
+        Error::Mount { source, .. } => match Errno::from_io_error(&source) {
+            Some(Errno::NODEV) => Unsupported::NoErofs,
+            Some(Errno::NOTBLK) => Unsupported::NoFileBacked,
+            Some(Errno::PERM) => Unsupported::NotPermitted,
+            _ => failed(source),
+        },
+        other => failed(io::Error::other(other)),
+    })?;
+    let read = std::fs::read_to_string(target.join("probe"));
+    super::detach(&target).map_err(|error| failed(io::Error::other(error)))?;
+    match read.map_err(failed)? {
+        content if content == PROBE_CONTENT => Ok(()),
+        content => Err(Unsupported::Wrong(content)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_kernel_mounts_file_backed_erofs() {
+        let scratch = tempfile::tempdir().unwrap();
+        probe(scratch.path()).unwrap();
+        let left: Vec<_> = std::fs::read_dir(scratch.path()).unwrap().collect();
+        assert!(left.is_empty());
+        assert!(
+            crate::mount::mounts_below(scratch.path())
+                .unwrap()
+                .is_empty()
+        );
+    }
+
+    #[test]
+    fn errors_name_image_target_and_remedy() {
+        let scratch = tempfile::tempdir().unwrap();
+        let missing = scratch.path().join("meta.erofs");
+        let error = mount(&missing, &missing, scratch.path(), Options::default()).unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains("meta.erofs"), "{text}");
+        assert!(text.contains(scratch.path().to_str().unwrap()), "{text}");
+        assert!(text.contains("No such file"), "{text}");
+
+        let error = mount(
+            &missing,
+            Path::new("/a,b"),
+            scratch.path(),
+            Options::default(),
+        );
+        assert!(error.unwrap_err().to_string().contains("comma"));
+    }
+
+    #[test]
+    fn unmounting_what_is_not_mounted_is_no_error() {
+        let scratch = tempfile::tempdir().unwrap();
+        crate::mount::unmount(scratch.path()).unwrap();
+        crate::mount::detach(scratch.path()).unwrap();
+        crate::mount::unmount(&scratch.path().join("gone")).unwrap();
+    }
+}
