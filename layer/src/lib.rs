@@ -5,11 +5,17 @@
 //! which: a [`Toc`] exists only after its digest was checked, and a
 //! [`VerifiedChunk`] only after its own.
 
+pub mod annotations;
+mod decode;
+mod footer;
 mod format;
 mod toc;
 
+pub use annotations::LayerAnnotations;
+pub use decode::{DecodeError, VerifiedChunk, Wanted, decode_unit};
+pub use footer::{FOOTER_MAX, FooterError, TocLocation, locate_toc};
 pub use format::Format;
 pub use toc::{
-    Child, Chunk, ChunkSource, Directory, FileContent, Mtime, Node, NodeId, NodeKind, Toc, Unit,
-    Xattr,
+    Child, Chunk, ChunkSource, Directory, EntryError, FileContent, Limits, Mtime, Node, NodeId,
+    NodeKind, Toc, TocError, TocTrust, Unit, UntrustedToc, Xattr, read_toc, read_toc_json,
 };

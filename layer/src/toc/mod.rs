@@ -6,14 +6,27 @@
 //! as such, landmarks are gone, and parents that the TOC left out exist with
 //! mode 0755 and owner root.
 
+mod build;
+mod error;
+mod json;
+mod names;
+mod read;
+mod time;
+mod tree;
+mod units;
+mod xattrs;
+
 use std::ops::Range;
 
 use sluice_oci::Digest;
 
 use crate::Format;
 
+pub use error::{EntryError, TocError};
+pub use read::{Limits, TocTrust, UntrustedToc, read_toc, read_toc_json};
+
 /// Index of a [`Node`] within its [`Toc`]. The root is [`NodeId::ROOT`]; a
-/// directory always precedes what it contains.
+/// directory precedes its subdirectories.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NodeId(pub(crate) u32);
 
@@ -45,8 +58,8 @@ impl Toc {
         self.format
     }
 
-    /// All inodes; [`NodeId::ROOT`] first. A hard link is not a node but a
-    /// second [`Child`] that names the same one.
+    /// All inodes; [`NodeId::ROOT`] first, each named at least once. A hard
+    /// link is not a node but a second [`Child`] that names the same one.
     pub fn nodes(&self) -> &[Node] {
         &self.nodes
     }
@@ -85,13 +98,14 @@ pub struct Node {
     pub uid: u32,
     /// Group.
     pub gid: u32,
-    /// Time of last modification.
+    /// Time of last modification, between 1970 and 2262.
     pub mtime: Mtime,
     /// Link count as `stat` reports it: names of a file, or 2 and the number
     /// of subdirectories.
     pub links: u32,
-    /// Extended attributes, sorted by name, each name once. No `*.overlay.*`
-    /// attribute is among them: opaque directories say so in [`Directory`].
+    /// Extended attributes, sorted by name, each name once, at most 128 KiB
+    /// together. No `trusted.*` and no `*.overlay.*` attribute is among them:
+    /// opaque directories say so in [`Directory`].
     pub xattrs: Box<[Xattr]>,
 }
 
@@ -107,9 +121,10 @@ pub struct Mtime {
 /// An extended attribute.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Xattr {
-    /// Full name, for example `security.capability`. At most 255 bytes.
+    /// Full name, for example `security.capability`. At most 255 bytes,
+    /// without NUL.
     pub name: Box<[u8]>,
-    /// Value. At most 64 KiB.
+    /// Value. At most 65,535 bytes.
     pub value: Box<[u8]>,
 }
 
@@ -194,7 +209,7 @@ pub enum ChunkSource {
 pub struct Unit {
     /// Offset of its first byte in the blob.
     pub offset: u64,
-    /// Upper bound of its compressed size: where the next unit or the TOC
-    /// begins.
+    /// Upper bound of its compressed size: the next unit or the TOC begins
+    /// here, or its chunks cannot take more.
     pub size: u64,
 }

@@ -1,0 +1,418 @@
+//! From a TOC's entries to the tree, as if they were unpacked one after the
+//! other: where a name comes twice the last wins, directories merge.
+//!
+//! Whatever an ordinary unpacking might see otherwise (a path through a
+//! symbolic link, a `..`) is refused, so that the layer gets unpacked instead.
+
+use std::ops::Range;
+
+use sluice_oci::Digest;
+
+use super::error::{EntryError, TocError, printable};
+use super::json::{Entry, for_each_entry};
+use super::names::{self, MAX_PATH, Place};
+use super::tree::{Attributes, EntryAt, Tree};
+use super::xattrs::{self, Owner};
+use super::{Chunk, ChunkSource, Directory, FileContent, Limits, Node, NodeId, NodeKind};
+use super::{Mtime, Toc, Unit, time, units};
+use crate::Format;
+
+/// Largest device numbers that Linux has.
+const MAX_MAJOR: u32 = (1 << 12) - 1;
+const MAX_MINOR: u32 = (1 << 20) - 1;
+
+/// Builds the tree that `json` describes, of a blob whose chunks end at
+/// `chunks_end`.
+pub(super) fn build(
+    format: Format,
+    chunks_end: u64,
+    json: &[u8],
+    limits: &Limits,
+) -> Result<Toc, TocError> {
+    let mut builder = Builder {
+        limits,
+        chunks_end,
+        tree: Tree::new(limits.max_entries),
+        chunks: Vec::new(),
+        boundaries: Vec::new(),
+        file: None,
+        landmark: None,
+        first_offset: u64::MAX,
+        layer_bytes: 0,
+    };
+    let mut index = 0;
+    for_each_entry(json, &mut |entry| {
+        if index >= limits.max_entries {
+            return Err(TocError::TooManyEntries {
+                limit: limits.max_entries,
+            });
+        }
+        builder.add(index, &entry)?;
+        index += 1;
+        Ok(())
+    })?;
+    builder.finish(format)
+}
+
+fn located(index: usize, name: &[u8], reason: EntryError) -> TocError {
+    TocError::Entry {
+        index,
+        name: printable(name),
+        reason,
+    }
+}
+
+fn entry_at(index: usize, entry: &Entry<'_>) -> EntryAt {
+    EntryAt {
+        index,
+        name: (*entry.name).into(),
+    }
+}
+
+struct Builder<'l> {
+    limits: &'l Limits,
+    chunks_end: u64,
+    tree: Tree,
+    chunks: Vec<Chunk>,
+    /// Where units begin or end.
+    boundaries: Vec<u64>,
+    /// The file whose chunks are being read.
+    file: Option<OpenFile>,
+    /// Offset of the prefetch landmark.
+    landmark: Option<u64>,
+    /// Least offset of any file's chunk.
+    first_offset: u64,
+    layer_bytes: u64,
+}
+
+/// The regular file that the next chunk entry belongs to.
+struct OpenFile {
+    entry: EntryAt,
+    /// None for a landmark, which has chunks but is no part of the tree.
+    node: Option<u32>,
+    size: u64,
+    chunks: Range<u32>,
+    /// Where in the file the next chunk is due.
+    next: u64,
+}
+
+impl Builder<'_> {
+    fn add(&mut self, index: usize, entry: &Entry<'_>) -> Result<(), TocError> {
+        if &*entry.kind == b"chunk" {
+            return self
+                .add_chunk(entry)
+                .map_err(|reason| located(index, &entry.name, reason));
+        }
+        self.close_file()?;
+        self.add_named(index, entry)
+            .map_err(|reason| located(index, &entry.name, reason))
+    }
+
+    fn add_named(&mut self, index: usize, entry: &Entry<'_>) -> Result<(), EntryError> {
+        let name = names::clean(&entry.name)?;
+        let place = names::place(&name)?;
+        let is_file = &*entry.kind == b"reg";
+        let node = match place {
+            Place::Name { directory, base } => {
+                let parent = self.tree.directory(directory)?;
+                if &*entry.kind == b"hardlink" {
+                    return self.add_link(index, entry, parent, base);
+                }
+                Some(self.tree.insert(parent, base, node(entry)?)?)
+            }
+            Place::Root => {
+                // Unpacking leaves the root as it is; the time alone is kept,
+                // for there is none better.
+                if &*entry.kind != b"dir" {
+                    return Err(EntryError::RootNotADirectory);
+                }
+                self.tree.root_mut().mtime = node(entry)?.mtime;
+                None
+            }
+            Place::Whiteout { directory, base } => {
+                let parent = self.tree.directory(directory)?;
+                let whiteout = Node {
+                    kind: NodeKind::CharDevice { major: 0, minor: 0 },
+                    mode: 0,
+                    uid: id("uid", entry.uid)?,
+                    gid: id("gid", entry.gid)?,
+                    mtime: mtime(entry)?,
+                    links: 0,
+                    xattrs: Box::default(),
+                };
+                self.tree.insert_whiteout(parent, base, whiteout)?;
+                None
+            }
+            Place::Opaque { directory } => {
+                let directory = self.tree.directory(directory)?;
+                self.tree.set_opaque(directory);
+                None
+            }
+            Place::PrefetchLandmark | Place::NoPrefetchLandmark => None,
+        };
+        if is_file {
+            let at_landmark = self.boundaries.len();
+            self.open_file(index, entry, node)?;
+            if place == Place::PrefetchLandmark {
+                self.landmark = self.boundaries.get(at_landmark).copied();
+            }
+        }
+        Ok(())
+    }
+
+    fn add_link(
+        &mut self,
+        index: usize,
+        entry: &Entry<'_>,
+        parent: u32,
+        base: &[u8],
+    ) -> Result<(), EntryError> {
+        let target = names::clean(&entry.link_name)?;
+        let attributes = Attributes {
+            mode: mode(entry)?,
+            uid: id("uid", entry.uid)?,
+            gid: id("gid", entry.gid)?,
+            mtime: mtime(entry)?,
+            xattrs: xattrs::parse(&entry.xattrs.0, Owner::Regular)?,
+        };
+        self.tree
+            .insert_link(parent, base, &target, attributes, entry_at(index, entry))
+    }
+
+    fn open_file(
+        &mut self,
+        index: usize,
+        entry: &Entry<'_>,
+        node: Option<u32>,
+    ) -> Result<(), EntryError> {
+        let size = unsigned("size", entry.size)?;
+        self.layer_bytes = self.layer_bytes.saturating_add(size);
+        if self.layer_bytes > self.limits.max_layer_bytes {
+            return Err(EntryError::LayerTooLarge {
+                limit: self.limits.max_layer_bytes,
+            });
+        }
+        let start = self.chunks.len() as u32;
+        self.file = Some(OpenFile {
+            entry: entry_at(index, entry),
+            node,
+            size,
+            chunks: start..start,
+            next: 0,
+        });
+        if size > 0 {
+            self.add_chunk(entry)?;
+        }
+        // Where containers/storage says that the file's last unit ends.
+        if entry.end_offset != 0 {
+            self.boundaries
+                .push(unsigned("endOffset", entry.end_offset)?.min(self.chunks_end));
+        }
+        Ok(())
+    }
+
+    /// Adds a chunk to the open file. The first is described on the file's
+    /// own entry.
+    fn add_chunk(&mut self, entry: &Entry<'_>) -> Result<(), EntryError> {
+        let file = self.file.as_mut().ok_or(EntryError::ChunkWithoutFile)?;
+        let file_offset = unsigned("chunkOffset", entry.chunk_offset)?;
+        if file_offset != file.next {
+            return Err(EntryError::ChunkGap {
+                expected: file.next,
+                actual: file_offset,
+            });
+        }
+        let rest = file.size - file.next;
+        let size = match unsigned("chunkSize", entry.chunk_size)? {
+            0 => rest,
+            size => size,
+        };
+        if size == 0 || size > rest {
+            return Err(EntryError::ChunkSize {
+                offset: file_offset,
+                size: file.size,
+            });
+        }
+        let digest = if !entry.chunk_digest.is_empty() {
+            digest(&entry.chunk_digest)?
+        } else if size == file.size && !entry.digest.is_empty() {
+            digest(&entry.digest)?
+        } else {
+            return Err(EntryError::DigestMissing);
+        };
+        let offset = unsigned("offset", entry.offset)?;
+        let inner_offset = unsigned("innerOffset", entry.inner_offset)?;
+        let source = match &*entry.chunk_type {
+            b"" => {
+                if offset >= self.chunks_end {
+                    return Err(EntryError::OutsideBlob {
+                        offset,
+                        end: self.chunks_end,
+                    });
+                }
+                let decoded = inner_offset.saturating_add(size);
+                if decoded > self.limits.max_unit_bytes {
+                    return Err(EntryError::UnitTooLarge {
+                        offset: file_offset,
+                        size: decoded,
+                        limit: self.limits.max_unit_bytes,
+                    });
+                }
+                if file.node.is_some() {
+                    self.first_offset = self.first_offset.min(offset);
+                }
+                let unit = Unit { offset, size: 0 };
+                ChunkSource::Blob { unit, inner_offset }
+            }
+            b"zeros" => ChunkSource::Zeros,
+            other => return Err(EntryError::ChunkType(printable(other))),
+        };
+        self.boundaries.push(offset.min(self.chunks_end));
+        file.next += size;
+        file.chunks.end += 1;
+        self.chunks.push(Chunk {
+            file_offset,
+            size,
+            digest,
+            source,
+        });
+        Ok(())
+    }
+
+    /// Checks that the open file's chunks are all there.
+    fn close_file(&mut self) -> Result<(), TocError> {
+        let Some(file) = self.file.take() else {
+            return Ok(());
+        };
+        if file.next != file.size {
+            let reason = EntryError::ChunksShort {
+                end: file.next,
+                size: file.size,
+            };
+            return Err(located(file.entry.index, &file.entry.name, reason));
+        }
+        if let Some(node) = file.node {
+            self.tree.node_mut(node).kind = NodeKind::Regular(FileContent {
+                size: file.size,
+                chunks: file.chunks,
+            });
+        }
+        Ok(())
+    }
+
+    fn finish(mut self, format: Format) -> Result<Toc, TocError> {
+        self.close_file()?;
+        units::assign(&mut self.chunks, self.boundaries, self.chunks_end)?;
+        let nodes = self
+            .tree
+            .finish(&mut self.chunks)
+            .map_err(|(at, reason)| located(at.index, &at.name, reason))?;
+        self.chunks.shrink_to_fit();
+        Ok(Toc {
+            format,
+            nodes,
+            chunks: self.chunks,
+            prefetch_end: self.landmark.filter(|end| self.first_offset < *end),
+            toc_offset: self.chunks_end,
+        })
+    }
+}
+
+/// The inode that an entry describes; a file's content comes later.
+fn node(entry: &Entry<'_>) -> Result<Node, EntryError> {
+    let (kind, owner) = match &*entry.kind {
+        b"dir" => {
+            let directory = Directory {
+                parent: NodeId::ROOT,
+                children: Vec::new(),
+                opaque: false,
+            };
+            (NodeKind::Directory(directory), Owner::Directory)
+        }
+        b"reg" => {
+            let content = FileContent {
+                size: 0,
+                chunks: 0..0,
+            };
+            (NodeKind::Regular(content), Owner::Regular)
+        }
+        b"symlink" => (NodeKind::Symlink(symlink_target(entry)?), Owner::Other),
+        b"char" => {
+            let (major, minor) = device(entry)?;
+            (NodeKind::CharDevice { major, minor }, Owner::Other)
+        }
+        b"block" => {
+            let (major, minor) = device(entry)?;
+            (NodeKind::BlockDevice { major, minor }, Owner::Other)
+        }
+        b"fifo" => (NodeKind::Fifo, Owner::Other),
+        other => return Err(EntryError::UnknownType(printable(other))),
+    };
+    let is_symlink = matches!(kind, NodeKind::Symlink(_));
+    Ok(Node {
+        kind,
+        // Linux has no other for a symbolic link.
+        mode: if is_symlink { 0o777 } else { mode(entry)? },
+        uid: id("uid", entry.uid)?,
+        gid: id("gid", entry.gid)?,
+        mtime: mtime(entry)?,
+        links: 0,
+        xattrs: xattrs::parse(&entry.xattrs.0, owner)?,
+    })
+}
+
+fn symlink_target(entry: &Entry<'_>) -> Result<Box<[u8]>, EntryError> {
+    let target = &*entry.link_name;
+    if target.is_empty() {
+        return Err(EntryError::SymlinkEmpty);
+    }
+    if target.len() > MAX_PATH || target.contains(&0) {
+        return Err(EntryError::SymlinkTarget);
+    }
+    Ok(target.into())
+}
+
+fn device(entry: &Entry<'_>) -> Result<(u32, u32), EntryError> {
+    let number = |field, value, most| {
+        u32::try_from(value)
+            .ok()
+            .filter(|number| *number <= most)
+            .ok_or(EntryError::OutOfRange { field, value })
+    };
+    Ok((
+        number("devMajor", entry.dev_major, MAX_MAJOR)?,
+        number("devMinor", entry.dev_minor, MAX_MINOR)?,
+    ))
+}
+
+/// Permission bits; tars carry the file's type in the same number.
+fn mode(entry: &Entry<'_>) -> Result<u16, EntryError> {
+    Ok((unsigned("mode", entry.mode)? & 0o7777) as u16)
+}
+
+/// A user or group; all ones means "nobody in particular" to Linux.
+fn id(field: &'static str, value: i64) -> Result<u32, EntryError> {
+    u32::try_from(value)
+        .ok()
+        .filter(|id| *id != u32::MAX)
+        .ok_or(EntryError::OutOfRange { field, value })
+}
+
+fn mtime(entry: &Entry<'_>) -> Result<Mtime, EntryError> {
+    let text = &*entry.mod_time;
+    if text.is_empty() {
+        return Ok(Mtime::default());
+    }
+    time::parse(text).ok_or_else(|| EntryError::Time(printable(text)))
+}
+
+fn unsigned(field: &'static str, value: i64) -> Result<u64, EntryError> {
+    u64::try_from(value).map_err(|_| EntryError::OutOfRange { field, value })
+}
+
+fn digest(text: &[u8]) -> Result<Digest, EntryError> {
+    std::str::from_utf8(text)
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .ok_or_else(|| EntryError::Digest(printable(text)))
+}
