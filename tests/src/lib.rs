@@ -1,1 +1,25 @@
 //! End-to-end and conformance tests with one shared harness.
+//!
+//! The harness runs the real parts, each under its own directory and on its
+//! own address: containerd, a registry, the snapshotter, runc, the link
+//! between them. Only faults are faked, by a proxy in front of the registry.
+//! Everything belongs to a [`Scratch`], which takes it all down again, also
+//! when a test panics or the process is interrupted.
+
+pub mod command;
+pub mod containerd;
+pub mod daemon;
+pub mod image;
+pub mod link;
+pub mod programs;
+pub mod proxy;
+pub mod registry;
+pub mod scratch;
+pub mod tools;
+pub mod tree;
+
+pub use containerd::Containerd;
+pub use daemon::Daemon;
+pub use link::Link;
+pub use registry::Registry;
+pub use scratch::{Process, Scratch};

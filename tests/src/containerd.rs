@@ -1,0 +1,179 @@
+//! A containerd of one's own: Debian's, under its own root and socket.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use anyhow::{Result, bail};
+
+use crate::command::{attempt, run, text, wait_for};
+use crate::daemon::Daemon;
+use crate::scratch::{Process, Scratch};
+
+/// The namespace that the harness works in.
+pub const NAMESPACE: &str = "sluice-tests";
+
+/// A running containerd.
+pub struct Containerd {
+    dir: PathBuf,
+    socket: PathBuf,
+    process: Process,
+    scratch: Scratch,
+    mounts: AtomicU32,
+}
+
+impl Containerd {
+    /// Without any snapshotter but its own.
+    pub fn start(scratch: &Scratch) -> Result<Self> {
+        Self::start_with(scratch, &[])
+    }
+
+    /// With daemons as proxy snapshotters, each under a name.
+    pub fn start_with(scratch: &Scratch, snapshotters: &[(&str, &Daemon)]) -> Result<Self> {
+        let dir = scratch.fresh_dir("containerd")?;
+        let socket = dir.join("containerd.sock");
+        let mut config = format!(
+            "version = 2\n\
+             root = \"{root}\"\n\
+             state = \"{state}\"\n\
+             disabled_plugins = [\"io.containerd.grpc.v1.cri\", \"io.containerd.internal.v1.opt\", \
+             \"io.containerd.tracing.processor.v1.otlp\", \"io.containerd.internal.v1.tracing\"]\n\
+             [grpc]\naddress = \"{socket}\"\n\
+             [proxy_plugins]\n",
+            root = dir.join("root").display(),
+            state = dir.join("state").display(),
+            socket = socket.display(),
+        );
+        for (name, daemon) in snapshotters {
+            config += &format!(
+                "[proxy_plugins.{name}]\ntype = \"snapshot\"\naddress = \"{}\"\n",
+                daemon.socket().display()
+            );
+        }
+        let config_file = dir.join("config.toml");
+        fs::write(&config_file, config)?;
+        let mut command = Command::new("containerd");
+        command.arg("--config").arg(&config_file);
+        let name = dir.file_name().unwrap_or_default().to_string_lossy();
+        let process = scratch.spawn(&name, command)?;
+        let containerd = Self {
+            dir,
+            socket,
+            process,
+            scratch: scratch.clone(),
+            mounts: AtomicU32::new(0),
+        };
+        wait_for("containerd", || {
+            if !containerd.process.is_running() {
+                bail!("containerd ended: {}", containerd.process.log());
+            }
+            let answer = attempt(containerd.ctr().arg("version"))?;
+            Ok(answer.status.success().then_some(()))
+        })?;
+        Ok(containerd)
+    }
+
+    /// Its gRPC socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Its own directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The process.
+    pub fn process(&self) -> &Process {
+        &self.process
+    }
+
+    /// A `ctr` command towards it.
+    pub fn ctr(&self) -> Command {
+        let mut command = Command::new("ctr");
+        command
+            .arg("--address")
+            .arg(&self.socket)
+            .args(["--namespace", NAMESPACE]);
+        command
+    }
+
+    /// Runs a `ctr` command and returns what it wrote.
+    pub fn ctr_text(&self, arguments: &[&str]) -> Result<String> {
+        text(self.ctr().args(arguments))
+    }
+
+    /// An ordinary pull, unpacked by a snapshotter.
+    pub fn pull(&self, reference: &str, snapshotter: &str) -> Result<()> {
+        run(self.ctr().args([
+            "images",
+            "pull",
+            "--plain-http",
+            "--snapshotter",
+            snapshotter,
+            reference,
+        ]))?;
+        Ok(())
+    }
+
+    /// A lazy pull, by the command of the product.
+    pub fn lazy_pull(&self, reference: &str) -> Result<()> {
+        run(&mut self.lazy_pull_command(reference)?)?;
+        Ok(())
+    }
+
+    /// The command of [`Self::lazy_pull`].
+    pub fn lazy_pull_command(&self, reference: &str) -> Result<Command> {
+        let mut command = crate::programs::sluice_command()?;
+        command
+            .args(["pull", "--plain-http"])
+            .arg("--containerd")
+            .arg(&self.socket)
+            .args(["--namespace", NAMESPACE])
+            .arg(reference);
+        Ok(command)
+    }
+
+    /// Mounts a pulled image, read-only, and returns where.
+    pub fn mount(&self, reference: &str, snapshotter: &str) -> Result<PathBuf> {
+        let number = self.mounts.fetch_add(1, Ordering::Relaxed);
+        let dir = self.scratch.dir(&format!("image-{number}-{snapshotter}"))?;
+        run(self
+            .ctr()
+            .args(["images", "mount", "--snapshotter", snapshotter, reference])
+            .arg(&dir))?;
+        Ok(dir)
+    }
+
+    /// Unmounts what [`Self::mount`] mounted.
+    pub fn unmount(&self, dir: &Path) -> Result<()> {
+        run(self.ctr().args(["images", "unmount", "--rm"]).arg(dir))?;
+        Ok(())
+    }
+
+    /// The command that runs a program in a new container, in the foreground.
+    pub fn run_command(
+        &self,
+        snapshotter: &str,
+        reference: &str,
+        id: &str,
+        program: &[&str],
+    ) -> Command {
+        let mut command = self.ctr();
+        command
+            .args(["run", "--rm", "--snapshotter", snapshotter, reference, id])
+            .args(program);
+        command
+    }
+
+    /// Removes every image and waits until nothing of them is left, so that
+    /// the next pull starts from nothing.
+    pub fn forget_images(&self) -> Result<()> {
+        let images = self.ctr_text(&["images", "list", "--quiet"])?;
+        for image in images.lines() {
+            self.ctr_text(&["images", "remove", "--sync", image])?;
+        }
+        Ok(())
+    }
+}

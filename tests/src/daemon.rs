@@ -1,0 +1,141 @@
+//! The daemon under test, `sluice-snapshotter serve`.
+
+use std::fs;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Result, bail};
+
+use crate::command::wait_for;
+use crate::scratch::{Process, Scratch};
+
+/// How layers are mounted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// By the kernel's EROFS over one file a layer.
+    Erofs,
+    /// As a tree served through FUSE.
+    Fuse,
+}
+
+impl Mode {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Erofs, Self::Fuse];
+
+    /// As the configuration and `--mode` spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Erofs => "erofs",
+            Self::Fuse => "fuse",
+        }
+    }
+}
+
+/// What differs between one daemon and another.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// The mount mode, or what the probe finds.
+    pub mode: Option<Mode>,
+    /// Registries spoken to without TLS, beyond loopback.
+    pub plain_http: Vec<String>,
+    /// More lines of TOML, after everything else.
+    pub more: String,
+}
+
+/// A daemon with its own root and socket.
+pub struct Daemon {
+    scratch: Scratch,
+    dir: PathBuf,
+    process: Process,
+}
+
+impl Daemon {
+    /// Starts one and waits until it answers.
+    pub fn start(scratch: &Scratch, options: &Options) -> Result<Self> {
+        let dir = scratch.fresh_dir("sluice")?;
+        fs::write(dir.join("config.toml"), config(&dir, options))?;
+        let process = launch(scratch, &dir, Self::command(&dir)?)?;
+        Ok(Self {
+            scratch: scratch.clone(),
+            dir,
+            process,
+        })
+    }
+
+    /// The command that starts the daemon whose files are in `dir`.
+    fn command(dir: &Path) -> Result<Command> {
+        let mut command = Command::new(crate::programs::snapshotter()?);
+        command
+            .arg("serve")
+            .arg("--config")
+            .arg(dir.join("config.toml"))
+            .env("DOCKER_CONFIG", "/nonexistent");
+        Ok(command)
+    }
+
+    /// The gRPC socket.
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join("snapshotter.sock")
+    }
+
+    /// Its root directory.
+    pub fn root(&self) -> PathBuf {
+        self.dir.join("root")
+    }
+
+    /// The process.
+    pub fn process(&self) -> &Process {
+        &self.process
+    }
+
+    /// Everything that it has logged, over all its lives.
+    pub fn log(&self) -> String {
+        self.process.log()
+    }
+
+    /// Ends it in good order.
+    pub fn stop(&self) -> Result<()> {
+        let status = self.process.stop()?;
+        if !status.success() {
+            bail!("the daemon ended with {status}: {}", self.log());
+        }
+        Ok(())
+    }
+
+    /// Starts it again after [`Self::stop`] or a kill.
+    pub fn start_again(&mut self) -> Result<()> {
+        self.process = launch(&self.scratch, &self.dir, Self::command(&self.dir)?)?;
+        Ok(())
+    }
+}
+
+fn config(dir: &Path, options: &Options) -> String {
+    let hosts: Vec<_> = options
+        .plain_http
+        .iter()
+        .map(|host| format!("{host:?}"))
+        .collect();
+    let mut text = format!(
+        "root = {:?}\naddress = {:?}\n[registry]\nplain_http = [{}]\n",
+        dir.join("root"),
+        dir.join("snapshotter.sock"),
+        hosts.join(", "),
+    );
+    if let Some(mode) = options.mode {
+        text += &format!("[mount]\nmode = {:?}\n", mode.name());
+    }
+    text + &options.more
+}
+
+fn launch(scratch: &Scratch, dir: &Path, command: Command) -> Result<Process> {
+    let name = dir.file_name().unwrap_or_default().to_string_lossy();
+    let process = scratch.spawn(&name, command)?;
+    wait_for("sluice-snapshotter", || {
+        if !process.is_running() {
+            bail!("sluice-snapshotter ended: {}", process.log());
+        }
+        Ok(UnixStream::connect(dir.join("snapshotter.sock")).ok())
+    })?;
+    Ok(process)
+}

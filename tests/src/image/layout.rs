@@ -1,0 +1,165 @@
+//! Writing OCI layouts.
+
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+use serde_json::json;
+use sluice_oci::{Descriptor, Digest, Hasher, Index, Manifest, media_type};
+
+/// How a layer is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Compression {
+    /// As it is.
+    None,
+    /// As most builders do.
+    Gzip,
+    /// One Zstandard frame.
+    Zstd,
+}
+
+/// An OCI layout while it is written.
+pub struct LayoutWriter {
+    dir: PathBuf,
+    layers: Vec<Descriptor>,
+    diff_ids: Vec<Digest>,
+}
+
+impl LayoutWriter {
+    /// In a new directory.
+    pub fn new(dir: &Path) -> Result<Self> {
+        fs::create_dir_all(dir.join("blobs/sha256"))
+            .with_context(|| format!("cannot make {}", dir.display()))?;
+        fs::write(dir.join("oci-layout"), br#"{"imageLayoutVersion":"1.0.0"}"#)?;
+        Ok(Self {
+            dir: dir.to_owned(),
+            layers: Vec::new(),
+            diff_ids: Vec::new(),
+        })
+    }
+
+    /// Adds a layer on top; `write` writes its tar.
+    pub fn layer(
+        &mut self,
+        compression: Compression,
+        write: impl FnOnce(&mut dyn Write) -> Result<()>,
+    ) -> Result<()> {
+        let draft = self.dir.join("draft");
+        let file = Hashing::new(BufWriter::with_capacity(1 << 20, File::create(&draft)?));
+        let (media, file, diff_id) = match compression {
+            Compression::None => {
+                let mut tar = Hashing::new(file);
+                write(&mut tar)?;
+                (media_type::OCI_LAYER, tar.inner, tar.hasher)
+            }
+            Compression::Gzip => {
+                let gzip = flate2::write::GzEncoder::new(file, flate2::Compression::new(6));
+                let mut tar = Hashing::new(gzip);
+                write(&mut tar)?;
+                (media_type::OCI_LAYER_GZIP, tar.inner.finish()?, tar.hasher)
+            }
+            Compression::Zstd => {
+                let mut tar = Hashing::new(zstd::Encoder::new(file, 3)?);
+                write(&mut tar)?;
+                (media_type::OCI_LAYER_ZSTD, tar.inner.finish()?, tar.hasher)
+            }
+        };
+        let size = file.count;
+        let digest = file.hasher.finish();
+        file.inner
+            .into_inner()
+            .map_err(io::IntoInnerError::into_error)?;
+        fs::rename(&draft, self.blob(digest))?;
+        self.layers.push(Descriptor::new(media, digest, size));
+        self.diff_ids.push(diff_id.finish());
+        Ok(())
+    }
+
+    /// Writes configuration, manifest and index under a tag.
+    pub fn finish(self, tag: &str, command: &[&str]) -> Result<()> {
+        let architecture = match std::env::consts::ARCH {
+            "x86_64" => "amd64",
+            "aarch64" => "arm64",
+            other => other,
+        };
+        let history: Vec<_> = (self.layers.iter())
+            .map(|_| json!({"created": "2020-01-01T00:00:00Z", "created_by": "test harness"}))
+            .collect();
+        let config = json!({
+            "created": "2020-01-01T00:00:00Z",
+            "architecture": architecture,
+            "os": "linux",
+            "config": {
+                "Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
+                "Cmd": command,
+            },
+            "rootfs": {"type": "layers", "diff_ids": self.diff_ids},
+            "history": history,
+        });
+        let config = self.document(media_type::OCI_CONFIG, &serde_json::to_vec(&config)?)?;
+        let manifest = json!({
+            "schemaVersion": 2,
+            "mediaType": media_type::OCI_MANIFEST,
+            "config": config,
+            "layers": self.layers,
+        });
+        let mut manifest =
+            self.document(media_type::OCI_MANIFEST, &serde_json::to_vec(&manifest)?)?;
+        let key = "org.opencontainers.image.ref.name".to_owned();
+        manifest.annotations.insert(key, tag.to_owned());
+        let index = json!({"schemaVersion": 2, "manifests": [manifest]});
+        fs::write(self.dir.join("index.json"), serde_json::to_vec(&index)?)?;
+        Ok(())
+    }
+
+    fn document(&self, media: &str, bytes: &[u8]) -> Result<Descriptor> {
+        let digest = Digest::of(bytes);
+        fs::write(self.blob(digest), bytes)?;
+        Ok(Descriptor::new(media, digest, bytes.len() as u64))
+    }
+
+    fn blob(&self, digest: Digest) -> PathBuf {
+        self.dir.join("blobs/sha256").join(digest.hex())
+    }
+}
+
+/// The manifest of a layout's only image.
+pub fn read_manifest(layout: &Path) -> Result<Manifest> {
+    let read =
+        |path: PathBuf| fs::read(&path).with_context(|| format!("cannot read {}", path.display()));
+    let index: Index = serde_json::from_slice(&read(layout.join("index.json"))?)?;
+    let manifest = index.manifests.first().context("the layout is empty")?;
+    let blob = layout.join("blobs/sha256").join(manifest.digest.hex());
+    Ok(serde_json::from_slice(&read(blob)?)?)
+}
+
+/// Digests and counts what passes through.
+struct Hashing<W> {
+    inner: W,
+    hasher: Hasher,
+    count: u64,
+}
+
+impl<W: Write> Hashing<W> {
+    fn new(inner: W) -> Self {
+        Self {
+            inner,
+            hasher: Hasher::new(),
+            count: 0,
+        }
+    }
+}
+
+impl<W: Write> Write for Hashing<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = self.inner.write(bytes)?;
+        self.hasher.update(&bytes[..count]);
+        self.count += count as u64;
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
+}

@@ -1,0 +1,72 @@
+//! Images to test with, as OCI layouts that are kept between runs.
+
+mod debian;
+mod layout;
+mod synthetic;
+mod tarball;
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+
+pub use debian::{base, scientific};
+pub use layout::{Compression, LayoutWriter, read_manifest};
+pub use synthetic::{MANY_FILES, SPARSE_SIZE, odd, synthetic};
+pub use tarball::{Meta, Tarball};
+
+/// The one tag of every image made here.
+pub const TAG: &str = "latest";
+
+/// An image in an OCI layout, under [`TAG`].
+#[derive(Debug, Clone)]
+pub struct Image {
+    layout: PathBuf,
+}
+
+impl Image {
+    /// The layout's directory.
+    pub fn layout(&self) -> &Path {
+        &self.layout
+    }
+
+    /// As `sluice` takes it.
+    pub fn source(&self) -> String {
+        format!("oci:{}:{TAG}", self.layout.display())
+    }
+
+    /// Bytes of all its layers, compressed as they are.
+    pub fn layer_bytes(&self) -> Result<u64> {
+        let manifest = read_manifest(&self.layout)?;
+        Ok(manifest.layers.iter().map(|layer| layer.size).sum())
+    }
+
+    /// An image of the cache, built by `build` if it is not there. The name
+    /// changes whenever the recipe does.
+    fn cached(name: &str, recipe: &str, build: impl FnOnce(&Path) -> Result<()>) -> Result<Self> {
+        let recipe = sluice_oci::Digest::of(recipe.as_bytes()).hex();
+        let layout = crate::programs::cache_dir()?.join(format!("{name}-{}", &recipe[..12]));
+        once(&layout, build).with_context(|| format!("cannot make the image '{name}'"))?;
+        Ok(Self { layout })
+    }
+}
+
+/// Makes a file or directory once: `build` is given a draft's path, which is
+/// renamed when it is complete. Others who want the same thing wait.
+pub fn once(path: &Path, build: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let lock = File::create(path.with_extension("lock"))?;
+    lock.lock()?;
+    if path.exists() {
+        return Ok(());
+    }
+    let draft = path.with_extension("draft");
+    crate::scratch::unmount_below(&draft);
+    if draft.is_dir() {
+        fs::remove_dir_all(&draft)?;
+    } else if draft.exists() {
+        fs::remove_file(&draft)?;
+    }
+    build(&draft)?;
+    fs::rename(&draft, path)?;
+    Ok(())
+}

@@ -1,0 +1,144 @@
+//! A private registry: Debian's docker-registry.
+
+use std::fs;
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::command::{run, wait_for};
+use crate::link::Link;
+use crate::scratch::{Process, Scratch};
+
+/// The one account of a registry with a password.
+pub const USER: &str = "sluice";
+/// Its password.
+pub const PASSWORD: &str = "secret";
+/// The account as an htpasswd line (bcrypt is the only form it takes).
+const HTPASSWD: &str = "sluice:$2y$05$KaeO666nai22X9LEUuoBQ.suB0DifaRy9EllsFEUk3tguwuiQIKle\n";
+
+/// A running registry.
+pub struct Registry {
+    host: String,
+    storage: PathBuf,
+    process: Process,
+}
+
+impl Registry {
+    /// On loopback, open to everyone.
+    pub fn start(scratch: &Scratch) -> Result<Self> {
+        Self::start_on_loopback(scratch, false)
+    }
+
+    /// On loopback, for [`USER`] alone.
+    pub fn start_with_password(scratch: &Scratch) -> Result<Self> {
+        Self::start_on_loopback(scratch, true)
+    }
+
+    fn start_on_loopback(scratch: &Scratch, password: bool) -> Result<Self> {
+        // Another process may take the port between the two binds: try again.
+        let mut last = None;
+        for _ in 0..5 {
+            let port = free_port()?;
+            let start = Command::new("docker-registry");
+            match Self::start_at(scratch, start, Ipv4Addr::LOCALHOST, port, password) {
+                Ok(registry) => return Ok(registry),
+                Err(error) => last = Some(error),
+            }
+        }
+        Err(last.context("no attempt was made")?)
+    }
+
+    /// At the far end of a link.
+    pub fn start_behind(scratch: &Scratch, link: &Link) -> Result<Self> {
+        let start = link.far_command("docker-registry");
+        Self::start_at(scratch, start, link.far_address(), 5000, false)
+    }
+
+    fn start_at(
+        scratch: &Scratch,
+        mut command: Command,
+        address: Ipv4Addr,
+        port: u16,
+        password: bool,
+    ) -> Result<Self> {
+        let dir = scratch.fresh_dir("registry")?;
+        let storage = dir.join("storage");
+        let host = format!("{address}:{port}");
+        let mut config = format!(
+            "version: 0.1\n\
+             log: {{level: warn}}\n\
+             storage:\n  filesystem: {{rootdirectory: {}}}\n  delete: {{enabled: true}}\n\
+             http: {{addr: \"{host}\"}}\n",
+            storage.display()
+        );
+        if password {
+            let file = dir.join("htpasswd");
+            fs::write(&file, HTPASSWD)?;
+            config += &format!(
+                "auth:\n  htpasswd: {{realm: test, path: {}}}\n",
+                file.display()
+            );
+        }
+        let config_file = dir.join("config.yml");
+        fs::write(&config_file, config)?;
+        command.arg("serve").arg(&config_file);
+        let name = dir.file_name().unwrap_or_default().to_string_lossy();
+        let process = scratch.spawn(&name, command)?;
+        wait_for("the registry", || {
+            if !process.is_running() {
+                bail!("docker-registry ended: {}", process.log());
+            }
+            Ok(TcpStream::connect((address, port)).ok())
+        })?;
+        Ok(Self {
+            host,
+            storage,
+            process,
+        })
+    }
+
+    /// Host and port, as references name it.
+    pub fn host(&self) -> &str {
+        &self.host
+    }
+
+    /// A reference to an image of this registry.
+    pub fn reference(&self, image: &str) -> String {
+        format!("{}/{image}", self.host)
+    }
+
+    /// The process.
+    pub fn process(&self) -> &Process {
+        &self.process
+    }
+
+    /// The file that holds a blob or manifest, by digest `sha256:<hex>`.
+    pub fn blob_file(&self, digest: &str) -> PathBuf {
+        let hex = digest.strip_prefix("sha256:").unwrap_or(digest);
+        self.storage
+            .join("docker/registry/v2/blobs/sha256")
+            .join(&hex[..2])
+            .join(hex)
+            .join("data")
+    }
+
+    /// Pushes an image of an OCI layout as it is, without any tool under test.
+    pub fn push(&self, layout: &Path, tag: &str, image: &str) -> Result<String> {
+        let reference = self.reference(image);
+        run(Command::new("skopeo")
+            .args(["--insecure-policy", "copy", "--all", "--quiet"])
+            .arg("--dest-tls-verify=false")
+            .arg(format!("oci:{}:{tag}", layout.display()))
+            .arg(format!("docker://{reference}")))?;
+        Ok(reference)
+    }
+}
+
+/// A loopback port that was free a moment ago.
+pub fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?
+        .local_addr()?
+        .port())
+}

@@ -1,0 +1,64 @@
+//! Other people's tools, as references to compare with.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result};
+
+use crate::command::run;
+use crate::programs::cache_dir;
+
+/// stargz-snapshotter's `ctr-remote`, built from Debian's source package with
+/// Debian's Go, kept between runs.
+pub fn ctr_remote() -> Result<PathBuf> {
+    let program = cache_dir()?.join("ctr-remote");
+    crate::image::once(&program, |draft| {
+        go_build(
+            "github.com/containerd/stargz-snapshotter/cmd/ctr-remote",
+            draft,
+        )
+        .context("cannot build ctr-remote; `make deps` installs what it needs")
+    })?;
+    Ok(program)
+}
+
+/// Builds a program of Debian's Go library packages, or a file of one's own
+/// that uses them.
+pub fn go_build(package: &str, output: &Path) -> Result<()> {
+    // Debian's own Go, not a newer one that happens to come first in PATH:
+    // only that one still builds without modules.
+    run(Command::new("/usr/bin/go")
+        .args(["build", "-o"])
+        .arg(output)
+        .arg(package)
+        .env("GO111MODULE", "off")
+        .env("GOPATH", "/usr/share/gocode")
+        .env("GOFLAGS", "")
+        .env("GOCACHE", cache_dir()?.join("go-build")))?;
+    Ok(())
+}
+
+/// Copies an image of an OCI layout into a directory layout (`dir:`), its
+/// layers compressed anew as zstd:chunked by containers/storage, then into a
+/// registry.
+pub fn push_as_podman_zstd_chunked(
+    layout: &Path,
+    tag: &str,
+    work: &Path,
+    reference: &str,
+) -> Result<()> {
+    fs::create_dir_all(work)?;
+    let dir = format!("dir:{}", work.display());
+    run(Command::new("skopeo")
+        .args(["--insecure-policy", "copy", "--quiet"])
+        .args(["--dest-compress", "--dest-compress-format", "zstd:chunked"])
+        .arg(format!("oci:{}:{tag}", layout.display()))
+        .arg(&dir))?;
+    run(Command::new("skopeo")
+        .args(["--insecure-policy", "copy", "--quiet"])
+        .args(["--dest-tls-verify=false", "--preserve-digests"])
+        .arg(&dir)
+        .arg(format!("docker://{reference}")))?;
+    Ok(())
+}
