@@ -2,11 +2,9 @@
 //! are the callers', who know what a new try has to redo.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
-use futures_util::StreamExt as _;
 use http::header::{AUTHORIZATION, CONTENT_LENGTH, LOCATION};
 use http::{HeaderMap, HeaderValue, Method, StatusCode};
 use reqwest::{Response, Url};
@@ -19,7 +17,7 @@ use crate::error::{Context, Error, ErrorKind, printable};
 use crate::http_client::{HttpClient, broken_body, log_answer, no_answer};
 use crate::redirect::{Key, Redirects};
 use crate::retry::{Attempts, retry_after};
-use crate::upload::BlobSource;
+use crate::upload::{BlobSource, Metered, Progress};
 use crate::{Config, body};
 
 const MAX_REDIRECTS: usize = 8;
@@ -200,34 +198,35 @@ impl Transport {
         if let Some(authorization) = authorization {
             headers.insert(AUTHORIZATION, authorization.clone());
         }
-        let sent = Arc::new(AtomicU64::new(0));
-        let mut total = 0;
-        let mut body = None;
-        match &call.payload {
-            Payload::None => {}
-            Payload::Bytes(bytes) => body = Some(reqwest::Body::from(bytes.clone())),
-            Payload::Source { source, size } => {
-                headers.insert(CONTENT_LENGTH, HeaderValue::from(*size));
-                total = *size;
+        let progress = Arc::new(Progress::default());
+        let mut size = 0;
+        let body = match &call.payload {
+            Payload::None => None,
+            Payload::Bytes(bytes) => Some(reqwest::Body::from(bytes.clone())),
+            Payload::Source { source, size: all } => {
+                size = *all;
+                headers.insert(CONTENT_LENGTH, HeaderValue::from(size));
                 let stream = source
                     .open()
                     .await
                     .map_err(|error| call.context.error(ErrorKind::Source, error.to_string()))?;
-                let sent = Arc::clone(&sent);
-                body = Some(reqwest::Body::wrap_stream(stream.inspect(move |item| {
-                    if let Ok(bytes) = item {
-                        sent.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-                    }
-                })));
+                Some(reqwest::Body::wrap_stream(Metered {
+                    stream,
+                    size,
+                    progress: Arc::clone(&progress),
+                }))
             }
-        }
+        };
         let mut request = self.http.request(call.method.clone(), url.clone(), headers);
         if let Some(body) = body {
             request = request.body(body);
         }
-        let stalled = self.watch(&sent, total);
+        let stalled = self.watch(&progress, size);
         tokio::select! {
             answer = request.send() => {
+                if let Some(why) = progress.failure() {
+                    return Err(call.context.error(ErrorKind::Source, why));
+                }
                 let response = answer.map_err(|error| no_answer(call.context, url, error))?;
                 log_answer(&call.method, url, &response);
                 Ok(response)
@@ -241,18 +240,18 @@ impl Transport {
 
     /// Returns when neither a byte of the request was taken nor an answer
     /// came for too long.
-    async fn watch(&self, sent: &AtomicU64, total: u64) -> Duration {
+    async fn watch(&self, progress: &Progress, size: u64) -> Duration {
         // Connecting has its own bound.
         let patience = self.config.connect_timeout + self.config.stall_timeout;
         let mut before = 0;
         loop {
-            let limit = if total > 0 && before >= total {
+            let limit = if size > 0 && before >= size {
                 COMMIT_TIMEOUT
             } else {
                 patience
             };
             tokio::time::sleep(limit).await;
-            let now = sent.load(Ordering::Relaxed);
+            let now = progress.sent();
             if now == before {
                 return limit;
             }

@@ -13,6 +13,7 @@ use sluice_oci::{Digest, Reference};
 
 pub use self::chunked::ChunkedUpload;
 pub use self::source::BlobSource;
+pub(crate) use self::source::{Metered, Progress};
 use crate::Client;
 use crate::auth::Scope;
 use crate::client::{MAX_MANIFEST, claimed_digest, manifest_path};

@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use sluice_registry::{Client, Config, RetryPolicy};
 
-/// Settings with which failures come fast.
+/// Settings with short pauses, and time-outs that a loaded machine does not
+/// reach.
 pub fn config() -> Config {
     Config {
         retry: RetryPolicy {
@@ -19,12 +20,22 @@ pub fn config() -> Config {
             max_delay: Duration::from_millis(20),
             deadline: Duration::from_secs(30),
         },
-        connect_timeout: Duration::from_millis(500),
-        stall_timeout: Duration::from_millis(500),
+        connect_timeout: Duration::from_secs(20),
+        stall_timeout: Duration::from_secs(20),
         ..Config::default()
     }
 }
 
 pub fn client() -> Client {
     Client::new(config()).unwrap()
+}
+
+/// One for servers that say nothing.
+pub fn impatient_client() -> Client {
+    Client::new(Config {
+        connect_timeout: Duration::from_millis(500),
+        stall_timeout: Duration::from_millis(500),
+        ..config()
+    })
+    .unwrap()
 }
