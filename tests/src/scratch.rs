@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,9 @@ use rustix::process::{Pid, Signal, kill_process};
 
 /// How long a process may take to end after SIGTERM before it is killed.
 const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Whether a signal has asked this process to end.
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
 /// Every scratch directory of this process, for the way out.
 static LIVE: Mutex<Vec<Weak<Inner>>> = Mutex::new(Vec::new());
@@ -37,11 +41,16 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Scratch {
     /// A new, empty directory on a disk (`TMPDIR`, or `/var/tmp`).
     pub fn new() -> Result<Self> {
-        clean_on_the_way_out();
         let parent = std::env::var_os("TMPDIR").map_or_else(|| "/var/tmp".into(), PathBuf::from);
+        Self::new_in(&parent)
+    }
+
+    /// A new, empty directory in another.
+    pub fn new_in(parent: &Path) -> Result<Self> {
+        clean_on_the_way_out();
         let path = tempfile::Builder::new()
             .prefix("sluice-")
-            .tempdir_in(&parent)
+            .tempdir_in(parent)
             .with_context(|| format!("cannot make a directory in {}", parent.display()))?
             .keep();
         let inner = Arc::new(Inner {
@@ -321,6 +330,12 @@ pub fn mount_points(dir: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
+/// Whether the process is on its way out because of a signal: what fails now
+/// fails because its ground is taken away.
+pub fn interrupted() -> bool {
+    INTERRUPTED.load(Ordering::SeqCst)
+}
+
 /// Cleans every scratch directory of this process. Who comes second waits for
 /// the first.
 pub fn clean_all() {
@@ -367,6 +382,7 @@ fn clean_on_the_way_out() {
                     _ = terminate.recv() => {}
                     _ = hangup.recv() => {}
                 }
+                INTERRUPTED.store(true, Ordering::SeqCst);
                 eprintln!("interrupted: cleaning up");
                 clean_all();
                 std::process::exit(130);

@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 
+use crate::scratch::Scratch;
+
 pub use debian::{base, scientific};
 pub use layout::{Compression, LayoutWriter, read_manifest};
 pub use synthetic::{MANY_FILES, SPARSE_SIZE, odd, synthetic};
@@ -59,13 +61,9 @@ pub fn once(path: &Path, build: impl FnOnce(&Path) -> Result<()>) -> Result<()> 
     if path.exists() {
         return Ok(());
     }
-    let draft = path.with_extension("draft");
-    crate::scratch::unmount_below(&draft);
-    if draft.is_dir() {
-        fs::remove_dir_all(&draft)?;
-    } else if draft.exists() {
-        fs::remove_file(&draft)?;
-    }
+    let parent = path.parent().context("no directory to build in")?;
+    let scratch = Scratch::new_in(parent)?;
+    let draft = scratch.path().join("draft");
     build(&draft)?;
     fs::rename(&draft, path)?;
     Ok(())
