@@ -6,3 +6,5 @@ pub mod fuse;
 pub mod layer_dir;
 pub mod mount;
 pub mod service;
+#[cfg(test)]
+mod testing;

@@ -17,3 +17,6 @@ pub use error::Error;
 pub use image::{Attributes, Entries, Entry, Extent, FileType, Image, Ino, XattrRef, Xattrs};
 pub use write::{Summary, write_image};
 pub use xattr::XattrNamespace;
+
+#[cfg(test)]
+mod tests;
