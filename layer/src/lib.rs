@@ -10,6 +10,7 @@ mod decode;
 mod footer;
 mod format;
 mod toc;
+pub mod write;
 
 pub use annotations::LayerAnnotations;
 pub use decode::{DecodeError, VerifiedChunk, Wanted, decode_unit};
