@@ -2,9 +2,12 @@
 //! snapshots service in front of them.
 
 pub mod erofs;
+pub mod fetch;
 pub mod fuse;
 pub mod layer_dir;
 pub mod mount;
+#[cfg(test)]
+mod sample;
 pub mod service;
 #[cfg(test)]
 mod testing;

@@ -50,7 +50,12 @@ impl Placement {
     /// Offset in `data` of a regular file's first byte, a multiple of
     /// [`BLOCK_SIZE`]. 0 for anything without content.
     pub fn start(&self, file: NodeId) -> u64 {
-        self.starts[file.index()]
+        self.start_at(file.index())
+    }
+
+    /// The same for the file at a position in [`Toc::nodes`].
+    pub(super) fn start_at(&self, index: usize) -> u64 {
+        self.starts[index]
     }
 
     /// Size of `data` in bytes, a multiple of [`BLOCK_SIZE`].

@@ -1,0 +1,164 @@
+//! What all layers of the node share when they fetch.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use tokio::runtime::Handle;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+
+use super::{Admission, Link};
+
+/// How the node fetches.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Bytes of fetched, not yet decoded data in memory at once.
+    pub memory: u64,
+    /// Requests under way at once.
+    pub connections: u64,
+    /// How long a read waits for a registry that does not deliver before it
+    /// gets EIO.
+    pub deadline: Duration,
+    /// The first wait before a failed request is sent again; it doubles.
+    pub retry: Duration,
+    /// The longest such wait.
+    pub retry_limit: Duration,
+    /// The longest range of one on-demand request, in bytes.
+    pub longest_range: u64,
+    /// How far ahead of a sequential reader is fetched at most, in bytes.
+    pub read_ahead: u64,
+    /// Units decoded at once.
+    pub decoders: usize,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
+        Self {
+            memory: 64 << 20,
+            connections: 16,
+            deadline: Duration::from_secs(300),
+            retry: Duration::from_millis(100),
+            retry_limit: Duration::from_secs(5),
+            longest_range: 4 << 20,
+            read_ahead: 16 << 20,
+            decoders: cores,
+        }
+    }
+}
+
+/// The node's fetch engine. Clones are the same engine.
+#[derive(Debug, Clone)]
+pub struct Engine(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    runtime: Handle,
+    config: Config,
+    admission: Admission,
+    decoders: Arc<Semaphore>,
+    links: Mutex<HashMap<String, Arc<Link>>>,
+    demand: Demand,
+}
+
+/// Readers that wait now.
+#[derive(Debug)]
+struct Demand {
+    waiting: AtomicU64,
+    started: Instant,
+    /// Milliseconds from `started` to when the last reader stopped waiting.
+    last_end: AtomicU64,
+    none: Notify,
+}
+
+/// How long no reader may have waited before background work goes on.
+const IDLE: Duration = Duration::from_millis(50);
+
+impl Engine {
+    /// An engine with nothing to do, whose tasks run on `runtime`.
+    pub fn new(config: Config, runtime: Handle) -> Self {
+        Self(Arc::new(Shared {
+            runtime,
+            admission: Admission::new(config.memory, config.connections),
+            decoders: Arc::new(Semaphore::new(config.decoders.max(1))),
+            links: Mutex::default(),
+            demand: Demand {
+                waiting: AtomicU64::new(0),
+                started: Instant::now(),
+                last_end: AtomicU64::new(0),
+                none: Notify::new(),
+            },
+            config,
+        }))
+    }
+
+    /// Its configuration.
+    pub fn config(&self) -> &Config {
+        &self.0.config
+    }
+
+    /// Where its tasks run.
+    pub(super) fn runtime(&self) -> &Handle {
+        &self.0.runtime
+    }
+
+    /// Its budget.
+    pub fn admission(&self) -> &Admission {
+        &self.0.admission
+    }
+
+    /// What is known of the link to `host`.
+    pub(super) fn link(&self, host: &str) -> Arc<Link> {
+        let mut links = self.0.links.lock();
+        match links.get(host) {
+            Some(link) => Arc::clone(link),
+            None => Arc::clone(links.entry(host.to_owned()).or_default()),
+        }
+    }
+
+    /// Waits for a core to decode on.
+    pub(super) async fn decoder(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.0.decoders).acquire_owned().await.ok()
+    }
+
+    /// A reader waits until the guard is dropped.
+    pub(super) fn demand(&self) -> DemandGuard {
+        self.0.demand.waiting.fetch_add(1, Ordering::AcqRel);
+        DemandGuard(self.clone())
+    }
+
+    /// Returns when no reader has waited for a while.
+    pub(super) async fn idle(&self) {
+        let demand = &self.0.demand;
+        loop {
+            let none = demand.none.notified();
+            if demand.waiting.load(Ordering::Acquire) > 0 {
+                none.await;
+                continue;
+            }
+            let end = Duration::from_millis(demand.last_end.load(Ordering::Acquire));
+            let quiet = demand.started.elapsed().saturating_sub(end);
+            if end.is_zero() || quiet >= IDLE {
+                return;
+            }
+            tokio::time::sleep(IDLE.saturating_sub(quiet)).await;
+        }
+    }
+}
+
+/// While it lives, a reader waits.
+#[derive(Debug)]
+pub(super) struct DemandGuard(Engine);
+
+impl Drop for DemandGuard {
+    fn drop(&mut self) {
+        let demand = &self.0.0.demand;
+        let now = demand.started.elapsed().as_millis() as u64;
+        demand.last_end.store(now.max(1), Ordering::Release);
+        if demand.waiting.fetch_sub(1, Ordering::AcqRel) == 1 {
+            demand.none.notify_waiters();
+        }
+    }
+}

@@ -1,0 +1,139 @@
+//! One fetch in flight per unit, however many readers wait for it.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use sluice_layer::Unit;
+use tokio::sync::watch;
+
+use super::FetchError;
+
+type Outcome = Result<(), FetchError>;
+
+/// The units of one layer that are being fetched.
+#[derive(Debug, Clone, Default)]
+pub(super) struct InFlight(Arc<Mutex<HashMap<u64, watch::Receiver<Option<Outcome>>>>>);
+
+/// The duty to fetch a unit. Dropped unfinished, another may take it over.
+#[derive(Debug)]
+pub(super) struct Claim {
+    in_flight: InFlight,
+    unit: Unit,
+    outcome: watch::Sender<Option<Outcome>>,
+}
+
+/// Waits for a unit that somebody fetches.
+#[derive(Debug)]
+pub(super) struct Waiter(watch::Receiver<Option<Outcome>>);
+
+/// The fetch was given up before it came to an end.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Abandoned;
+
+impl InFlight {
+    /// For each unit that is not present: waits with whoever fetches it, and
+    /// takes on the duty where nobody does. `present` is asked under the lock,
+    /// so that a fetch that ends meanwhile is not repeated.
+    pub(super) fn join(
+        &self,
+        units: impl IntoIterator<Item = Unit>,
+        present: impl Fn(Unit) -> bool,
+    ) -> (Vec<Claim>, Vec<Waiter>) {
+        let mut claims = Vec::new();
+        let mut waiters = Vec::new();
+        let mut map = self.0.lock();
+        for unit in units {
+            if let Some(receiver) = map.get(&unit.offset) {
+                waiters.push(Waiter(receiver.clone()));
+            } else if !present(unit) {
+                let claim = self.start(&mut map, unit);
+                waiters.push(Waiter(claim.outcome.subscribe()));
+                claims.push(claim);
+            }
+        }
+        (claims, waiters)
+    }
+
+    /// Takes on a unit that is neither present nor being fetched.
+    pub(super) fn claim(&self, unit: Unit, present: impl Fn(Unit) -> bool) -> Option<Claim> {
+        let mut map = self.0.lock();
+        let free = !map.contains_key(&unit.offset) && !present(unit);
+        free.then(|| self.start(&mut map, unit))
+    }
+
+    fn start(&self, map: &mut HashMap<u64, watch::Receiver<Option<Outcome>>>, unit: Unit) -> Claim {
+        let (outcome, receiver) = watch::channel(None);
+        map.insert(unit.offset, receiver);
+        Claim {
+            in_flight: self.clone(),
+            unit,
+            outcome,
+        }
+    }
+}
+
+impl Claim {
+    pub(super) fn unit(&self) -> Unit {
+        self.unit
+    }
+
+    /// Tells everyone who waits. Of a success, the chunks are present already.
+    pub(super) fn finish(self, outcome: Outcome) {
+        self.outcome.send_replace(Some(outcome));
+        // Dropping takes the unit out of the table.
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.in_flight.0.lock().remove(&self.unit.offset);
+    }
+}
+
+impl Waiter {
+    /// Waits for the end of the fetch.
+    pub(super) async fn wait(mut self) -> Result<Outcome, Abandoned> {
+        match self.0.wait_for(Option::is_some).await {
+            Ok(outcome) => outcome.clone().ok_or(Abandoned),
+            Err(_) => Err(Abandoned),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const UNIT: Unit = Unit {
+        offset: 7,
+        size: 10,
+    };
+
+    #[tokio::test]
+    async fn one_claim_and_many_waiters() {
+        let in_flight = InFlight::default();
+        let (mut claims, first) = in_flight.join([UNIT], |_| false);
+        assert_eq!((claims.len(), first.len()), (1, 1));
+        let (more, second) = in_flight.join([UNIT], |_| false);
+        assert_eq!((more.len(), second.len()), (0, 1));
+        assert!(in_flight.claim(UNIT, |_| false).is_none());
+        claims.remove(0).finish(Ok(()));
+        for waiter in first.into_iter().chain(second) {
+            assert!(waiter.wait().await.unwrap().is_ok());
+        }
+        let (claims, waiters) = in_flight.join([UNIT], |_| true);
+        assert_eq!((claims.len(), waiters.len()), (0, 0));
+    }
+
+    #[tokio::test]
+    async fn an_abandoned_unit_can_be_taken_over() {
+        let in_flight = InFlight::default();
+        let (claims, mut waiters) = in_flight.join([UNIT], |_| false);
+        drop(claims);
+        assert_eq!(waiters.remove(0).wait().await.unwrap_err(), Abandoned);
+        let claim = in_flight.claim(UNIT, |_| false).expect("nobody has it");
+        claim.finish(Err(FetchError::Closed));
+        assert!(in_flight.claim(UNIT, |_| false).is_some());
+    }
+}

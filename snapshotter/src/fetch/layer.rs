@@ -1,0 +1,282 @@
+//! One layer that is fetched as it is read.
+
+use std::collections::{BTreeSet, HashSet};
+use std::io;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+
+use futures_util::future::BoxFuture;
+use parking_lot::Mutex;
+use sluice_layer::Unit;
+use sluice_oci::Digest;
+use tokio_util::sync::CancellationToken;
+
+use super::engine::Engine;
+use super::inflight::{Claim, InFlight};
+use super::plan::{self, Planned};
+use super::readahead::ReadAhead;
+use super::stream;
+use super::{FetchError, Link, Priority, RangeSource};
+use crate::fuse::Content;
+use crate::layer_dir::{ChunkId, LayerDir};
+
+/// Finds the file that an offset of `data` belongs to, for messages.
+pub type PathOf = Box<dyn Fn(u64) -> Option<PathBuf> + Send + Sync>;
+
+/// How often a read takes over fetches that others gave up.
+const ATTEMPTS: usize = 16;
+
+/// A layer's directory and where its missing bytes come from.
+pub struct LazyLayer {
+    me: Weak<Self>,
+    dir: LayerDir,
+    source: Box<dyn RangeSource>,
+    engine: Engine,
+    link: Arc<Link>,
+    in_flight: InFlight,
+    read_ahead: ReadAhead,
+    path_of: PathOf,
+    trouble: Mutex<HashSet<String>>,
+    closed: CancellationToken,
+    fetched: AtomicU64,
+}
+
+impl std::fmt::Debug for LazyLayer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LazyLayer")
+            .field("dir", &self.dir)
+            .finish_non_exhaustive()
+    }
+}
+
+impl LazyLayer {
+    /// A layer whose missing bytes `source` has.
+    pub fn new(
+        dir: LayerDir,
+        source: Box<dyn RangeSource>,
+        engine: &Engine,
+        path_of: PathOf,
+    ) -> Arc<Self> {
+        Arc::new_cyclic(|me| Self {
+            me: me.clone(),
+            link: engine.link(source.host()),
+            read_ahead: ReadAhead::new(dir.chunks().len(), engine.config().read_ahead),
+            engine: engine.clone(),
+            in_flight: InFlight::default(),
+            trouble: Mutex::default(),
+            closed: CancellationToken::new(),
+            fetched: AtomicU64::new(0),
+            path_of,
+            source,
+            dir,
+        })
+    }
+
+    /// Its directory.
+    pub fn dir(&self) -> &LayerDir {
+        &self.dir
+    }
+
+    /// Its digest.
+    pub fn digest(&self) -> Digest {
+        self.dir.identity().digest
+    }
+
+    pub(super) fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    pub(super) fn source(&self) -> &dyn RangeSource {
+        self.source.as_ref()
+    }
+
+    pub(super) fn link(&self) -> &Link {
+        &self.link
+    }
+
+    pub(super) fn closed(&self) -> &CancellationToken {
+        &self.closed
+    }
+
+    /// Compressed bytes of units that were decoded since the layer was opened.
+    pub fn fetched_bytes(&self) -> u64 {
+        self.fetched.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn count_decoded(&self, bytes: u64) {
+        self.fetched.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Ends all fetches; readers that wait get an error.
+    pub fn close(&self) {
+        self.closed.cancel();
+    }
+
+    /// Whether all chunks of a unit are present.
+    pub(super) fn has_unit(&self, unit: Unit) -> bool {
+        self.dir.is_complete()
+            || self
+                .dir
+                .chunks()
+                .of_unit(unit.offset)
+                .all(|chunk| self.dir.present().contains(chunk))
+    }
+
+    pub(super) fn claim(&self, unit: Unit) -> Option<Claim> {
+        self.in_flight.claim(unit, |unit| self.has_unit(unit))
+    }
+
+    /// Returns when `offset..offset + len` of `data` is present.
+    pub async fn fetch(self: &Arc<Self>, offset: u64, len: u64) -> Result<(), FetchError> {
+        let _demand = self.engine.demand();
+        let mut ahead = Some(());
+        for _ in 0..ATTEMPTS {
+            if self.closed.is_cancelled() {
+                return Err(FetchError::Closed);
+            }
+            let table = self.dir.chunks();
+            let missing: Vec<ChunkId> = table
+                .overlapping(offset, len)
+                .filter(|&chunk| !self.dir.present().contains(chunk))
+                .collect();
+            let (Some(&first), Some(&last)) = (missing.first(), missing.last()) else {
+                return Ok(());
+            };
+            let units: BTreeSet<Unit> = missing.iter().map(|&c| table.get(c).unit).collect();
+            let (mut claims, waiters) = self
+                .in_flight
+                .join(units.iter().copied(), |u| self.has_unit(u));
+            // Only the first time round: what is fetched again was abandoned.
+            if ahead.take().is_some() {
+                let further = self.read_ahead.advance(table, first, last, false);
+                claims.extend(self.claim_chunks(&further, &units));
+            }
+            self.start(claims, |claim| units.contains(&claim.unit()));
+            for waiter in waiters {
+                // One that was abandoned is taken over in the next round.
+                if let Ok(outcome) = waiter.wait().await {
+                    outcome?;
+                }
+            }
+        }
+        Err(FetchError::Registry {
+            layer: self.digest(),
+            why: "fetches of the same bytes were given up again and again".to_owned(),
+        })
+    }
+
+    fn claim_chunks(&self, chunks: &[ChunkId], except: &BTreeSet<Unit>) -> Vec<Claim> {
+        let units: BTreeSet<Unit> = chunks
+            .iter()
+            .map(|&chunk| self.dir.chunks().get(chunk).unit)
+            .filter(|unit| !except.contains(unit))
+            .collect();
+        units
+            .into_iter()
+            .filter_map(|unit| self.claim(unit))
+            .collect()
+    }
+
+    /// Starts to fetch claimed units in as few requests as pay.
+    fn start(self: &Arc<Self>, mut claims: Vec<Claim>, urgent: impl Fn(&Claim) -> bool) {
+        claims.sort_by_key(|claim| claim.unit().offset);
+        let gap = self.link.worthwhile_gap();
+        let longest = self.engine.config().longest_range;
+        for planned in plan::group(claims, Claim::unit, gap, longest) {
+            let priority = if planned.wanted.iter().any(&urgent) {
+                Priority::OnDemand
+            } else {
+                Priority::Prefetch
+            };
+            self.spawn(planned, priority);
+        }
+    }
+
+    fn spawn(self: &Arc<Self>, planned: Planned<Claim>, priority: Priority) {
+        let layer = Arc::clone(self);
+        self.engine.runtime().spawn(async move {
+            let closed = layer.closed.clone();
+            // Claims that are dropped unfinished wake their waiters.
+            closed
+                .run_until_cancelled(stream::fetch_claimed(&layer, planned.wanted, priority))
+                .await;
+        });
+    }
+
+    /// A reader has read present bytes; if that calls for more, starts it.
+    fn read_on(&self, offset: u64, len: u64) {
+        let table = self.dir.chunks();
+        for chunk in table.overlapping(offset, len) {
+            let Some(me) = self
+                .me
+                .upgrade()
+                .filter(|_| self.read_ahead.take_mark(chunk))
+            else {
+                continue;
+            };
+            let further = self.read_ahead.advance(table, chunk, chunk, true);
+            me.start(self.claim_chunks(&further, &BTreeSet::new()), |_| false);
+        }
+    }
+
+    /// Says what is wrong, once for each cause until bytes come again.
+    pub(super) fn report(&self, cause: &str, unit: Unit, outlook: &str) {
+        if !self.trouble.lock().insert(cause.to_owned()) {
+            return;
+        }
+        let path = self
+            .dir
+            .chunks()
+            .of_unit(unit.offset)
+            .next()
+            .and_then(|chunk| (self.path_of)(self.dir.chunks().get(chunk).data_offset));
+        let path = path.as_deref().unwrap_or("?".as_ref());
+        tracing::warn!(
+            layer = %self.digest(),
+            path = %path.display(),
+            "cannot fetch content: {cause}; {outlook}"
+        );
+    }
+
+    /// Bytes have come.
+    pub(super) fn recovered(&self) {
+        let mut trouble = self.trouble.lock();
+        if !trouble.is_empty() {
+            trouble.clear();
+            tracing::info!(layer = %self.digest(), "content is fetched again");
+        }
+    }
+}
+
+impl Content for LazyLayer {
+    fn size(&self) -> u64 {
+        self.dir.identity().data_size
+    }
+
+    fn try_read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<bool> {
+        if !self.dir.has(offset, buffer.len() as u64) {
+            return Ok(false);
+        }
+        self.dir.read_at(buffer, offset)?;
+        if self.read_ahead.is_active() {
+            self.read_on(offset, buffer.len() as u64);
+        }
+        Ok(true)
+    }
+
+    fn make_present(self: Arc<Self>, offset: u64, len: u64) -> BoxFuture<'static, io::Result<()>> {
+        Box::pin(async move {
+            self.fetch(offset, len).await.map_err(|error| {
+                if let FetchError::Corrupt { .. } | FetchError::Disk { .. } = &error {
+                    let unit = self.dir.chunks().overlapping(offset, len).next();
+                    if let Some(chunk) = unit {
+                        let unit = self.dir.chunks().get(chunk).unit;
+                        self.report(&error.to_string(), unit, "the reader gets EIO");
+                    }
+                }
+                error.into()
+            })
+        })
+    }
+}

@@ -1,0 +1,76 @@
+//! Fetching what is read: from an offset in a layer's `data` to verified bytes
+//! in the file.
+//!
+//! A read that finds its chunks present is a `pread` on the caller's thread.
+//! Any other joins the fetches that are in flight, starts those that are not,
+//! and waits. Bytes are decoded and verified unit by unit as they arrive.
+
+mod admission;
+mod ahead;
+mod decode;
+mod engine;
+mod inflight;
+mod layer;
+mod link;
+mod plan;
+mod readahead;
+mod source;
+mod stream;
+
+use std::io;
+use std::sync::Arc;
+
+use sluice_oci::Digest;
+
+pub use admission::{Admission, Permit, Priority};
+pub use ahead::Handle;
+pub use engine::{Config, Engine};
+pub use layer::{LazyLayer, PathOf};
+pub use link::Link;
+pub use source::{RangeBody, RangeSource, RegistryBlob, SourceError};
+
+/// Why missing bytes could not be made present.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum FetchError {
+    /// What came is not what the TOC promises, twice.
+    #[error(
+        "layer {layer}: the registry's bytes {start}..{end} of the blob are not what its table of \
+         contents promises: {why}"
+    )]
+    Corrupt {
+        /// The layer.
+        layer: Digest,
+        /// Where the unit begins in the blob.
+        start: u64,
+        /// Where it ends.
+        end: u64,
+        /// What the decoder found.
+        why: String,
+    },
+    /// The registry did not deliver in time, or will not.
+    #[error("layer {layer}: {why}")]
+    Registry {
+        /// The layer.
+        layer: Digest,
+        /// What the client said.
+        why: String,
+    },
+    /// The bytes could not be stored.
+    #[error("layer {layer}: cannot store fetched bytes in its directory: {source}")]
+    Disk {
+        /// The layer.
+        layer: Digest,
+        /// What the operating system said.
+        source: Arc<io::Error>,
+    },
+    /// The layer is being removed or the daemon stops.
+    #[error("the layer is closed")]
+    Closed,
+}
+
+impl From<FetchError> for io::Error {
+    fn from(_: FetchError) -> Self {
+        // A program that reads its files knows no better error.
+        io::Error::from_raw_os_error(libc::EIO)
+    }
+}

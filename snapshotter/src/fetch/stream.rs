@@ -1,0 +1,292 @@
+//! Requests for ranges, and their bytes as they arrive.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+use tokio::task::JoinSet;
+
+use super::decode::{Arrived, decode_all};
+use super::inflight::Claim;
+use super::layer::LazyLayer;
+use super::{FetchError, Link, Priority, RangeBody, SourceError};
+
+/// A request holds at most this much of its range in memory, unless one unit
+/// is larger.
+const WINDOW: u64 = 4 << 20;
+/// Units that arrived together are decoded together up to this size.
+const BATCH: usize = 512 << 10;
+/// A permanent refusal is asked again so often before it is believed.
+const REFUSALS: u32 = 2;
+
+/// Bytes of memory that a request for units up to `largest` takes.
+pub(super) fn window(range: u64, largest: u64) -> u64 {
+    range.min(WINDOW.max(largest.saturating_mul(2)))
+}
+
+/// An answer that is read unit by unit.
+pub(super) struct Arriving<'a> {
+    body: Box<dyn RangeBody>,
+    link: &'a Link,
+    buffered: Bytes,
+    position: u64,
+}
+
+impl<'a> Arriving<'a> {
+    /// Asks for `start..end` of the layer's blob.
+    pub(super) async fn request(
+        layer: &'a LazyLayer,
+        start: u64,
+        end: u64,
+    ) -> Result<Self, SourceError> {
+        let sent = Instant::now();
+        let body = layer.source().range(start, end - start).await?;
+        layer.link().answered(sent.elapsed());
+        Ok(Self {
+            body,
+            link: layer.link(),
+            buffered: Bytes::new(),
+            position: start,
+        })
+    }
+
+    async fn more(&mut self) -> Result<(), SourceError> {
+        match self.body.next().await? {
+            Some(bytes) => {
+                self.link.received(bytes.len() as u64, Instant::now());
+                self.buffered = bytes;
+                Ok(())
+            }
+            None => Err(SourceError::truncated()),
+        }
+    }
+
+    /// Whether everything up to `end` is here already.
+    pub(super) fn has(&self, end: u64) -> bool {
+        end.saturating_sub(self.position) <= self.buffered.len() as u64
+    }
+
+    /// The bytes `start..end` of the blob; what lies before is passed over.
+    pub(super) async fn take(&mut self, start: u64, end: u64) -> Result<Bytes, SourceError> {
+        self.skip_to(start).await?;
+        let len = (end - start) as usize;
+        if self.buffered.is_empty() {
+            self.more().await?;
+        }
+        if self.buffered.len() >= len {
+            self.position = end;
+            return Ok(self.buffered.split_to(len));
+        }
+        let mut bytes = BytesMut::with_capacity(len);
+        while bytes.len() < len {
+            if self.buffered.is_empty() {
+                self.more().await?;
+            }
+            let part = self
+                .buffered
+                .split_to(self.buffered.len().min(len - bytes.len()));
+            bytes.extend_from_slice(&part);
+            self.position += part.len() as u64;
+        }
+        Ok(bytes.freeze())
+    }
+
+    /// Passes over what lies before `start`.
+    pub(super) async fn skip_to(&mut self, start: u64) -> Result<(), SourceError> {
+        while self.position < start {
+            if self.buffered.is_empty() {
+                self.more().await?;
+            }
+            let skip = (start - self.position).min(self.buffered.len() as u64);
+            let _ = self.buffered.split_to(skip as usize);
+            self.position += skip;
+        }
+        Ok(())
+    }
+}
+
+/// Decodes what arrives on blocking threads, a batch at a time.
+pub(super) struct Decoding<'a> {
+    layer: &'a Arc<LazyLayer>,
+    batch: Vec<Arrived>,
+    bytes: usize,
+    jobs: JoinSet<Vec<Claim>>,
+}
+
+impl<'a> Decoding<'a> {
+    pub(super) fn new(layer: &'a Arc<LazyLayer>) -> Self {
+        Self {
+            layer,
+            batch: Vec::new(),
+            bytes: 0,
+            jobs: JoinSet::new(),
+        }
+    }
+
+    /// Adds a unit. `more` says that the next one is here already, and so can
+    /// be decoded together with this.
+    pub(super) async fn push(&mut self, arrived: Arrived, more: bool) {
+        self.bytes += arrived.bytes.len();
+        self.batch.push(arrived);
+        if !more || self.bytes >= BATCH {
+            self.flush().await;
+        }
+    }
+
+    async fn flush(&mut self) {
+        if self.batch.is_empty() {
+            return;
+        }
+        let Some(core) = self.layer.engine().decoder().await else {
+            return;
+        };
+        let batch = std::mem::take(&mut self.batch);
+        self.bytes = 0;
+        let layer = Arc::clone(self.layer);
+        self.jobs.spawn_blocking(move || {
+            let _core = core;
+            decode_all(&layer, batch)
+        });
+    }
+
+    /// Waits for all, and returns the units whose bytes were wrong.
+    pub(super) async fn finish(mut self) -> Vec<Claim> {
+        self.flush().await;
+        let mut wrong = Vec::new();
+        while let Some(done) = self.jobs.join_next().await {
+            // A job that panicked has dropped its claims, and their waiters
+            // try anew.
+            wrong.extend(done.unwrap_or_default());
+        }
+        wrong
+    }
+}
+
+/// Waits between failed requests, and how long that may go on.
+pub(super) struct Patience {
+    next: Duration,
+    limit: Duration,
+    first: Duration,
+    deadline: Duration,
+    since: Option<Instant>,
+    refusals: u32,
+}
+
+impl Patience {
+    pub(super) fn new(layer: &LazyLayer) -> Self {
+        let config = layer.engine().config();
+        Self {
+            next: config.retry,
+            first: config.retry,
+            limit: config.retry_limit,
+            deadline: config.deadline,
+            since: None,
+            refusals: 0,
+        }
+    }
+
+    /// Bytes came.
+    pub(super) fn renew(&mut self) {
+        self.since = None;
+        self.next = self.first;
+        self.refusals = 0;
+    }
+
+    /// How long to wait before the request is sent again, if it is at all.
+    pub(super) fn after(&mut self, error: &SourceError) -> Option<Duration> {
+        if !error.transient {
+            self.refusals += 1;
+            if self.refusals >= REFUSALS {
+                return None;
+            }
+        }
+        let since = *self.since.get_or_insert_with(Instant::now);
+        let left = self.deadline.checked_sub(since.elapsed())?;
+        let wait = self.next.max(error.retry_after.unwrap_or_default());
+        self.next = (self.next * 2).min(self.limit);
+        (!left.is_zero()).then(|| wait.min(left))
+    }
+}
+
+/// Fetches units that are claimed already, in the order of the blob.
+pub(super) async fn fetch_claimed(layer: &Arc<LazyLayer>, claims: Vec<Claim>, priority: Priority) {
+    let mut pending: VecDeque<(Claim, bool)> = claims.into_iter().map(|c| (c, false)).collect();
+    let mut patience = Patience::new(layer);
+    while let (Some((first, _)), Some((last, _))) = (pending.front(), pending.back()) {
+        let (first, last) = (first.unit(), last.unit());
+        let range = last.offset + last.size - first.offset;
+        let largest = pending.iter().map(|(claim, _)| claim.unit().size).max();
+        let bytes = window(range, largest.unwrap_or(0));
+        let permit = layer.engine().admission().admit(priority, bytes).await;
+        let before = pending.len();
+        let attempt = attempt(layer, &mut pending).await;
+        drop(permit);
+        if pending.len() < before {
+            patience.renew();
+        }
+        let Err(error) = attempt else {
+            layer.recovered();
+            continue;
+        };
+        let Some(wait) = patience.after(&error) else {
+            layer.report(&error.message, first, "the reader gets EIO");
+            let failed = FetchError::Registry {
+                layer: layer.digest(),
+                why: error.message,
+            };
+            for (claim, _) in pending {
+                claim.finish(Err(failed.clone()));
+            }
+            return;
+        };
+        layer.report(&error.message, first, "the reader waits");
+        tokio::time::sleep(wait).await;
+    }
+}
+
+/// One request for all that is pending. What has arrived is no longer pending,
+/// unless its bytes were wrong the first time.
+async fn attempt(
+    layer: &Arc<LazyLayer>,
+    pending: &mut VecDeque<(Claim, bool)>,
+) -> Result<(), SourceError> {
+    let (Some((first, _)), Some((last, _))) = (pending.front(), pending.back()) else {
+        return Ok(());
+    };
+    let end = last.unit().offset + last.unit().size;
+    let mut arriving = Arriving::request(layer, first.unit().offset, end).await?;
+    let mut decoding = Decoding::new(layer);
+    let mut outcome = Ok(());
+    while let Some((claim, _)) = pending.front() {
+        let unit = claim.unit();
+        let bytes = match arriving.take(unit.offset, unit.offset + unit.size).await {
+            Ok(bytes) => bytes,
+            Err(error) => {
+                outcome = Err(error);
+                break;
+            }
+        };
+        let Some((claim, again)) = pending.pop_front() else {
+            break;
+        };
+        let more = pending.front().is_some_and(|(next, _)| {
+            let next = next.unit();
+            arriving.has(next.offset + next.size)
+        });
+        let arrived = Arrived {
+            claim,
+            bytes,
+            again,
+        };
+        decoding.push(arrived, more).await;
+    }
+    // The connection is free for others while the last units are decoded.
+    drop(arriving);
+    let wrong = decoding.finish().await;
+    pending.extend(wrong.into_iter().map(|claim| (claim, true)));
+    pending
+        .make_contiguous()
+        .sort_by_key(|(claim, _)| claim.unit().offset);
+    outcome
+}

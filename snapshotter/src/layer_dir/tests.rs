@@ -1,0 +1,262 @@
+use std::os::unix::fs::FileExt as _;
+
+use sluice_layer::{Wanted, decode_unit};
+
+use super::*;
+use crate::erofs::{XattrNamespace, write_image};
+use crate::sample::{Layout, Sample, SampleFile, files, noise};
+
+fn sample() -> Sample {
+    let mut all = files(40, 10_000);
+    all.push(SampleFile {
+        name: "large".to_owned(),
+        content: noise(99, 300_000),
+    });
+    all.push(SampleFile {
+        name: "empty".to_owned(),
+        content: Vec::new(),
+    });
+    let layout = Layout {
+        shared: 30_000,
+        prioritized: 5,
+        ..Layout::default()
+    };
+    Sample::new(all, &layout)
+}
+
+pub(crate) fn make(parent: &Path, sample: &Sample) -> Result<PathBuf, Error> {
+    let new = NewLayer {
+        toc: &sample.toc(),
+        digest: sample.digest(),
+        blob_size: sample.blob.len() as u64,
+        trust: sample.trust(),
+        compressed_toc: Digest::of(b"toc"),
+        reference: &"r.example/app:v1".parse().unwrap(),
+        number: 7,
+    };
+    create(parent, &new, |toc, placement, out| {
+        write_image(toc, placement, XattrNamespace::Trusted, out)
+            .map(|_| ())
+            .map_err(|e| Problem::Erofs(Box::new(e)))
+    })?;
+    Ok(parent.join(sample.digest().hex()))
+}
+
+fn fill(dir: &LayerDir, sample: &Sample, units: usize) {
+    for unit in dir.chunks().units_from(0).take(units) {
+        let chunks: Vec<ChunkId> = dir.chunks().of_unit(unit.offset).collect();
+        let wanted: Vec<Wanted> = chunks
+            .iter()
+            .map(|&chunk| {
+                let record = dir.chunks().get(chunk);
+                Wanted {
+                    inner_offset: u64::from(record.inner_offset),
+                    size: u64::from(record.size),
+                    digest: record.digest,
+                }
+            })
+            .collect();
+        let bytes = &sample.blob[unit.offset as usize..(unit.offset + unit.size) as usize];
+        decode_unit(dir.identity().format, bytes, &wanted, |index, chunk| {
+            dir.store(chunks[index], &chunk).unwrap();
+        })
+        .unwrap();
+    }
+}
+
+#[test]
+fn what_was_made_is_found_again() {
+    let scratch = tempfile::tempdir().unwrap();
+    let sample = sample();
+    let path = make(scratch.path(), &sample).unwrap();
+    let dir = LayerDir::open(&path, sample.digest()).unwrap();
+    let identity = dir.identity();
+    assert_eq!(identity.digest, sample.digest());
+    assert_eq!(identity.blob_size, sample.blob.len() as u64);
+    assert_eq!(identity.trust, sample.trust());
+    assert_eq!(identity.compressed_toc, Digest::of(b"toc"));
+    assert_eq!(identity.reference.to_string(), "r.example/app:v1");
+    assert_eq!(identity.number, 7);
+    assert_eq!(identity.prefetch_end, sample.toc().prefetch_end());
+    assert!(identity.prefetch_end.is_some());
+    assert_eq!(&LayerDir::identify(&path).unwrap(), identity);
+    assert_eq!(dir.chunks().len(), 40 + 5);
+    assert!(!dir.is_complete());
+
+    // By offset in `data`: without gap or overlap within a file.
+    let all: Vec<ChunkId> = dir.chunks().overlapping(0, u64::MAX).collect();
+    assert_eq!(all.len(), 45);
+    for &chunk in &all {
+        let record = dir.chunks().get(chunk);
+        let size = u64::from(record.size);
+        let exact: Vec<_> = dir.chunks().overlapping(record.data_offset, size).collect();
+        assert_eq!(exact, [chunk]);
+        let last: Vec<_> = dir.chunks().overlapping(record.data_end() - 1, 1).collect();
+        assert_eq!(last, [chunk]);
+        if let Some(next) = dir.chunks().next_in_file(chunk) {
+            assert_eq!(dir.chunks().get(next).data_offset, record.data_end());
+        }
+    }
+    // By unit: each chunk once.
+    let mut by_unit = Vec::new();
+    let mut end = 0;
+    for unit in dir.chunks().units_from(0) {
+        assert!(unit.offset >= end);
+        end = unit.offset + unit.size;
+        by_unit.extend(dir.chunks().of_unit(unit.offset));
+    }
+    assert!(end <= identity.toc_offset);
+    by_unit.sort_unstable();
+    assert_eq!(by_unit, all);
+    assert_eq!(dir.chunks().of_unit(1).count(), 0);
+}
+
+#[test]
+fn bits_are_durable_after_their_bytes_and_not_before() {
+    let scratch = tempfile::tempdir().unwrap();
+    let sample = sample();
+    let path = make(scratch.path(), &sample).unwrap();
+    let open = || LayerDir::open(&path, sample.digest()).unwrap();
+
+    let dir = open();
+    fill(&dir, &sample, 3);
+    let first = dir.present().count();
+    assert!(first > 0);
+    assert!(dir.persist().unwrap());
+    assert!(!dir.persist().unwrap(), "nothing is new");
+    fill(&dir, &sample, 6);
+    assert!(dir.present().count() > first);
+    drop(dir);
+
+    let dir = open();
+    assert_eq!(
+        dir.present().count(),
+        first,
+        "what was not persisted is not believed"
+    );
+    fill(&dir, &sample, usize::MAX);
+    assert!(dir.is_complete());
+    dir.persist().unwrap();
+    let dir = open();
+    assert!(dir.is_complete());
+    for file in &sample.files {
+        let content: Vec<u8> = file.content.clone();
+        if content.is_empty() {
+            continue;
+        }
+        let found = dir.chunks().overlapping(0, u64::MAX).any(|chunk| {
+            let record = dir.chunks().get(chunk);
+            let mut bytes = vec![0; content.len().min(record.size as usize)];
+            dir.read_at(&mut bytes, record.data_offset).unwrap();
+            record.starts_file && content.starts_with(&bytes)
+        });
+        assert!(found, "{}", file.name);
+    }
+}
+
+#[test]
+fn damage_is_found_when_the_directory_is_opened() {
+    let scratch = tempfile::tempdir().unwrap();
+    let sample = sample();
+    for (file, change, expected) in [
+        (CHUNKS, "flip 5000", "its checksum does not match"),
+        (CHUNKS, "flip 100", "header's checksum"),
+        (CHUNKS, "flip 3", "does not begin as a chunk table"),
+        (CHUNKS, "cut", "bytes instead of"),
+        (CHUNKS, "empty", "cut short"),
+        (CHUNKS, "remove", "No such file"),
+        (META, "cut", "bytes instead of"),
+        (META, "remove", "No such file"),
+        (DATA, "cut", "bytes instead of"),
+        (DATA, "remove", "No such file"),
+    ] {
+        let path = make(scratch.path(), &sample).unwrap();
+        damage(&path.join(file), change);
+        let error = LayerDir::open(&path, sample.digest()).unwrap_err();
+        assert!(error.is_damage(), "{file} {change}: {error}");
+        let text = error.to_string();
+        assert!(text.contains(expected), "{file} {change}: {text}");
+        assert!(text.contains(path.join(file).to_str().unwrap()), "{text}");
+        fs::remove_dir_all(&path).unwrap();
+    }
+}
+
+#[test]
+fn a_damaged_presence_map_counts_as_empty() {
+    let scratch = tempfile::tempdir().unwrap();
+    let sample = sample();
+    for change in ["flip 70", "flip 20", "flip 2", "cut", "empty", "remove"] {
+        let path = make(scratch.path(), &sample).unwrap();
+        let dir = LayerDir::open(&path, sample.digest()).unwrap();
+        fill(&dir, &sample, usize::MAX);
+        dir.persist().unwrap();
+        drop(dir);
+        damage(&path.join(PRESENT), change);
+        let dir = LayerDir::open(&path, sample.digest()).unwrap();
+        assert_eq!(dir.present().count(), 0, "{change}");
+        fs::remove_dir_all(&path).unwrap();
+    }
+}
+
+#[test]
+fn a_newer_version_is_not_touched() {
+    let scratch = tempfile::tempdir().unwrap();
+    let sample = sample();
+    let path = make(scratch.path(), &sample).unwrap();
+    let file = File::options().write(true).open(path.join(CHUNKS)).unwrap();
+    file.write_all_at(&9u32.to_le_bytes(), 8).unwrap();
+    let error = LayerDir::open(&path, sample.digest()).unwrap_err();
+    assert!(!error.is_damage());
+    assert!(
+        error
+            .to_string()
+            .contains("newer version of Sluice (format 9)")
+    );
+}
+
+#[test]
+fn a_half_made_directory_is_never_seen() {
+    let scratch = tempfile::tempdir().unwrap();
+    let sample = sample();
+    let new = NewLayer {
+        toc: &sample.toc(),
+        digest: sample.digest(),
+        blob_size: 1,
+        trust: sample.trust(),
+        compressed_toc: Digest::of(b"toc"),
+        reference: &"r.example/app:v1".parse().unwrap(),
+        number: 1,
+    };
+    let error = create(scratch.path(), &new, |_, _, _| {
+        Err(Problem::Unsupported("no room".to_owned()))
+    })
+    .unwrap_err();
+    assert!(error.to_string().contains("no room"));
+    assert_eq!(fs::read_dir(scratch.path()).unwrap().count(), 0);
+    // What a crash left behind does not stop the next attempt.
+    let left = scratch
+        .path()
+        .join(format!("{TEMPORARY}{}", sample.digest().hex()));
+    fs::create_dir(&left).unwrap();
+    fs::write(left.join(DATA), "old").unwrap();
+    make(scratch.path(), &sample).unwrap();
+    assert!(!left.exists());
+}
+
+fn damage(path: &Path, change: &str) {
+    let file = || File::options().read(true).write(true).open(path).unwrap();
+    match change.split_once(' ').unwrap_or((change, "")) {
+        ("flip", at) => {
+            let at = at.parse().unwrap();
+            let mut byte = [0];
+            file().read_exact_at(&mut byte, at).unwrap();
+            file().write_all_at(&[byte[0] ^ 4], at).unwrap();
+        }
+        ("cut", _) => file()
+            .set_len(file().metadata().unwrap().len() - 1)
+            .unwrap(),
+        ("empty", _) => file().set_len(0).unwrap(),
+        ("remove", _) => fs::remove_file(path).unwrap(),
+        _ => unreachable!("{change}"),
+    }
+}
