@@ -213,3 +213,6 @@ pub struct Unit {
     /// here, or its chunks cannot take more.
     pub size: u64,
 }
+
+#[cfg(test)]
+mod tests;

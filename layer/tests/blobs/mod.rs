@@ -1,5 +1,7 @@
 //! Makes small blobs of either format, frame by frame, for tests of reading.
 
+#![allow(clippy::unwrap_used, reason = "a helper of tests")]
+
 use std::io::Write;
 
 use sluice_layer::Format;
