@@ -75,7 +75,7 @@ pub fn ordinary_start(link: &Link, containerd: &Containerd, reference: &str) -> 
 
 /// A lazy pull and start.
 pub fn lazy_start(link: &Link, containerd: &Containerd, reference: &str) -> Result<Start> {
-    let mut pull = containerd.lazy_pull_command(reference)?;
+    let mut pull = containerd.lazy_pull_command(reference, "sluice")?;
     let mut start = containerd.run_command("sluice", reference, "lazy", &PROGRAM);
     measure(link, &mut pull, &mut start)
 }

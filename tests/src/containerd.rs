@@ -11,13 +11,11 @@ use crate::command::{attempt, run, text, wait_for};
 use crate::daemon::Daemon;
 use crate::scratch::{Process, Scratch};
 
-/// The namespace that the harness works in.
-pub const NAMESPACE: &str = "sluice-tests";
-
 /// A running containerd.
 pub struct Containerd {
     dir: PathBuf,
     socket: PathBuf,
+    namespace: String,
     process: Process,
     scratch: Scratch,
     mounts: AtomicU32,
@@ -60,6 +58,13 @@ impl Containerd {
         let containerd = Self {
             dir,
             socket,
+            // Control groups are named after it, so it is nobody else's.
+            namespace: scratch
+                .path()
+                .file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .replace('.', "-"),
             process,
             scratch: scratch.clone(),
             mounts: AtomicU32::new(0),
@@ -79,6 +84,11 @@ impl Containerd {
         &self.socket
     }
 
+    /// The namespace that the harness works in.
+    pub fn namespace(&self) -> &str {
+        &self.namespace
+    }
+
     /// Its own directory.
     pub fn dir(&self) -> &Path {
         &self.dir
@@ -95,7 +105,7 @@ impl Containerd {
         command
             .arg("--address")
             .arg(&self.socket)
-            .args(["--namespace", NAMESPACE]);
+            .args(["--namespace", &self.namespace]);
         command
     }
 
@@ -118,19 +128,19 @@ impl Containerd {
     }
 
     /// A lazy pull, by the command of the product.
-    pub fn lazy_pull(&self, reference: &str) -> Result<()> {
-        run(&mut self.lazy_pull_command(reference)?)?;
+    pub fn lazy_pull(&self, reference: &str, snapshotter: &str) -> Result<()> {
+        run(&mut self.lazy_pull_command(reference, snapshotter)?)?;
         Ok(())
     }
 
     /// The command of [`Self::lazy_pull`].
-    pub fn lazy_pull_command(&self, reference: &str) -> Result<Command> {
+    pub fn lazy_pull_command(&self, reference: &str, snapshotter: &str) -> Result<Command> {
         let mut command = crate::programs::sluice_command()?;
         command
-            .args(["pull", "--plain-http"])
+            .args(["pull", "--plain-http", "--snapshotter", snapshotter])
             .arg("--containerd")
             .arg(&self.socket)
-            .args(["--namespace", NAMESPACE])
+            .args(["--namespace", &self.namespace])
             .arg(reference);
         Ok(command)
     }

@@ -51,15 +51,16 @@ const CRATES: &[(&str, &[&str])] = &[
     ),
 ];
 
-/// What each of the snapshotter's modules may use of the others. `node`
-/// implements the service's trait, so it sees `service`, never the reverse.
+/// What each of the snapshotter's modules may use of the others. The consumer
+/// owns a trait and does not know who implements it: `node` sees `service` and
+/// `fetch` sees `fuse`, never the reverse.
 const MODULES: &[(&str, &[&str])] = &[
     ("layer_dir", &[]),
     ("erofs", &["layer_dir"]),
     ("mount", &[]),
     ("remote", &["layer_dir"]),
-    ("fetch", &["layer_dir", "remote"]),
-    ("fuse", &["erofs", "layer_dir", "fetch"]),
+    ("fuse", &["erofs", "layer_dir"]),
+    ("fetch", &["layer_dir", "remote", "fuse"]),
     (
         "node",
         &[
@@ -73,6 +74,8 @@ const MODULES: &[(&str, &[&str])] = &[
         ],
     ),
     ("service", &[]),
+    ("notify", &[]),
+    ("socket", &[]),
     (
         "config",
         &["mount", "fuse", "fetch", "node", "remote", "service"],
@@ -81,6 +84,8 @@ const MODULES: &[(&str, &[&str])] = &[
         "daemon",
         &[
             "config",
+            "notify",
+            "socket",
             "service",
             "node",
             "mount",
@@ -138,12 +143,16 @@ fn crates_import_one_way() {
 fn snapshotter_modules_import_one_way() {
     let source = workspace().join("snapshotter/src");
     let rules: BTreeMap<_, _> = MODULES.iter().copied().collect();
+    let lib = std::fs::read_to_string(source.join("lib.rs")).unwrap();
     let mut wrong = Vec::new();
     for file in rust_files(&source) {
         let path = module_path(file.strip_prefix(&source).unwrap());
         let Some(module) = path.first() else {
             continue; // lib.rs only names the modules
         };
+        if lib.contains(&format!("#[cfg(test)]\nmod {module};")) {
+            continue; // helps tests, and may know everything
+        }
         let Some(allowed) = rules.get(module.as_str()) else {
             wrong.push(format!(
                 "{}: module {module} has no rule in {}",
