@@ -1,13 +1,17 @@
 //! The node's daemon as a library: lazily mounted layers, and containerd's
 //! snapshots service in front of them.
 
+pub mod config;
+pub mod daemon;
 pub mod erofs;
 pub mod fetch;
 pub mod fuse;
 pub mod layer_dir;
 pub mod mount;
+pub mod notify;
 #[cfg(test)]
 mod sample;
 pub mod service;
+pub mod socket;
 #[cfg(test)]
 mod testing;

@@ -1,0 +1,296 @@
+//! The daemon's configuration file.
+//!
+//! Every key has a default and the file itself is optional. A key that does
+//! not exist is refused: a misspelt one would otherwise be a default.
+//! `systemd/config.toml` lists all of them.
+
+use std::num::NonZeroU64;
+use std::path::{Path, PathBuf};
+use std::{fs, io};
+
+use serde::{Deserialize, Deserializer};
+
+/// All that can be configured.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Where snapshots, layers and the database are. Default `/var/lib/sluice`.
+    pub root: PathBuf,
+    /// The socket that containerd connects to. Default
+    /// `/run/sluice/snapshotter.sock`.
+    pub address: PathBuf,
+    /// What is logged: `error`, `warn`, `info` (default), `debug` or `trace`,
+    /// or a filter such as `warn,sluice_snapshotter=debug`.
+    pub log_level: Option<String>,
+    /// How registries are reached.
+    pub registry: Registry,
+    /// How layers are mounted.
+    pub mount: Mount,
+    /// How chunks are fetched.
+    pub fetch: Fetch,
+    /// Fetching what an image says it will need.
+    pub prefetch: Prefetch,
+    /// Fetching the rest when nothing else is wanted.
+    pub background: Background,
+}
+
+/// Section `[registry]`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Registry {
+    /// Registries (`host` or `host:port`) that are reached by plain HTTP.
+    /// Loopback hosts always are. Default: none.
+    pub plain_http: Vec<String>,
+    /// Docker configuration files with credentials, in the file as
+    /// `docker_config`, one path or a list; the first that has some for the
+    /// registry wins. Default: `config.json` in `$DOCKER_CONFIG` or
+    /// `~/.docker`, then the kubelet's `/var/lib/kubelet/config.json`.
+    #[serde(rename = "docker_config", deserialize_with = "one_or_many")]
+    pub docker_configs: Vec<PathBuf>,
+    /// PEM files with certificate authorities to trust beside the system's.
+    /// Default: none.
+    pub ca_certificates: Vec<PathBuf>,
+}
+
+/// Section `[mount]`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Mount {
+    /// `auto` (default), `erofs` or `fuse`.
+    pub mode: MountMode,
+}
+
+/// How a layer becomes a directory.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MountMode {
+    /// `erofs` where the kernel can, otherwise `fuse`.
+    #[default]
+    Auto,
+    /// The kernel's EROFS over one file of content a layer (Linux 6.12).
+    Erofs,
+    /// A tree that the daemon serves.
+    Fuse,
+}
+
+/// Section `[fetch]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Fetch {
+    /// Memory for everything in flight, in MiB. Default 64.
+    pub memory_mib: NonZeroU64,
+    /// Requests to registries at once. Default 16.
+    pub connections: NonZeroU64,
+    /// How far ahead of a sequential reader is fetched at most, in MiB.
+    /// Default 16; 0 turns it off.
+    pub read_ahead_mib: u64,
+    /// How long a read waits for a registry that does not deliver, in seconds,
+    /// before it fails with EIO. Default 300.
+    pub deadline_seconds: NonZeroU64,
+}
+
+/// Section `[prefetch]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Prefetch {
+    /// Default true.
+    pub enabled: bool,
+}
+
+/// Section `[background]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Background {
+    /// Default true. A node that is off the network later needs it.
+    pub enabled: bool,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            root: "/var/lib/sluice".into(),
+            address: "/run/sluice/snapshotter.sock".into(),
+            log_level: None,
+            registry: Registry::default(),
+            mount: Mount::default(),
+            fetch: Fetch::default(),
+            prefetch: Prefetch::default(),
+            background: Background::default(),
+        }
+    }
+}
+
+fn one_or_many<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<PathBuf>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "expected a path or a list of paths")]
+    enum OneOrMany {
+        One(PathBuf),
+        Many(Vec<PathBuf>),
+    }
+    Ok(match OneOrMany::deserialize(deserializer)? {
+        OneOrMany::One(path) => vec![path],
+        OneOrMany::Many(paths) => paths,
+    })
+}
+
+const fn nonzero(value: u64) -> NonZeroU64 {
+    match NonZeroU64::new(value) {
+        Some(value) => value,
+        None => NonZeroU64::MIN,
+    }
+}
+
+impl Default for Fetch {
+    fn default() -> Self {
+        Self {
+            memory_mib: nonzero(64),
+            connections: nonzero(16),
+            read_ahead_mib: 16,
+            deadline_seconds: nonzero(300),
+        }
+    }
+}
+
+impl Default for Prefetch {
+    fn default() -> Self {
+        Self { enabled: true }
+    }
+}
+
+impl Default for Background {
+    fn default() -> Self {
+        Self { enabled: true }
+    }
+}
+
+/// Why a configuration is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration {}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It is not valid.
+    #[error("{}:{line}: {message}", path.display())]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// What is wrong there.
+        message: String,
+    },
+}
+
+impl Config {
+    /// Reads a file.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        Self::parse(&text, path)
+    }
+
+    /// Parses the text of the file `path`.
+    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        toml::from_str(text).map_err(|error| {
+            let start = error.span().map_or(0, |span| span.start.min(text.len()));
+            let before = text.as_bytes().iter().take(start);
+            ConfigError::Invalid {
+                path: path.to_owned(),
+                line: 1 + before.filter(|byte| **byte == b'\n').count(),
+                message: error.message().replace('\n', " "),
+            }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, String> {
+        Config::parse(text, Path::new("c.toml")).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn nothing_is_the_default() {
+        assert_eq!(parse("").unwrap(), Config::default());
+        assert_eq!(parse("[fetch]\n[mount]\n").unwrap(), Config::default());
+    }
+
+    #[test]
+    fn keys_are_read() {
+        let config = parse(
+            "root = '/r'\naddress = '/s'\nlog_level = 'debug'\n\
+             [registry]\nplain_http = ['10.0.0.1:5000']\ndocker_config = '/d.json'\n\
+             ca_certificates = ['/ca.pem']\n\
+             [mount]\nmode = 'fuse'\n\
+             [fetch]\nmemory_mib = 32\nconnections = 4\nread_ahead_mib = 0\ndeadline_seconds = 9\n\
+             [prefetch]\nenabled = false\n[background]\nenabled = false\n",
+        )
+        .unwrap();
+        assert_eq!(config.root, Path::new("/r"));
+        assert_eq!(config.registry.plain_http, ["10.0.0.1:5000"]);
+        assert_eq!(config.mount.mode, MountMode::Fuse);
+        assert_eq!(config.fetch.deadline_seconds.get(), 9);
+        assert!(!config.background.enabled);
+    }
+
+    #[test]
+    fn mistakes_are_named_with_their_line() {
+        for (text, parts) in [
+            ("\nrot = '/r'", ["c.toml:2:", "rot"]),
+            ("[mount]\nmod = 'fuse'", ["c.toml:2:", "mod"]),
+            ("[mont]", ["c.toml:1:", "mont"]),
+            ("[mount]\n\nmode = 'loop'", ["c.toml:3:", "loop"]),
+            ("[fetch]\nmemory_mib = 0", ["c.toml:2:", "nonzero"]),
+            ("[fetch]\nmemory_mib = '1'", ["c.toml:2:", "string"]),
+            ("root = ", ["c.toml:1:", ""]),
+        ] {
+            let error = parse(text).unwrap_err();
+            assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+            assert!(!error.contains('\n'), "{error}");
+        }
+    }
+
+    /// The sample names every key, and its values are the defaults.
+    #[test]
+    fn the_sample_is_the_default() {
+        let sample = include_str!("../../systemd/config.toml");
+        let set = |line: &str| {
+            let (key, value) = line.strip_prefix("# ")?.split_once(" = ")?;
+            let known = key.chars().all(|c| c.is_ascii_lowercase() || c == '_');
+            (known && !value.is_empty()).then(|| line[2..].to_owned())
+        };
+        let text: String = sample
+            .lines()
+            .map(|line| set(line).unwrap_or_else(|| line.to_owned()) + "\n")
+            .collect();
+        let mut config = parse(&text).unwrap();
+        assert_eq!(config.log_level.take().as_deref(), Some("info"));
+        assert_eq!(config.registry.docker_configs.len(), 2);
+        config.registry.docker_configs.clear();
+        assert_eq!(config, Config::default());
+        for key in [
+            "root",
+            "address",
+            "log_level",
+            "plain_http",
+            "docker_config",
+            "ca_certificates",
+            "mode",
+            "memory_mib",
+            "connections",
+            "read_ahead_mib",
+            "deadline_seconds",
+        ] {
+            assert!(text.contains(&format!("\n{key} = ")), "{key}");
+        }
+    }
+}
