@@ -1,0 +1,179 @@
+//! Sluice and the others read what either writes: stargz-snapshotter's
+//! library through the Go program in `tests/reference`, and skopeo.
+
+#![allow(clippy::unwrap_used, reason = "a test through and through")]
+
+mod archive;
+mod listing;
+mod reference;
+mod skopeo;
+
+use std::collections::BTreeMap;
+
+use archive::{Archive, noise};
+use listing::Listing;
+use sluice_layer::write::{Options, write_layer};
+use sluice_layer::{Format, LayerAnnotations, Limits, TocTrust, locate_toc, read_toc};
+
+const FORMATS: [Format; 2] = [Format::Estargz, Format::ZstdChunked];
+
+/// A layer with one of everything.
+fn odd_layer() -> Vec<u8> {
+    let mut tar = Archive::new();
+    tar.directory("./", 0o755);
+    tar.directory("usr/", 0o755);
+    tar.directory("usr/bin/", 0o755);
+    tar.file("usr/bin/tool", 0o4755, &noise(100_000));
+    tar.file("usr/bin/small", 0o755, b"#!/bin/sh\n");
+    tar.file("usr/empty", 0o644, b"");
+    tar.file("usr/one-chunk-exactly", 0o644, &noise(65_536));
+    tar.file(
+        "usr/sparse",
+        0o600,
+        &[&noise(5_000)[..], &vec![0; 300_000], &noise(70_000)].concat(),
+    );
+    tar.hard_link("usr/bin/same", "usr/bin/tool", 0o4755);
+    tar.directory("var/", 0o1777);
+    tar.hard_link("var/same-again", "usr/bin/same", 0o4755);
+    tar.symlink("usr/lib", "bin");
+    tar.symlink("var/dangling", "/no/where/…");
+    tar.device("var/null", tar::EntryType::Char, 1, 3);
+    tar.device("var/disk", tar::EntryType::Block, 259, 70_000);
+    tar.device("var/pipe", tar::EntryType::Fifo, 0, 0);
+    tar.file("implied/parents/of/file", 0o640, b"content");
+    tar.file("names/ünïcödé <&> \" \\ 😀", 0o644, b"utf-8");
+    tar.file(&format!("names/{}", "long".repeat(60)), 0o644, b"long");
+    tar.file(
+        &format!("deep/{}x", "directory/".repeat(40)),
+        0o644,
+        b"deep",
+    );
+    tar.xattrs(&[
+        ("user.text", b"value"),
+        (
+            "security.capability",
+            b"\x01\0\0\x02\0\x04\0\0\0\0\0\0\0\0\0\0\0\0\0\0",
+        ),
+    ]);
+    tar.file("usr/bin/capable", 0o755, b"capable");
+    tar.owner(1_000_000, 3_000_000);
+    tar.file("usr/owned", 0o644, b"owned");
+    tar.directory("cleared/", 0o700);
+    tar.file("cleared/.wh..wh..opq", 0o644, b"");
+    tar.file("cleared/new", 0o644, b"new");
+    tar.file("usr/.wh.gone", 0o644, b"");
+    tar.finish()
+}
+
+/// Reads a blob as the node does: annotations, footer, TOC, every chunk.
+fn read_blob(blob: &[u8], annotations: &BTreeMap<String, String>) -> Listing {
+    let annotations = LayerAnnotations::parse(annotations).unwrap();
+    let size = blob.len() as u64;
+    let location = locate_toc(blob, size).unwrap();
+    if let Some(stated) = annotations.toc_location() {
+        assert_eq!(stated, location);
+    }
+    let compressed = location.slice_of(blob, size).unwrap();
+    let limits = Limits::default();
+    let toc = read_toc(
+        &location,
+        compressed,
+        &annotations.trust().unwrap(),
+        &limits,
+    )
+    .unwrap();
+    for trust in [
+        annotations.toc_digest().map(TocTrust::Uncompressed),
+        annotations
+            .compressed_toc_digest()
+            .map(TocTrust::Compressed),
+    ] {
+        if let Some(trust) = trust {
+            assert_eq!(
+                read_toc(&location, compressed, &trust, &limits).unwrap(),
+                toc
+            );
+        }
+    }
+    Listing::of_toc(&toc, blob)
+}
+
+#[test]
+fn blobs_of_the_reference_are_read() {
+    let tar = odd_layer();
+    for format in FORMATS {
+        for chunk_size in [0, 10_000, 65_536] {
+            for prioritized in [&[][..], &["usr/bin/small", "usr/sparse", "var/same-again"]] {
+                let (blob, annotations) = reference::build(&tar, format, chunk_size, prioritized);
+                let ours = read_blob(&blob, &annotations);
+                let theirs = reference::dump(&blob, &annotations);
+                assert_eq!(theirs.landmark, !prioritized.is_empty());
+                ours.assert_equals(&theirs, &format!("{format} {chunk_size} {prioritized:?}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn our_blobs_are_read_by_the_reference() {
+    let tar = odd_layer();
+    for format in FORMATS {
+        for chunk_size in [10_000, 65_536, Options::DEFAULT_CHUNK_SIZE] {
+            for prioritized in [&[][..], &["usr/bin/small", "usr/sparse", "var/same-again"]] {
+                let options = Options {
+                    chunk_size,
+                    ..Options::new(format)
+                };
+                let prioritized: Vec<String> =
+                    prioritized.iter().map(|name| name.to_string()).collect();
+                let (blob, tail) = write_layer(&tar, &options, &prioritized).unwrap();
+                let ours = read_blob(&blob, &tail.annotations);
+                let theirs = reference::dump(&blob, &tail.annotations);
+                assert_eq!(theirs.landmark, !prioritized.is_empty());
+                ours.assert_equals(&theirs, &format!("{format} {chunk_size} {prioritized:?}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn the_prefetch_ends_where_the_prioritized_files_do() {
+    let tar = odd_layer();
+    for format in FORMATS {
+        let named = ["usr/bin/small", "usr/sparse"];
+        let names = named.map(str::to_owned);
+        let written = write_layer(&tar, &Options::new(format), &names).unwrap();
+        let built = reference::build(&tar, format, 0, &named);
+        for (blob, annotations) in [(written.0, written.1.annotations), built] {
+            let listing = read_blob(&blob, &annotations);
+            let end = listing.prefetch_end.unwrap();
+            for (path, offset) in &listing.offsets {
+                assert_eq!(
+                    *offset < end,
+                    named.contains(&path.as_str()),
+                    "{format} {path}"
+                );
+            }
+        }
+        let (blob, tail) = write_layer(&tar, &Options::new(format), &[]).unwrap();
+        assert_eq!(read_blob(&blob, &tail.annotations).prefetch_end, None);
+    }
+}
+
+/// The same tar by another writer gives the same tree and content.
+#[test]
+fn blobs_of_skopeo_are_read() {
+    let tar = odd_layer();
+    let (blob, annotations) = skopeo::convert(&tar);
+    assert!(
+        annotations
+            .keys()
+            .any(|key| key.contains("zstd-chunked.manifest-checksum"))
+    );
+    let theirs = read_blob(&blob, &annotations);
+    let options = Options::new(Format::ZstdChunked);
+    let (blob, tail) = write_layer(&tar, &options, &[]).unwrap();
+    let ours = read_blob(&blob, &tail.annotations);
+    ours.without_chunks()
+        .assert_equals(&theirs.without_chunks(), "skopeo");
+}
