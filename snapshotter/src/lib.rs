@@ -8,7 +8,9 @@ pub mod fetch;
 pub mod fuse;
 pub mod layer_dir;
 pub mod mount;
+pub mod node;
 pub mod notify;
+pub mod remote;
 #[cfg(test)]
 mod sample;
 pub mod service;

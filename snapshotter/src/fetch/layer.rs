@@ -130,33 +130,36 @@ impl LazyLayer {
     /// Returns when `offset..offset + len` of `data` is present.
     pub async fn fetch(self: &Arc<Self>, offset: u64, len: u64) -> Result<(), FetchError> {
         let _demand = self.engine.demand();
-        let mut ahead = Some(());
-        for _ in 0..ATTEMPTS {
-            if self.closed.is_cancelled() {
-                return Err(FetchError::Closed);
-            }
+        let mut failure = None;
+        for attempt in 0..ATTEMPTS {
             let table = self.dir.chunks();
             let missing: Vec<ChunkId> = table
                 .overlapping(offset, len)
                 .filter(|&chunk| !self.dir.present().contains(chunk))
                 .collect();
             let (Some(&first), Some(&last)) = (missing.first(), missing.last()) else {
+                // Perhaps the fetch failed only for what lies beside.
                 return Ok(());
             };
+            if let Some(failure) = failure {
+                return Err(failure);
+            }
+            if self.closed.is_cancelled() {
+                return Err(FetchError::Closed);
+            }
             let units: BTreeSet<Unit> = missing.iter().map(|&c| table.get(c).unit).collect();
             let (mut claims, waiters) = self
                 .in_flight
                 .join(units.iter().copied(), |u| self.has_unit(u));
-            // Only the first time round: what is fetched again was abandoned.
-            if ahead.take().is_some() {
+            if attempt == 0 {
                 let further = self.read_ahead.advance(table, first, last, false);
                 claims.extend(self.claim_chunks(&further, &units));
             }
             self.start(claims, |claim| units.contains(&claim.unit()));
             for waiter in waiters {
                 // One that was abandoned is taken over in the next round.
-                if let Ok(outcome) = waiter.wait().await {
-                    outcome?;
+                if let Ok(Err(error)) = waiter.wait().await {
+                    failure = Some(error);
                 }
             }
         }

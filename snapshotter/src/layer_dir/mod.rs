@@ -11,7 +11,6 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use parking_lot::Mutex;
 use sluice_layer::{Format, TocTrust};
@@ -215,12 +214,12 @@ impl LayerDir {
         Ok(true)
     }
 
-    /// Bytes and inodes that the directory takes.
-    pub fn usage(&self) -> Result<(u64, u64), Error> {
+    /// Bytes and inodes that the directory at `path` takes, if it is there.
+    pub fn usage(path: &Path) -> Result<Option<(u64, u64)>, Error> {
         let mut bytes = 0;
         let mut inodes = 0;
         for name in ["", META, CHUNKS, DATA, PRESENT] {
-            let path = self.path.join(name);
+            let path = path.join(name);
             match fs::metadata(&path) {
                 Ok(found) => {
                     bytes += found.blocks() * 512;
@@ -230,12 +229,9 @@ impl LayerDir {
                 Err(e) => return Err(Error::io("read", &path, e)),
             }
         }
-        Ok((bytes, inodes))
+        Ok((inodes > 0).then_some((bytes, inodes)))
     }
 }
-
-/// A layer directory that many parts of the node hold.
-pub type SharedDir = Arc<LayerDir>;
 
 #[cfg(test)]
 pub(crate) mod tests;

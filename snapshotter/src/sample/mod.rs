@@ -1,11 +1,15 @@
 //! Small real eStargz blobs for tests.
 
+mod registry;
+
 use std::io::Write as _;
 
 use flate2::write::GzEncoder;
 use serde_json::{Value, json};
 use sluice_layer::{TocTrust, locate_toc};
 use sluice_oci::Digest;
+
+pub(crate) use registry::{Fault, Registry};
 
 /// A file of a sample.
 pub(crate) struct SampleFile {

@@ -1,0 +1,76 @@
+//! From a fetched TOC to a layer directory.
+
+use std::io;
+use std::path::Path;
+
+use sluice_layer::Toc;
+use sluice_oci::{Digest, Reference};
+
+use crate::erofs::{XattrNamespace, write_image};
+use crate::layer_dir::{self, NewLayer, Problem};
+use crate::remote::{self, FetchedToc, Remote};
+
+/// Why a TOC did not become a directory.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Error {
+    #[error("{0}")]
+    Toc(#[from] remote::Error),
+    #[error("{0}")]
+    Directory(#[from] layer_dir::Error),
+}
+
+/// Verifies and parses the TOC and makes the layer's directory. Blocks, and
+/// takes memory that it gives back to the system afterwards.
+pub(super) fn compile(
+    layers: &Path,
+    remote: &Remote,
+    fetched: FetchedToc,
+    digest: Digest,
+    reference: &Reference,
+    number: u64,
+) -> Result<(), Error> {
+    let made = (|| {
+        let toc = fetched.read(remote)?;
+        let new = NewLayer {
+            toc: &toc,
+            digest,
+            blob_size: fetched.blob_size(),
+            trust: fetched.trust(),
+            compressed_toc: fetched.compressed_digest(),
+            reference,
+            number,
+        };
+        layer_dir::create(layers, &new, |toc: &Toc, placement, out| {
+            let mut out = io::BufWriter::with_capacity(1 << 18, out);
+            let written = write_image(toc, placement, XattrNamespace::Trusted, &mut out)
+                .map_err(|e| Problem::Erofs(Box::new(e)))?;
+            if written.dropped_xattrs > 0 {
+                tracing::info!(
+                    layer = %digest,
+                    "{} extended attributes are in no namespace that Linux stores; left out",
+                    written.dropped_xattrs
+                );
+            }
+            io::Write::flush(&mut out).map_err(|source| Problem::Io {
+                action: "write",
+                source,
+            })
+        })?;
+        Ok(())
+    })();
+    drop(fetched);
+    give_back_memory();
+    made
+}
+
+/// A TOC of 100,000 entries takes a hundred megabytes for a moment, which the
+/// allocator would keep.
+fn give_back_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: `malloc_trim` takes no pointers and may be called at any time
+    // from any thread.
+    #[allow(unsafe_code)]
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}

@@ -1,0 +1,353 @@
+//! One layer of the node: opened, mounted, removed.
+
+use std::collections::HashSet;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use sluice_oci::{Digest, Reference};
+use tokio::task::spawn_blocking;
+
+use super::compile::compile;
+use super::paths::path_of;
+use super::start::{BLOBS, MOUNTS};
+use super::{Mode, Node, source};
+use crate::fetch::{Handle, LazyLayer};
+use crate::fuse::blobs::BlobTable;
+use crate::layer_dir::{LayerDir, TEMPORARY};
+use crate::mount;
+use crate::remote::Known;
+use crate::service::{MountError, NotLazy, Usage};
+
+/// Content is cached once, by EROFS; and a reader that waits for missing bytes
+/// can be killed, which it could not while FUSE reads through the page cache.
+const OPTIONS: mount::erofs::Options = mount::erofs::Options { direct_io: true };
+
+/// The place of a layer, whether it is there or not. The lock is held while
+/// the layer is being opened, mounted or removed.
+#[derive(Default)]
+pub(super) struct Slot(tokio::sync::Mutex<Option<Open>>);
+
+/// A layer that is open.
+pub(super) struct Open {
+    layer: Arc<LazyLayer>,
+    mounted: Option<PathBuf>,
+    prefetch: Option<Handle>,
+    download: Option<Handle>,
+}
+
+impl Node {
+    /// Opens the layer: from its directory, or from the registry. `known` has
+    /// to vouch for it in either case, for a directory may have been made for
+    /// another image, which claimed other content for the same layer.
+    pub(super) async fn open_layer(
+        &self,
+        reference: &Reference,
+        digest: Digest,
+        known: &Known,
+    ) -> Result<(), NotLazy> {
+        let not_lazy = |reason: String| NotLazy::new(digest, reason);
+        let slot = self.slot(digest);
+        let mut place = slot.0.lock().await;
+        if place.is_none() {
+            *place = self.load(digest).await.map_err(not_lazy)?;
+        }
+        if place.is_none() {
+            self.make(reference, digest, known)
+                .await
+                .map_err(not_lazy)?;
+            *place = self.load(digest).await.map_err(not_lazy)?;
+        }
+        let Some(open) = place.as_mut() else {
+            return Err(not_lazy("its directory is gone again".to_owned()));
+        };
+        let identity = open.layer.dir().identity();
+        if !known.vouches_for(identity.trust, identity.compressed_toc) {
+            return Err(not_lazy(
+                "the image names another table of contents than the one that is on this node"
+                    .to_owned(),
+            ));
+        }
+        if self.0.config.prefetch && open.prefetch.is_none() && !open.layer.dir().is_complete() {
+            open.prefetch = open.layer.prefetch();
+        }
+        Ok(())
+    }
+
+    async fn make(
+        &self,
+        reference: &Reference,
+        digest: Digest,
+        known: &Known,
+    ) -> Result<(), String> {
+        let fetched = self
+            .0
+            .remote
+            .fetch_toc(reference, digest, known)
+            .await
+            .map_err(|error| error.to_string())?;
+        let number = self.0.next_number.fetch_add(1, Ordering::Relaxed);
+        let node = self.clone();
+        let reference = reference.clone();
+        let compiled = spawn_blocking(move || {
+            let layers = node.layers_dir();
+            compile(&layers, &node.0.remote, fetched, digest, &reference, number)
+        });
+        match compiled.await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(_) => Err("compiling its table of contents failed; see the log".to_owned()),
+        }
+    }
+
+    /// Opens the layer's directory, if there is one. A damaged one is removed,
+    /// to be made again.
+    async fn load(&self, digest: Digest) -> Result<Option<Open>, String> {
+        let path = self.layer_path(digest);
+        let opened = spawn_blocking(move || match LayerDir::open(&path, digest) {
+            Ok(dir) => Ok(Some(dir)),
+            Err(_) if !path.exists() => Ok(None),
+            Err(error) if error.is_damage() => {
+                tracing::warn!(layer = %digest, "{error}; it is removed");
+                delete(&path).map(|()| None).map_err(|e| e.to_string())
+            }
+            Err(error) => Err(error.to_string()),
+        });
+        let dir = opened.await.map_err(|error| error.to_string())??;
+        Ok(dir.map(|dir| self.adopt(dir)))
+    }
+
+    fn adopt(&self, dir: LayerDir) -> Open {
+        let identity = dir.identity().clone();
+        let source = source(&self.0.remote, &identity.reference, identity.digest);
+        let meta = dir.meta_path();
+        let layer = LazyLayer::new(
+            dir,
+            Box::new(source),
+            &self.0.engine,
+            Box::new(move |offset| path_of(&meta, offset)),
+        );
+        let content = Arc::clone(&layer);
+        self.0.blobs.insert(identity.number, content);
+        Open {
+            layer,
+            mounted: None,
+            prefetch: None,
+            download: None,
+        }
+    }
+
+    /// Mounts the layer, unless it is mounted.
+    pub(super) async fn mount_layer(&self, digest: Digest) -> Result<PathBuf, MountError> {
+        let slot = self.slot(digest);
+        let mut place = slot.0.lock().await;
+        if place.is_none() {
+            *place = self
+                .load(digest)
+                .await
+                .map_err(|error| MountError::failed(digest, error))?;
+        }
+        let Some(open) = place.as_mut() else {
+            drop(place);
+            self.forget(digest, &slot);
+            return Err(MountError::Unknown(digest));
+        };
+        if let Some(path) = &open.mounted {
+            return Ok(path.clone());
+        }
+        let path = match self.0.mode {
+            Mode::Erofs => self.mount_erofs(&open.layer).await,
+            Mode::Fuse => Err("mount mode fuse is not there".into()),
+        }
+        .map_err(|error| MountError::failed(digest, error))?;
+        open.mounted = Some(path.clone());
+        if !open.layer.dir().is_complete() {
+            if self.0.config.prefetch && open.prefetch.is_none() {
+                open.prefetch = open.layer.prefetch();
+            }
+            if let (Some(delay), None) = (self.0.config.background, &open.download) {
+                open.download = Some(open.layer.download(delay));
+            }
+        }
+        Ok(path)
+    }
+
+    async fn mount_erofs(
+        &self,
+        layer: &LazyLayer,
+    ) -> Result<PathBuf, Box<dyn std::error::Error + Send + Sync>> {
+        let number = layer.dir().identity().number;
+        let root = &self.0.config.root;
+        let target = root.join(MOUNTS).join(number.to_string());
+        let data = if layer.dir().is_complete() {
+            // Bytes that are all here need nobody to serve them.
+            layer.dir().data_path()
+        } else {
+            root.join(BLOBS).join(BlobTable::file_name(number))
+        };
+        let meta = layer.dir().meta_path();
+        spawn_blocking(move || {
+            match fs::create_dir(&target) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                    return Err(error.into());
+                }
+                _ => {}
+            }
+            mount::erofs::mount(&meta, &data, &target, OPTIONS)?;
+            Ok(target)
+        })
+        .await?
+    }
+
+    /// Unmounts and deletes the layer.
+    pub(super) async fn remove_layer(&self, digest: Digest) -> Result<(), MountError> {
+        let slot = self.slot(digest);
+        let mut place = slot.0.lock().await;
+        let failed = |error: io::Error| MountError::failed(digest, error);
+        if let Some(open) = place.take() {
+            open.close(self, false).await;
+        }
+        let path = self.layer_path(digest);
+        let deleted = spawn_blocking(move || delete(&path)).await;
+        deleted
+            .map_err(io::Error::other)
+            .flatten()
+            .map_err(failed)?;
+        drop(place);
+        self.forget(digest, &slot);
+        Ok(())
+    }
+
+    /// Takes an empty slot out of the table, unless somebody else waits for it.
+    fn forget(&self, digest: Digest, slot: &Arc<Slot>) {
+        let mut slots = self.0.slots.lock();
+        // One for the table and one for the caller.
+        if Arc::strong_count(slot) == 2 && slot.0.try_lock().is_ok_and(|place| place.is_none()) {
+            slots.remove(&digest);
+        }
+    }
+
+    /// What the layer takes on disk.
+    pub(super) async fn layer_usage(&self, digest: Digest) -> Result<Usage, MountError> {
+        let path = self.layer_path(digest);
+        let found = spawn_blocking(move || LayerDir::usage(&path)).await;
+        match found.map_err(|error| MountError::failed(digest, error))? {
+            Ok(Some((bytes, inodes))) => Ok(Usage { bytes, inodes }),
+            Ok(None) => Err(MountError::Unknown(digest)),
+            Err(error) => Err(MountError::failed(digest, error)),
+        }
+    }
+
+    /// Removes layers that are neither known nor being opened.
+    pub(super) async fn retain_layers(&self, known: &HashSet<Digest>) -> Result<(), MountError> {
+        let layers = self.layers_dir();
+        let on_disk = spawn_blocking(move || list(&layers)).await;
+        let on_disk = match on_disk.map_err(io::Error::other).flatten() {
+            Ok(on_disk) => on_disk,
+            Err(error) => {
+                tracing::warn!("cannot list the layers on this node: {error}");
+                return Ok(());
+            }
+        };
+        let mut first_failure = Ok(());
+        for digest in on_disk {
+            if known.contains(&digest) {
+                continue;
+            }
+            let busy = self.slot(digest).0.try_lock().is_err();
+            if busy {
+                continue;
+            }
+            tracing::info!(layer = %digest, "removed: nothing refers to it");
+            let removed = self.remove_layer(digest).await;
+            if first_failure.is_ok() {
+                first_failure = removed;
+            }
+        }
+        first_failure
+    }
+
+    /// Makes what has become present durable.
+    pub(super) async fn persist(&self) {
+        let slots: Vec<Arc<Slot>> = self.0.slots.lock().values().cloned().collect();
+        for slot in slots {
+            let layer = match slot.0.try_lock() {
+                Ok(place) => place.as_ref().map(|open| Arc::clone(&open.layer)),
+                Err(_) => None,
+            };
+            if let Some(layer) = layer {
+                persist(layer).await;
+            }
+        }
+    }
+}
+
+async fn persist(layer: Arc<LazyLayer>) {
+    let persisted = spawn_blocking(move || (layer.dir().persist(), layer.digest())).await;
+    if let Ok((Err(error), digest)) = persisted {
+        tracing::warn!(layer = %digest, "{error}");
+    }
+}
+
+impl Slot {
+    /// Ends the layer's work, and keeps its directory.
+    pub(super) async fn close(&self, node: &Node) {
+        if let Some(open) = self.0.lock().await.take() {
+            open.close(node, true).await;
+        }
+    }
+}
+
+impl Open {
+    async fn close(self, node: &Node, keep: bool) {
+        self.layer.close();
+        let number = self.layer.dir().identity().number;
+        if let Some(target) = self.mounted {
+            let unmounted = spawn_blocking(move || unmount(&target)).await;
+            if let Err(error) = unmounted.map_err(io::Error::other).flatten() {
+                tracing::warn!(layer = %self.layer.digest(), "{error}");
+            }
+        }
+        node.0.blobs.remove(number);
+        drop((self.prefetch, self.download));
+        if keep {
+            persist(self.layer).await;
+        }
+    }
+}
+
+/// Unmounts a layer's mount point and removes it. A mount that something
+/// still uses is taken out of sight, and ends with its last user.
+fn unmount(target: &Path) -> io::Result<()> {
+    if mount::unmount(target).is_err() {
+        mount::detach(target).map_err(io::Error::other)?;
+        tracing::warn!("{} was still in use", target.display());
+    }
+    fs::remove_dir(target)
+}
+
+/// Deletes a layer's directory, which has no name any more when that begins.
+fn delete(path: &Path) -> io::Result<()> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let doomed = path.with_file_name(format!("{TEMPORARY}{name}.deleted"));
+    let _ = fs::remove_dir_all(&doomed);
+    match fs::rename(path, &doomed) {
+        Ok(()) => fs::remove_dir_all(&doomed),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// The layers on disk.
+fn list(layers: &Path) -> io::Result<Vec<Digest>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(layers)? {
+        let name = entry?.file_name();
+        if let Ok(digest) = format!("sha256:{}", name.to_string_lossy()).parse() {
+            found.push(digest);
+        }
+    }
+    Ok(found)
+}

@@ -1,0 +1,178 @@
+//! The node's lazily mounted layers: what the snapshots service asks for, made
+//! of registry, directories, fetches and mounts.
+//!
+//! Below the root:
+//!
+//! | path | what |
+//! |---|---|
+//! | `layers/<64 hexadecimal digits>/` | a layer's directory |
+//! | `blobs/` | mount point of the node's one FUSE file system of contents |
+//! | `m/<number>/` | a mounted layer, for overlayfs |
+
+mod compile;
+mod images;
+mod layer;
+mod paths;
+mod start;
+
+use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use sluice_oci::{Digest, Reference};
+use tokio::sync::Semaphore;
+
+use crate::fetch::{self, Engine};
+use crate::fuse::blobs::BlobTable;
+use crate::fuse::{self, SessionError};
+use crate::mount;
+use crate::remote::Remote;
+use crate::service::{LayerRequest, LazyLayers, MountError, NotLazy, Usage};
+
+use layer::Slot;
+
+/// How layers are mounted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// By the kernel's EROFS, with FUSE for missing bytes only.
+    Erofs,
+    /// By FUSE alone.
+    Fuse,
+}
+
+/// Settings of the node.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Directory for everything below.
+    pub root: PathBuf,
+    /// How to mount; none asks the kernel what it can do.
+    pub mode: Option<Mode>,
+    /// How to fetch.
+    pub fetch: fetch::Config,
+    /// Whether prioritized files are fetched before they are read.
+    pub prefetch: bool,
+    /// How long after its mount the rest of a layer is downloaded, if at all.
+    pub background: Option<Duration>,
+    /// Layers of one image whose TOCs are fetched and compiled at once.
+    pub opening: usize,
+}
+
+impl Config {
+    /// The defaults, below `root`.
+    pub fn new(root: impl Into<PathBuf>) -> Self {
+        Self {
+            root: root.into(),
+            mode: None,
+            fetch: fetch::Config::default(),
+            prefetch: true,
+            background: Some(Duration::from_secs(10)),
+            opening: 8,
+        }
+    }
+}
+
+/// Why the node does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A directory cannot be made or read.
+    #[error("cannot use {}: {source}", path.display())]
+    Directory {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// No FUSE.
+    #[error("{0}")]
+    Session(#[from] SessionError),
+    /// Mounts that a former process left behind cannot be listed or removed.
+    #[error("{0}")]
+    Mount(#[from] mount::Error),
+    /// The configured mode does not work here.
+    #[error("mount mode erofs was asked for, but {0}; choose mode auto or fuse")]
+    NoErofs(#[source] mount::erofs::Unsupported),
+}
+
+/// The lazily mounted layers of the node. Clones are the same node.
+#[derive(Clone)]
+pub struct Node(Arc<Inner>);
+
+struct Inner {
+    config: Config,
+    mode: Mode,
+    engine: Engine,
+    remote: Remote,
+    slots: Mutex<HashMap<Digest, Arc<Slot>>>,
+    blobs: BlobTable,
+    session: Mutex<Option<fuse::Session>>,
+    next_number: AtomicU64,
+    opening: Semaphore,
+}
+
+impl Node {
+    /// Its mount mode.
+    pub fn mode(&self) -> Mode {
+        self.0.mode
+    }
+
+    /// Bytes and requests under way.
+    pub fn in_use(&self) -> (u64, u64) {
+        self.0.engine.admission().in_use()
+    }
+
+    fn layers_dir(&self) -> PathBuf {
+        self.0.config.root.join(start::LAYERS)
+    }
+
+    fn layer_path(&self, digest: Digest) -> PathBuf {
+        self.layers_dir().join(digest.hex())
+    }
+
+    fn slot(&self, digest: Digest) -> Arc<Slot> {
+        let mut slots = self.0.slots.lock();
+        Arc::clone(slots.entry(digest).or_default())
+    }
+}
+
+impl LazyLayers for Node {
+    async fn open(&self, request: LayerRequest) -> Result<(), NotLazy> {
+        let ahead = self.clone();
+        let image = request.clone();
+        if image.image_layers.len() > 1 {
+            tokio::spawn(async move { ahead.open_image(&image).await });
+        }
+        let known = self
+            .known(&request)
+            .await
+            .map_err(|error| NotLazy::new(request.digest, error.to_string()))?;
+        self.open_layer(&request.reference, request.digest, &known)
+            .await
+    }
+
+    async fn mount(&self, layer: Digest) -> Result<PathBuf, MountError> {
+        self.mount_layer(layer).await
+    }
+
+    async fn remove(&self, layer: Digest) -> Result<(), MountError> {
+        self.remove_layer(layer).await
+    }
+
+    async fn usage(&self, layer: Digest) -> Result<Usage, MountError> {
+        self.layer_usage(layer).await
+    }
+
+    async fn retain(&self, known: HashSet<Digest>) -> Result<(), MountError> {
+        self.retain_layers(&known).await
+    }
+}
+
+/// Where a layer's blob is, for a fetch that begins later.
+fn source(remote: &Remote, reference: &Reference, digest: Digest) -> fetch::RegistryBlob {
+    fetch::RegistryBlob::new(remote.client().blob(reference, digest), reference.host())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,540 @@
+use std::fs;
+use std::time::Duration;
+
+use serde_json::json;
+use sluice_registry::{Client, RetryPolicy};
+use tempfile::TempDir;
+
+use super::*;
+use crate::sample::{Fault, Layout, Registry, Sample, SampleFile, files, noise};
+
+/// A node without anything that fetches by itself.
+fn config(root: &TempDir) -> Config {
+    Config {
+        mode: Some(Mode::Erofs),
+        prefetch: false,
+        background: None,
+        fetch: fetch::Config {
+            retry: Duration::from_millis(1),
+            retry_limit: Duration::from_millis(20),
+            ..fetch::Config::default()
+        },
+        ..Config::new(root.path())
+    }
+}
+
+fn client() -> Client {
+    Client::new(sluice_registry::Config {
+        retry: RetryPolicy {
+            attempts: 1,
+            ..RetryPolicy::default()
+        },
+        stall_timeout: Duration::from_millis(500),
+        ..sluice_registry::Config::default()
+    })
+    .unwrap()
+}
+
+fn labels(sample: &Sample) -> serde_json::Value {
+    json!({"containerd.io/snapshot/stargz/toc.digest": sample.toc_digest.to_string()})
+}
+
+fn request(registry: &Registry, sample: &Sample) -> LayerRequest {
+    LayerRequest {
+        reference: registry.reference(),
+        digest: sample.digest(),
+        manifest_digest: None,
+        annotations: serde_json::from_value(labels(sample)).unwrap(),
+        image_layers: vec![sample.digest()],
+    }
+}
+
+/// Reads files as a container does. A reading thread of its own, so that the
+/// runtime is free to fetch.
+async fn read(path: PathBuf) -> std::io::Result<Vec<u8>> {
+    tokio::task::spawn_blocking(move || fs::read(path))
+        .await
+        .unwrap()
+}
+
+async fn assert_content(mount: &std::path::Path, sample: &Sample) {
+    for file in &sample.files {
+        let found = read(mount.join(&file.name)).await.unwrap();
+        assert!(found == file.content, "{}", file.name);
+    }
+}
+
+fn sample() -> Sample {
+    let mut all = files(30, 9_000);
+    all.push(SampleFile {
+        name: "large".to_owned(),
+        content: noise(1_000, 1_000_000),
+    });
+    let layout = Layout {
+        shared: 40_000,
+        prioritized: 6,
+        ..Layout::default()
+    };
+    Sample::new(all, &layout)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_layer_is_mounted_with_one_request_and_read_as_needed() {
+    let root = tempfile::tempdir().unwrap();
+    let sample = sample();
+    let registry = Registry::serve(&[(&sample, labels(&sample))]);
+    let node = Node::start(config(&root), client()).unwrap();
+
+    node.open(request(&registry, &sample)).await.unwrap();
+    assert_eq!(
+        registry.take_log().len(),
+        1,
+        "TOC and footer in one request"
+    );
+    node.open(request(&registry, &sample)).await.unwrap();
+    let mount = node.mount(sample.digest()).await.unwrap();
+    assert_eq!(node.mount(sample.digest()).await.unwrap(), mount);
+    assert!(registry.take_log().is_empty());
+
+    let first = read(mount.join(&sample.files[0].name)).await.unwrap();
+    assert!(first == sample.files[0].content);
+    let ranges = registry.take_ranges();
+    assert_eq!(ranges.len(), 1, "{ranges:?}");
+    assert!(ranges[0].1 - ranges[0].0 < 80_000, "{ranges:?}");
+
+    assert_content(&mount, &sample).await;
+    registry.take_log();
+    assert_content(&mount, &sample).await;
+    assert!(registry.take_log().is_empty(), "everything is here");
+    let usage = node.usage(sample.digest()).await.unwrap();
+    assert_eq!(usage.inodes, 5);
+    assert!(usage.bytes >= 1_270_000);
+
+    node.remove(sample.digest()).await.unwrap();
+    assert!(!mount.exists());
+    assert!(matches!(
+        node.mount(sample.digest()).await,
+        Err(MountError::Unknown(_))
+    ));
+    assert_eq!(fs::read_dir(root.path().join("layers")).unwrap().count(), 0);
+    node.stop().await;
+}
+
+/// A mounted layer and the registry behind it.
+async fn mounted(root: &TempDir, sample: &Sample) -> (Registry, Node, PathBuf) {
+    let registry = Registry::serve(&[(sample, labels(sample))]);
+    let node = Node::start(config(root), client()).unwrap();
+    node.open(request(&registry, sample)).await.unwrap();
+    let mount = node.mount(sample.digest()).await.unwrap();
+    registry.take_log();
+    (registry, node, mount)
+}
+
+fn is_eio(result: std::io::Result<Vec<u8>>) -> bool {
+    result.is_err_and(|error| error.raw_os_error() == Some(libc::EIO))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hundred_readers_cause_one_fetch() {
+    let root = tempfile::tempdir().unwrap();
+    let sample = sample();
+    let (registry, node, mount) = mounted(&root, &sample).await;
+    let file = &sample.files[10];
+    let path = mount.join(&file.name);
+    let readers = (0..100).map(|_| read(path.clone()));
+    for content in futures_util::future::join_all(readers).await {
+        assert!(content.unwrap() == file.content);
+    }
+    assert_eq!(registry.take_ranges().len(), 1);
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_chunk_that_is_wrong_once_is_fetched_again() {
+    let root = tempfile::tempdir().unwrap();
+    let sample = sample();
+    let (registry, node, mount) = mounted(&root, &sample).await;
+    let mut first = true;
+    registry.misbehave(move |request| {
+        let (start, end) = request.range?;
+        std::mem::take(&mut first).then_some(Fault::Tamper((start + end) / 2))
+    });
+    let content = read(mount.join(&sample.files[0].name)).await.unwrap();
+    assert!(content == sample.files[0].content);
+    assert_eq!(registry.take_ranges().len(), 2);
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wrong_chunk_is_an_error_and_never_cached() {
+    let root = tempfile::tempdir().unwrap();
+    let sample = sample();
+    let (registry, node, mount) = mounted(&root, &sample).await;
+    registry.misbehave(|request| {
+        let (start, _) = request.range?;
+        Some(Fault::Tamper(start + 100))
+    });
+    let path = mount.join(&sample.files[0].name);
+    assert!(is_eio(read(path.clone()).await));
+    assert!(registry.take_ranges().len() >= 2);
+    // Not even the parts before the wrong byte have become another file's.
+    registry.misbehave(|_| None);
+    assert!(read(path).await.unwrap() == sample.files[0].content);
+    assert_content(&mount, &sample).await;
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn answers_that_break_off_are_resumed() {
+    let root = tempfile::tempdir().unwrap();
+    let sample = sample();
+    let (registry, node, mount) = mounted(&root, &sample).await;
+    let mut requests = 0;
+    registry.misbehave(move |_| {
+        requests += 1;
+        (requests % 3 != 0).then_some(Fault::Cut(70_000))
+    });
+    assert_content(&mount, &sample).await;
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stalled_answer_holds_up_nobody_else_and_ends() {
+    let root = tempfile::tempdir().unwrap();
+    let sample = sample();
+    let (registry, node, mount) = mounted(&root, &sample).await;
+    let here = read(mount.join(&sample.files[0].name)).await.unwrap();
+    let mut first = true;
+    registry.misbehave(move |_| std::mem::take(&mut first).then_some(Fault::Stall(100)));
+    let stalled = tokio::spawn(read(mount.join("large")));
+    while registry.requests() < 2 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    // Present bytes and other missing ones are served meanwhile.
+    assert!(read(mount.join(&sample.files[0].name)).await.unwrap() == here);
+    assert!(read(mount.join(&sample.files[20].name)).await.unwrap() == sample.files[20].content);
+    // The client gives the stalled answer up, and asks again.
+    let large = &sample.files.last().unwrap().content;
+    assert!(stalled.await.unwrap().unwrap() == *large);
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn readers_wait_for_a_failing_registry() {
+    let root = tempfile::tempdir().unwrap();
+    let sample = sample();
+    let (registry, node, mount) = mounted(&root, &sample).await;
+    for status in [503, 401, 403] {
+        let mut requests = 0;
+        registry.misbehave(move |_| {
+            requests += 1;
+            (requests < 6).then_some(Fault::Status(status))
+        });
+        let file = &sample.files[usize::from(status) % 30];
+        assert!(
+            read(mount.join(&file.name)).await.unwrap() == file.content,
+            "{status}"
+        );
+    }
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_read_fails_after_the_deadline_or_a_refusal_and_the_next_one_tries_again() {
+    let root = tempfile::tempdir().unwrap();
+    let sample = sample();
+    let registry = Registry::serve(&[(&sample, labels(&sample))]);
+    let mut config = config(&root);
+    config.fetch.deadline = Duration::from_millis(100);
+    let node = Node::start(config, client()).unwrap();
+    node.open(request(&registry, &sample)).await.unwrap();
+    let mount = node.mount(sample.digest()).await.unwrap();
+    let path = mount.join(&sample.files[0].name);
+    for status in [404, 500] {
+        registry.misbehave(move |_| Some(Fault::Status(status)));
+        assert!(is_eio(read(path.clone()).await), "{status}");
+        assert!(is_eio(read(path.clone()).await), "{status}");
+    }
+    registry.misbehave(|_| None);
+    assert!(read(path).await.unwrap() == sample.files[0].content);
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_be_lazy_says_why_and_leaves_nothing() {
+    let root = tempfile::tempdir().unwrap();
+    let sample = sample();
+    let toc = sample.toc().toc_offset();
+    let end = sample.blob.len() as u64;
+    let registry = Registry::serve(&[(&sample, json!({}))]);
+    let node = Node::start(config(&root), client()).unwrap();
+    let right = request(&registry, &sample);
+    let mut wrong_digest = right.clone();
+    wrong_digest.annotations.insert(
+        "containerd.io/snapshot/stargz/toc.digest".to_owned(),
+        Digest::of(b"another").to_string(),
+    );
+    let mut unlabelled = right.clone();
+    unlabelled.annotations.clear();
+    let mut unlisted = unlabelled.clone();
+    unlisted.digest = Digest::of(b"another");
+    let cases: [(&LayerRequest, Option<Fault>, &str); 8] = [
+        (&wrong_digest, None, "manifest's annotation says"),
+        (
+            &unlabelled,
+            None,
+            "carries no digest of a table of contents",
+        ),
+        (&unlisted, None, "does not list it"),
+        (&right, Some(Fault::Tamper(toc + 20)), "table of contents"),
+        (
+            &right,
+            Some(Fault::Tamper(end - 51)),
+            "neither eStargz nor zstd:chunked",
+        ),
+        (&right, Some(Fault::IgnoreRange), "range"),
+        (&right, Some(Fault::Status(404)), "404"),
+        (&right, Some(Fault::Status(500)), "500"),
+    ];
+    for (request, fault, reason) in cases {
+        let told = fault.clone();
+        registry.misbehave(move |_| told.clone());
+        let error = node.open(request.clone()).await.unwrap_err();
+        assert!(error.to_string().contains(reason), "{fault:?}: {error}");
+        let left = fs::read_dir(root.path().join("layers")).unwrap().count();
+        assert_eq!(left, 0, "{fault:?}");
+    }
+    registry.misbehave(|_| None);
+    node.open(right).await.unwrap();
+    // Another image cannot make this one read other content.
+    let error = node.open(wrong_digest).await.unwrap_err();
+    assert!(error.reason().contains("another table of contents"));
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_toc_longer_than_the_guess_takes_a_second_request() {
+    let root = tempfile::tempdir().unwrap();
+    let sample = Sample::new(files(4_000, 10), &Layout::default());
+    let toc = sample.toc().toc_offset();
+    assert!(
+        sample.blob.len() as u64 - toc > 300_000,
+        "or the test tests nothing"
+    );
+    let registry = Registry::serve(&[(&sample, labels(&sample))]);
+    let node = Node::start(config(&root), client()).unwrap();
+    node.open(request(&registry, &sample)).await.unwrap();
+    let ranges = registry.take_ranges();
+    assert_eq!(ranges.len(), 2);
+    assert_eq!(ranges[1], (toc, ranges[0].0), "no byte twice");
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_manifest_is_fetched_once_when_labels_do_not_vouch() {
+    let root = tempfile::tempdir().unwrap();
+    let layers: Vec<Sample> = (1..4)
+        .map(|count| Sample::new(files(count, 100), &Layout::default()))
+        .collect();
+    let described: Vec<_> = layers
+        .iter()
+        .map(|sample| (sample, labels(sample)))
+        .collect();
+    let registry = Registry::serve(&described);
+    let node = Node::start(config(&root), client()).unwrap();
+    for sample in &layers {
+        let mut request = request(&registry, sample);
+        request.annotations.clear();
+        node.open(request).await.unwrap();
+    }
+    let log = registry.take_log();
+    let manifests = log
+        .iter()
+        .filter(|request| request.path.contains("manifests"));
+    assert_eq!((log.len(), manifests.count()), (4, 1));
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_first_layer_starts_all_of_its_image() {
+    let root = tempfile::tempdir().unwrap();
+    let layout = Layout {
+        shared: 10_000,
+        ..Layout::default()
+    };
+    let layers: Vec<Sample> = (1..6)
+        .map(|count| Sample::new(files(count, 100), &layout))
+        .collect();
+    let described: Vec<_> = layers
+        .iter()
+        .map(|sample| (sample, labels(sample)))
+        .collect();
+    let registry = Registry::serve(&described);
+    let node = Node::start(config(&root), client()).unwrap();
+    let mut first = request(&registry, &layers[0]);
+    first.image_layers = layers.iter().map(Sample::digest).collect();
+    node.open(first).await.unwrap();
+    let on_disk = || fs::read_dir(root.path().join("layers")).unwrap().count();
+    while on_disk() < layers.len() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    for sample in &layers {
+        node.open(request(&registry, sample)).await.unwrap();
+        let mount = node.mount(sample.digest()).await.unwrap();
+        assert_content(&mount, sample).await;
+    }
+    let tocs = registry.take_ranges();
+    assert_eq!(tocs.len(), 2 * layers.len(), "a TOC and a read for each");
+    let kept = HashSet::from([layers[1].digest()]);
+    node.retain(kept).await.unwrap();
+    assert_eq!(on_disk(), 1);
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restart_needs_no_registry() {
+    let root = tempfile::tempdir().unwrap();
+    let sample = sample();
+    let (registry, node, mount) = mounted(&root, &sample).await;
+    let half = &sample.files[..15];
+    for file in half {
+        read(mount.join(&file.name)).await.unwrap();
+    }
+    node.stop().await;
+    assert!(!mount.exists());
+    registry.take_log();
+    registry.misbehave(|_| Some(Fault::Status(500)));
+
+    let mut impatient = config(&root);
+    impatient.fetch.deadline = Duration::from_millis(50);
+    let node = Node::start(impatient, client()).unwrap();
+    let again = node.mount(sample.digest()).await.unwrap();
+    assert_eq!(again, mount, "a layer keeps its number");
+    for file in half {
+        assert!(read(again.join(&file.name)).await.unwrap() == file.content);
+    }
+    assert!(registry.take_log().is_empty());
+    assert!(is_eio(read(again.join("large")).await));
+    registry.misbehave(|_| None);
+    assert_content(&again, &sample).await;
+    node.stop().await;
+
+    // Complete: the next mount needs no FUSE for it.
+    let node = Node::start(config(&root), client()).unwrap();
+    let again = node.mount(sample.digest()).await.unwrap();
+    let session = node.0.session.lock().take();
+    tokio::task::spawn_blocking(move || drop(session))
+        .await
+        .unwrap();
+    assert_content(&again, &sample).await;
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn prefetch_streams_the_prioritized_files_in_one_request() {
+    let root = tempfile::tempdir().unwrap();
+    let sample = sample();
+    let registry = Registry::serve(&[(&sample, labels(&sample))]);
+    let mut config = config(&root);
+    config.prefetch = true;
+    let node = Node::start(config, client()).unwrap();
+    node.open(request(&registry, &sample)).await.unwrap();
+    let mount = node.mount(sample.digest()).await.unwrap();
+    let prefetched = async |count: usize| {
+        while registry.requests() < count || node.in_use() != (0, 0) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    prefetched(2).await;
+    let ranges = registry.take_ranges();
+    let end = sample.toc().prefetch_end().unwrap();
+    assert_eq!(ranges.len(), 2);
+    assert_eq!(ranges[1].0, 0);
+    assert!(ranges[1].1 <= end);
+    for file in &sample.files[..6] {
+        assert!(read(mount.join(&file.name)).await.unwrap() == file.content);
+    }
+    assert!(registry.take_log().is_empty());
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_background_download_takes_one_request_and_completes_the_layer() {
+    let root = tempfile::tempdir().unwrap();
+    let sample = sample();
+    let registry = Registry::serve(&[(&sample, labels(&sample))]);
+    let mut config = config(&root);
+    config.background = Some(Duration::ZERO);
+    let node = Node::start(config, client()).unwrap();
+    node.open(request(&registry, &sample)).await.unwrap();
+    let mount = node.mount(sample.digest()).await.unwrap();
+    let complete = || {
+        let path = root.path().join("layers").join(sample.digest().hex());
+        crate::layer_dir::LayerDir::open(&path, sample.digest())
+            .unwrap()
+            .is_complete()
+    };
+    while !complete() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert_eq!(registry.take_ranges().len(), 2, "the TOC and the rest");
+    assert_content(&mount, &sample).await;
+    assert!(registry.take_log().is_empty());
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn dead_mounts_of_a_killed_process_are_taken_away() {
+    let root = tempfile::tempdir().unwrap();
+    let sample = sample();
+    let (registry, node, mount) = mounted(&root, &sample).await;
+    node.stop().await;
+    // What is left when the process that served a FUSE mount is gone.
+    let blobs = root.path().join("blobs");
+    let device = fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/fuse")
+        .unwrap();
+    let options = format!(
+        "fd={},rootmode=40000,user_id=0,group_id=0",
+        std::os::fd::AsRawFd::as_raw_fd(&device)
+    );
+    let options = std::ffi::CString::new(options).unwrap();
+    rustix::mount::mount(
+        "dead",
+        &blobs,
+        "fuse.sluice",
+        rustix::mount::MountFlags::empty(),
+        options.as_c_str(),
+    )
+    .unwrap();
+    drop(device);
+    let error = fs::read_dir(&blobs).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::ENOTCONN));
+
+    let node = Node::start(config(&root), client()).unwrap();
+    assert_eq!(node.mount(sample.digest()).await.unwrap(), mount);
+    assert_content(&mount, &sample).await;
+    drop(registry);
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_damaged_directory_is_made_again() {
+    let root = tempfile::tempdir().unwrap();
+    let sample = sample();
+    let (registry, node, _) = mounted(&root, &sample).await;
+    node.stop().await;
+    let chunks = root
+        .path()
+        .join("layers")
+        .join(sample.digest().hex())
+        .join("chunks");
+    fs::write(&chunks, "rubbish").unwrap();
+    let node = Node::start(config(&root), client()).unwrap();
+    node.open(request(&registry, &sample)).await.unwrap();
+    let mount = node.mount(sample.digest()).await.unwrap();
+    assert_content(&mount, &sample).await;
+    node.stop().await;
+}

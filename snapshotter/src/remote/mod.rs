@@ -1,0 +1,118 @@
+//! From what containerd says of a layer to its verified TOC.
+
+mod images;
+mod toc;
+
+use std::collections::BTreeMap;
+
+use sluice_layer::annotations::AnnotationError;
+use sluice_layer::{FooterError, LayerAnnotations, Limits, TocError, TocTrust};
+use sluice_oci::{Digest, Reference};
+use sluice_registry::Client;
+
+pub use images::{ImageLayer, Images};
+pub use toc::FetchedToc;
+
+/// Why a layer's TOC is not at hand.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The registry did not give what was asked for.
+    #[error("{0}")]
+    Registry(#[from] sluice_registry::Error),
+    /// The image does not hold the layer.
+    #[error("the manifest of {0} does not list it")]
+    NotInImage(Reference),
+    /// The manifest holds no root of trust for it.
+    #[error(
+        "the image's manifest carries no digest of a table of contents for it; convert the image \
+         with 'sluice convert'"
+    )]
+    NoTrust,
+    /// The annotations are wrong.
+    #[error("{0}")]
+    Annotations(#[from] AnnotationError),
+    /// The blob's end does not lead to a TOC.
+    #[error("{0}")]
+    Footer(#[from] FooterError),
+    /// The TOC is refused.
+    #[error("{0}")]
+    Toc(#[from] TocError),
+    /// The registry told no size.
+    #[error("the registry does not tell the blob's size")]
+    NoSize,
+}
+
+/// The registry side of the node: manifests and TOCs.
+pub struct Remote {
+    client: Client,
+    images: Images,
+    limits: Limits,
+}
+
+/// What is known of a layer before any of it was fetched.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Known {
+    annotations: LayerAnnotations,
+    /// Size of the blob, if known.
+    size: Option<u64>,
+}
+
+impl Known {
+    /// Reads the annotations of the layer's descriptor.
+    pub fn new(
+        annotations: &BTreeMap<String, String>,
+        size: Option<u64>,
+    ) -> Result<Self, AnnotationError> {
+        Ok(Self {
+            annotations: LayerAnnotations::parse(annotations)?,
+            size,
+        })
+    }
+
+    /// What the TOC has to match. The digest of the uncompressed TOC goes
+    /// first, for it is the one that containerd's labels carry: the layer is
+    /// then known by the same digest however it is asked for.
+    pub fn trust(&self) -> Option<TocTrust> {
+        let uncompressed = self.annotations.toc_digest().map(TocTrust::Uncompressed);
+        let compressed = self.annotations.compressed_toc_digest();
+        uncompressed.or(compressed.map(TocTrust::Compressed))
+    }
+
+    /// Whether the image vouches for a TOC that was once verified against
+    /// `trust`, and that has the digest `compressed` as the blob stores it.
+    pub fn vouches_for(&self, trust: TocTrust, compressed: Digest) -> bool {
+        match trust {
+            TocTrust::Uncompressed(digest) if self.annotations.toc_digest() == Some(digest) => true,
+            _ => self.annotations.compressed_toc_digest() == Some(compressed),
+        }
+    }
+}
+
+impl Remote {
+    /// All requests go through `client`.
+    pub fn new(client: Client) -> Self {
+        Self {
+            client,
+            images: Images::new(),
+            limits: Limits::default(),
+        }
+    }
+
+    /// The client.
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// What the image's manifest says of all its layers that could be lazy.
+    /// The manifest is fetched once.
+    pub async fn layers(
+        &self,
+        reference: &Reference,
+        manifest: Option<Digest>,
+        layer: Digest,
+    ) -> Result<Vec<ImageLayer>, Error> {
+        self.images
+            .layers(&self.client, reference, manifest, layer)
+            .await
+    }
+}

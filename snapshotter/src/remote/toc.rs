@@ -1,0 +1,145 @@
+//! Fetching a TOC in as few requests as can be.
+
+use bytes::{Bytes, BytesMut};
+use sluice_layer::{FOOTER_MAX, LayerAnnotations, TocLocation, TocTrust, locate_toc, read_toc};
+use sluice_oci::{Digest, Reference};
+use sluice_registry::{Blob, ByteRange};
+
+use super::{Error, Known, Remote};
+
+/// The end of a blob that is asked for when nothing is known of its size.
+const TAIL: u64 = 256 << 10;
+/// Bounds when the size is known: TOCs take some hundredth of their blobs.
+const TAIL_MIN: u64 = 64 << 10;
+const TAIL_MAX: u64 = 1 << 20;
+const TAIL_PART: u64 = 64;
+
+/// A TOC as it arrived, not yet checked.
+#[derive(Debug)]
+pub struct FetchedToc {
+    location: TocLocation,
+    compressed: Bytes,
+    trust: TocTrust,
+    blob_size: u64,
+}
+
+impl Remote {
+    /// Fetches the layer's TOC: with one request when the annotations say
+    /// where it is or the guess was long enough, and otherwise with two.
+    pub async fn fetch_toc(
+        &self,
+        reference: &Reference,
+        digest: Digest,
+        known: &Known,
+    ) -> Result<FetchedToc, Error> {
+        let trust = known.trust().ok_or(Error::NoTrust)?;
+        let blob = self.client().blob(reference, digest);
+        match known.annotations.toc_location() {
+            Some(location) => self.at(&blob, location, trust, known.size).await,
+            None => self.in_tail(&blob, trust, known).await,
+        }
+    }
+
+    async fn at(
+        &self,
+        blob: &Blob,
+        location: TocLocation,
+        trust: TocTrust,
+        size: Option<u64>,
+    ) -> Result<FetchedToc, Error> {
+        location.check(&self.limits)?;
+        let range = ByteRange::From {
+            offset: location.offset,
+            len: location.compressed_size,
+        };
+        let body = blob.range(range).await?;
+        let blob_size = body.blob_size.or(size).ok_or(Error::NoSize)?;
+        let limit = location.compressed_size as usize;
+        Ok(FetchedToc {
+            compressed: body.collect(limit).await?,
+            location,
+            trust,
+            blob_size,
+        })
+    }
+
+    async fn in_tail(
+        &self,
+        blob: &Blob,
+        trust: TocTrust,
+        known: &Known,
+    ) -> Result<FetchedToc, Error> {
+        let guess = guess(&known.annotations, known.size);
+        let body = blob.range(ByteRange::Suffix(guess)).await?;
+        let blob_size = body.blob_size.unwrap_or(body.offset + body.len);
+        let tail = body.collect(guess as usize).await?;
+        let start = blob_size
+            .checked_sub(tail.len() as u64)
+            .ok_or(Error::NoSize)?;
+        let location = locate_toc(&tail, blob_size)?;
+        location.check(&self.limits)?;
+        let compressed = match location.slice_of(&tail, blob_size) {
+            Some(compressed) => tail.slice_ref(compressed),
+            None => {
+                // Only what the tail did not hold.
+                let wanted = location.range();
+                let range = ByteRange::From {
+                    offset: wanted.start,
+                    len: wanted.end.min(start).saturating_sub(wanted.start),
+                };
+                let mut body = blob.range(range).await?;
+                let mut whole = BytesMut::with_capacity(location.compressed_size as usize);
+                while let Some(bytes) = body.next().await? {
+                    whole.extend_from_slice(&bytes);
+                }
+                let rest = (wanted.end.saturating_sub(start) as usize).min(tail.len());
+                whole.extend_from_slice(&tail[..rest]);
+                whole.freeze()
+            }
+        };
+        Ok(FetchedToc {
+            location,
+            compressed,
+            trust,
+            blob_size,
+        })
+    }
+}
+
+/// How much of the blob's end to ask for.
+fn guess(annotations: &LayerAnnotations, size: Option<u64>) -> u64 {
+    let size = size.or(annotations.uncompressed_size().map(|size| size / 3));
+    let guess = match size {
+        Some(size) => (size / TAIL_PART).clamp(TAIL_MIN, TAIL_MAX),
+        None => TAIL,
+    };
+    guess.max(FOOTER_MAX as u64)
+}
+
+impl FetchedToc {
+    /// Size of the blob.
+    pub fn blob_size(&self) -> u64 {
+        self.blob_size
+    }
+
+    /// What the TOC is to match.
+    pub fn trust(&self) -> TocTrust {
+        self.trust
+    }
+
+    /// Digest of the TOC as it is stored.
+    pub fn compressed_digest(&self) -> Digest {
+        Digest::of(&self.compressed)
+    }
+
+    /// Checks, decompresses and parses it. Takes a core for a while.
+    pub fn read(&self, remote: &Remote) -> Result<sluice_layer::Toc, Error> {
+        let toc = read_toc(
+            &self.location,
+            &self.compressed,
+            &self.trust,
+            &remote.limits,
+        )?;
+        Ok(toc)
+    }
+}
