@@ -10,6 +10,7 @@ use std::time::Duration;
 use sluice_oci::Digest;
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
+use tokio_util::task::TaskTracker;
 use tonic::transport::Server;
 
 use crate::config::Config;
@@ -21,6 +22,10 @@ use crate::socket::{self, Root, Socket};
 
 /// How long calls that are under way may take to finish when the daemon stops.
 const DRAIN: Duration = Duration::from_secs(10);
+
+/// How long a client may take to let go of its connection after that. One that
+/// hangs is no reason to be killed by the service manager.
+const LET_GO: Duration = Duration::from_secs(1);
 
 /// Why the daemon does not run.
 #[derive(Debug, thiserror::Error)]
@@ -81,9 +86,10 @@ async fn serve<L: LazyLayers>(
         .set_nonblocking(true)
         .map_err(|error| failed(error.into()))?;
     let listener = UnixListener::from_std(listener).map_err(|error| failed(error.into()))?;
+    let calls = TaskTracker::new();
     let (drain, drained) = tokio::sync::oneshot::channel::<()>();
     let server = Server::builder()
-        .add_service(service::server(snapshots))
+        .add_service(service::server(snapshots, calls.clone()))
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async {
             let _ = drained.await;
         });
@@ -101,12 +107,17 @@ async fn serve<L: LazyLayers>(
     tracing::info!("stopping");
     notifier.stopping();
     let _ = drain.send(());
-    match tokio::time::timeout(DRAIN, server).await {
-        Ok(ended) => ended.map_err(|error| failed(error.into())),
-        Err(_) => {
+    calls.close();
+    tokio::select! {
+        ended = &mut server => return ended.map_err(|error| failed(error.into())),
+        () = calls.wait() => {}
+        () = tokio::time::sleep(DRAIN) => {
             tracing::warn!("some calls did not finish in {DRAIN:?} and are broken off");
-            Ok(())
         }
+    }
+    match tokio::time::timeout(LET_GO, server).await {
+        Ok(ended) => ended.map_err(|error| failed(error.into())),
+        Err(_) => Ok(()),
     }
 }
 

@@ -47,7 +47,7 @@ fn main() -> ExitCode {
     match serve(arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("sluice-snapshotter: {}", one_line(&format!("{error:#}")));
+            eprintln!("sluice-snapshotter: {}", describe(&error));
             ExitCode::FAILURE
         }
     }
@@ -127,6 +127,14 @@ fn log(level: Option<String>) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn one_line(text: &str) -> String {
+/// One line with every cause that the one before it does not already tell.
+fn describe(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1) {
+        let cause = cause.to_string();
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }

@@ -9,6 +9,7 @@ use futures_util::{Stream, stream};
 use prost_types::Timestamp;
 use sluice_proto::containerd::services::snapshots::v1 as api;
 use sluice_proto::containerd::types;
+use tokio_util::task::TaskTracker;
 use tonic::{Request, Response, Status};
 use tracing::Instrument;
 
@@ -24,13 +25,17 @@ const LIST_BATCH: usize = 100;
 
 /// Serves [`Snapshots`] to containerd.
 #[derive(Debug)]
-pub struct Adapter<L>(Arc<Snapshots<L>>);
+pub struct Adapter<L> {
+    snapshots: Arc<Snapshots<L>>,
+    calls: TaskTracker,
+}
 
-/// The tonic service of `snapshots`.
+/// The tonic service of `snapshots`. Its calls run on `calls`.
 pub fn server<L: LazyLayers>(
     snapshots: Arc<Snapshots<L>>,
+    calls: TaskTracker,
 ) -> api::snapshots_server::SnapshotsServer<Adapter<L>> {
-    api::snapshots_server::SnapshotsServer::new(Adapter(snapshots))
+    api::snapshots_server::SnapshotsServer::new(Adapter { snapshots, calls })
 }
 
 impl<L: LazyLayers> Adapter<L> {
@@ -45,8 +50,9 @@ impl<L: LazyLayers> Adapter<L> {
         T: Send + 'static,
         F: Future<Output = Result<T, Error>> + Send + 'static,
     {
-        let work = call(Arc::clone(&self.0)).instrument(span.clone());
-        let result = tokio::spawn(work).await.unwrap_or(Err(Error::BrokeOff));
+        let work = call(Arc::clone(&self.snapshots)).instrument(span.clone());
+        let result = self.calls.spawn(work).await;
+        let result = result.unwrap_or(Err(Error::BrokeOff));
         result.map_err(|error| span.in_scope(|| status(&error)))
     }
 }

@@ -1,5 +1,6 @@
 //! The database file: opened, versioned, and opened again after a failure.
 
+use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -146,39 +147,55 @@ fn write_tables<'t>(
 }
 
 fn open_file(path: &Path) -> Result<redb::Database, StoreError> {
-    let fail = |error: redb::Error| StoreError::new(path, error);
-    let database = redb::Database::builder()
-        // A thousand snapshots are a megabyte.
-        .set_cache_size(4 << 20)
-        .create(path)
-        .map_err(|e| fail(e.into()))?;
-    match version(&database).map_err(fail)? {
-        Some(ROOT_VERSION) => {}
-        Some(found) => {
-            return Err(StoreError::Newer {
-                path: path.to_owned(),
-                found,
-            });
-        }
-        None => initialise(&database, path)?,
+    let exists = path.try_exists();
+    if !exists.map_err(|e| StoreError::new(path, redb::Error::Io(e)))? {
+        create_file(path)?;
     }
-    Ok(database)
+    let database = builder().open(path).map_err(|e| StoreError::new(path, e))?;
+    match version(&database).map_err(|e| StoreError::new(path, e))? {
+        ROOT_VERSION => Ok(database),
+        found => Err(StoreError::Newer {
+            path: path.to_owned(),
+            found,
+        }),
+    }
 }
 
-fn version(database: &redb::Database) -> Result<Option<u64>, redb::Error> {
-    let transaction = database.begin_read()?;
-    let meta = match transaction.open_table(META) {
-        Ok(meta) => meta,
-        Err(redb::TableError::TableDoesNotExist(_)) => return Ok(None),
-        Err(error) => return Err(error.into()),
-    };
-    let version = meta.get(VERSION)?.map(|value| value.value());
-    match version {
-        Some(version) => Ok(Some(version)),
-        None => Err(redb::Error::Io(io::Error::other(
-            "the database names no version: it is not Sluice's",
-        ))),
+fn builder() -> redb::Builder {
+    let mut builder = redb::Database::builder();
+    // A thousand snapshots are a megabyte.
+    builder.set_cache_size(4 << 20);
+    builder
+}
+
+/// Makes an empty database under another name first: one that a full disk
+/// cuts short must not stand in the way later.
+fn create_file(path: &Path) -> Result<(), StoreError> {
+    let fail = |error: io::Error| StoreError::new(path, redb::Error::Io(error));
+    let draft = path.with_extension("new");
+    match fs::remove_file(&draft) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(fail(error)),
+        _ => {}
     }
+    let made = builder()
+        .create(&draft)
+        .map_err(|e| StoreError::new(path, e))
+        .and_then(|database| initialise(&database, path))
+        .and_then(|()| fs::rename(&draft, path).map_err(fail));
+    if made.is_err() {
+        let _ = fs::remove_file(&draft);
+        return made;
+    }
+    let directory = path.parent().unwrap_or(Path::new("."));
+    File::open(directory)
+        .and_then(|directory| directory.sync_all())
+        .map_err(fail)
+}
+
+fn version(database: &redb::Database) -> Result<u64, redb::Error> {
+    let meta = database.begin_read()?.open_table(META)?;
+    let version = meta.get(VERSION)?.map(|value| value.value());
+    version.ok_or_else(|| redb::Error::Corrupted("it names no version".to_owned()))
 }
 
 fn initialise(database: &redb::Database, path: &Path) -> Result<(), StoreError> {
