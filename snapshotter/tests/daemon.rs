@@ -1,6 +1,11 @@
 //! The real daemon, spoken to as containerd does: its life cycle, what it
 //! keeps over a restart, and what it says when it cannot start.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test's helpers may panic as the test does"
+)]
+
 use std::ffi::OsStr;
 use std::fs;
 use std::io::Read;
