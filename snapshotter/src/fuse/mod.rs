@@ -4,6 +4,8 @@
 pub mod blobs;
 mod reading;
 mod session;
+pub mod tree;
+mod trees;
 
 use std::io;
 use std::sync::Arc;
@@ -12,6 +14,7 @@ use futures_util::future::BoxFuture;
 
 pub use reading::Reader;
 pub use session::{Session, SessionError};
+pub use trees::{Tree, TreeTable};
 
 /// What a FUSE mount needs of a layer's content.
 pub trait Content: Send + Sync + 'static {

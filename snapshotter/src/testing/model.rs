@@ -24,6 +24,8 @@ pub(crate) enum Kind {
         size: u64,
         seed: u64,
     },
+    /// A file with this content.
+    Bytes(Vec<u8>),
     /// A file of zeros that the blob does not hold.
     Zeros {
         size: u64,
@@ -145,11 +147,13 @@ impl Tree {
                     set("type", "dir".into());
                     set("name", format!("{path}/").into());
                 }
-                Kind::File { size, seed } => {
+                Kind::File { .. } | Kind::Bytes(_) => {
                     set("type", "reg".into());
-                    if *size > 0 {
-                        let digest = Digest::of(&content(*size, *seed)).to_string();
-                        set("size", (*size).into());
+                    let content = inode.kind.content().unwrap_or_default();
+                    let size = content.len() as u64;
+                    if size > 0 {
+                        let digest = Digest::of(&content).to_string();
+                        set("size", size.into());
                         set("offset", offset.into());
                         set("chunkDigest", digest.clone().into());
                         set("digest", digest.into());
@@ -230,9 +234,9 @@ impl Tree {
         data.set_len(placement.data_size()).unwrap();
         let ids = ids(toc);
         for (path, inode) in &self.inodes {
-            if let Kind::File { size, seed } = inode.kind {
+            if let Some(content) = inode.kind.content() {
                 let start = placement.start(ids[path.as_str()]);
-                data.write_all_at(&content(size, seed), start).unwrap();
+                data.write_all_at(&content, start).unwrap();
             }
         }
     }
@@ -265,12 +269,12 @@ impl Tree {
                     },
                     xattrs,
                     content: match &inode.kind {
-                        Kind::File { size, seed } => Some(Digest::of(&content(*size, *seed))),
                         Kind::Symlink(target) => Some(Digest::of(target.as_bytes())),
-                        _ => None,
+                        kind => kind.content().map(|content| Digest::of(&content)),
                     },
                     size: match &inode.kind {
                         Kind::File { size, .. } | Kind::Zeros { size } => *size,
+                        Kind::Bytes(bytes) => bytes.len() as u64,
                         Kind::Symlink(target) => target.len() as u64,
                         _ => 0,
                     },
@@ -321,10 +325,19 @@ impl Tree {
 }
 
 impl Kind {
+    /// What a file holds, unless it is only zeros.
+    fn content(&self) -> Option<Vec<u8>> {
+        match self {
+            Self::File { size, seed } => Some(content(*size, *seed)),
+            Self::Bytes(bytes) => Some(bytes.clone()),
+            _ => None,
+        }
+    }
+
     fn letter(&self) -> char {
         match self {
             Self::Directory { .. } => 'd',
-            Self::File { .. } | Self::Zeros { .. } => '-',
+            Self::File { .. } | Self::Bytes(_) | Self::Zeros { .. } => '-',
             Self::Symlink(_) => 'l',
             Self::Char(..) => 'c',
             Self::Block(..) => 'b',
@@ -355,7 +368,7 @@ fn ids(toc: &Toc) -> HashMap<String, NodeId> {
 }
 
 /// Bytes that differ from block to block and from file to file.
-pub(super) fn content(size: u64, seed: u64) -> Vec<u8> {
+fn content(size: u64, seed: u64) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut bytes = Vec::with_capacity(size as usize + 8);
     while (bytes.len() as u64) < size {
