@@ -12,10 +12,12 @@ use tokio::task::spawn_blocking;
 
 use super::compile::compile;
 use super::paths::path_of;
-use super::start::{BLOBS, MOUNTS};
+use super::start::{BLOBS, MOUNTS, TREES};
 use super::{Mode, Node, source};
+use crate::erofs::Image;
 use crate::fetch::{Handle, LazyLayer};
 use crate::fuse::blobs::BlobTable;
+use crate::fuse::{Content, Tree, TreeTable};
 use crate::layer_dir::{LayerDir, TEMPORARY};
 use crate::mount;
 use crate::remote::Known;
@@ -159,7 +161,7 @@ impl Node {
         }
         let path = match self.0.mode {
             Mode::Erofs => self.mount_erofs(&open.layer).await,
-            Mode::Fuse => Err("mount mode fuse is not there".into()),
+            Mode::Fuse => self.show_tree(&open.layer).await,
         }
         .map_err(|error| MountError::failed(digest, error))?;
         open.mounted = Some(path.clone());
@@ -199,6 +201,19 @@ impl Node {
             Ok(target)
         })
         .await?
+    }
+
+    async fn show_tree(
+        &self,
+        layer: &Arc<LazyLayer>,
+    ) -> Result<PathBuf, Box<dyn std::error::Error + Send + Sync>> {
+        let number = layer.dir().identity().number;
+        let meta = layer.dir().meta_path();
+        let image = spawn_blocking(move || Image::open(&meta)).await??;
+        let content: Arc<dyn Content> = Arc::clone(layer) as _;
+        self.0.trees.insert(number, Tree::new(image, content));
+        let name = TreeTable::directory_name(number);
+        Ok(self.0.config.root.join(TREES).join(name))
     }
 
     /// Unmounts and deletes the layer.
@@ -304,13 +319,14 @@ impl Open {
     async fn close(self, node: &Node, keep: bool) {
         self.layer.close();
         let number = self.layer.dir().identity().number;
-        if let Some(target) = self.mounted {
+        if let (Some(target), Mode::Erofs) = (self.mounted, node.0.mode) {
             let unmounted = spawn_blocking(move || unmount(&target)).await;
             if let Err(error) = unmounted.map_err(io::Error::other).flatten() {
                 tracing::warn!(layer = %self.layer.digest(), "{error}");
             }
         }
         node.0.blobs.remove(number);
+        node.0.trees.remove(number);
         drop((self.prefetch, self.download));
         if keep {
             persist(self.layer).await;

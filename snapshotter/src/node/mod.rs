@@ -6,8 +6,9 @@
 //! | path | what |
 //! |---|---|
 //! | `layers/<64 hexadecimal digits>/` | a layer's directory |
-//! | `blobs/` | mount point of the node's one FUSE file system of contents |
-//! | `m/<number>/` | a mounted layer, for overlayfs |
+//! | `blobs/` | in mode `erofs`, mount point of the node's one FUSE file system of contents |
+//! | `m/<number>/` | in mode `erofs`, a mounted layer |
+//! | `t/<number>/` | in mode `fuse`, a layer in the node's one FUSE file system of trees |
 
 mod compile;
 mod images;
@@ -27,7 +28,7 @@ use tokio::sync::Semaphore;
 
 use crate::fetch::{self, Engine};
 use crate::fuse::blobs::BlobTable;
-use crate::fuse::{self, SessionError};
+use crate::fuse::{self, SessionError, TreeTable};
 use crate::mount;
 use crate::remote::Remote;
 use crate::service::{LayerRequest, LazyLayers, MountError, NotLazy, Usage};
@@ -107,6 +108,7 @@ struct Inner {
     remote: Remote,
     slots: Mutex<HashMap<Digest, Arc<Slot>>>,
     blobs: BlobTable,
+    trees: TreeTable,
     session: Mutex<Option<fuse::Session>>,
     next_number: AtomicU64,
     opening: Semaphore,

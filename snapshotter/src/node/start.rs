@@ -16,7 +16,8 @@ use tokio::sync::Semaphore;
 use super::{Config, Inner, Mode, Node, StartError};
 use crate::fetch::Engine;
 use crate::fuse::blobs::{BlobTable, Blobs};
-use crate::fuse::{Reader, Session};
+use crate::fuse::tree::Trees;
+use crate::fuse::{Reader, Session, TreeTable};
 use crate::layer_dir::{LayerDir, TEMPORARY};
 use crate::mount;
 use crate::remote::Remote;
@@ -27,6 +28,8 @@ pub(super) const LAYERS: &str = "layers";
 pub(super) const BLOBS: &str = "blobs";
 /// Where layers are mounted.
 pub(super) const MOUNTS: &str = "m";
+/// Where trees are mounted.
+pub(super) const TREES: &str = "t";
 
 /// How often what has become present is made durable.
 const PERSIST: Duration = Duration::from_secs(30);
@@ -38,7 +41,7 @@ impl Node {
     /// called within the runtime that the node is to use.
     pub fn start(config: Config, client: Client) -> Result<Self, StartError> {
         let root = &config.root;
-        for name in [LAYERS, BLOBS, MOUNTS] {
+        for name in [LAYERS, MOUNTS, BLOBS, TREES] {
             // The mount point of a killed process cannot even be looked at.
             detach_below(&root.join(name))?;
             make_directory(&root.join(name))?;
@@ -60,11 +63,18 @@ impl Node {
         clear(&root.join(MOUNTS))?;
         let runtime = Handle::current();
         let blobs = BlobTable::new();
-        let session = Session::mount(
-            Blobs::new(blobs.clone(), Reader::new(runtime.clone())),
-            &root.join(BLOBS),
-            "sluice-blobs",
-        )?;
+        let trees = TreeTable::new();
+        let reader = Reader::new(runtime.clone());
+        let session = match mode {
+            Mode::Erofs => {
+                let contents = Blobs::new(blobs.clone(), reader);
+                Session::mount(contents, &root.join(BLOBS), "sluice-blobs")?
+            }
+            Mode::Fuse => {
+                let layers = Trees::new(trees.clone(), reader);
+                Session::mount(layers, &root.join(TREES), "sluice-trees")?
+            }
+        };
         let node = Self(Arc::new(Inner {
             engine: Engine::new(config.fetch.clone(), runtime.clone()),
             remote: Remote::new(client),
@@ -74,6 +84,7 @@ impl Node {
             opening: Semaphore::new(config.opening.max(1)),
             mode,
             blobs,
+            trees,
             config,
         }));
         let inner = Arc::downgrade(&node.0);

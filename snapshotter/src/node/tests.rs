@@ -135,6 +135,26 @@ fn is_eio(result: std::io::Result<Vec<u8>>) -> bool {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn mode_fuse_shows_the_same() {
+    let root = tempfile::tempdir().unwrap();
+    let sample = sample();
+    let registry = Registry::serve(&[(&sample, labels(&sample))]);
+    let mut config = config(&root);
+    config.mode = Some(Mode::Fuse);
+    let node = Node::start(config, client()).unwrap();
+    node.open(request(&registry, &sample)).await.unwrap();
+    let mount = node.mount(sample.digest()).await.unwrap();
+    registry.take_log();
+    let first = read(mount.join(&sample.files[0].name)).await.unwrap();
+    assert!(first == sample.files[0].content);
+    assert_eq!(registry.take_ranges().len(), 1);
+    assert_content(&mount, &sample).await;
+    node.remove(sample.digest()).await.unwrap();
+    assert!(!mount.exists());
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_hundred_readers_cause_one_fetch() {
     let root = tempfile::tempdir().unwrap();
     let sample = sample();
