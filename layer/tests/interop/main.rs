@@ -82,18 +82,15 @@ fn read_blob(blob: &[u8], annotations: &BTreeMap<String, String>) -> Listing {
         &limits,
     )
     .unwrap();
-    for trust in [
-        annotations.toc_digest().map(TocTrust::Uncompressed),
-        annotations
-            .compressed_toc_digest()
-            .map(TocTrust::Compressed),
-    ] {
-        if let Some(trust) = trust {
-            assert_eq!(
-                read_toc(&location, compressed, &trust, &limits).unwrap(),
-                toc
-            );
-        }
+    let by_json = annotations.toc_digest().map(TocTrust::Uncompressed);
+    let by_compressed = annotations
+        .compressed_toc_digest()
+        .map(TocTrust::Compressed);
+    for trust in [by_json, by_compressed].into_iter().flatten() {
+        assert_eq!(
+            read_toc(&location, compressed, &trust, &limits).unwrap(),
+            toc
+        );
     }
     Listing::of_toc(&toc, blob)
 }
