@@ -103,6 +103,9 @@ pub struct Prefetch {
 pub struct Background {
     /// Default true. A node that is off the network later needs it.
     pub enabled: bool,
+    /// How long after its mount the rest of a layer is fetched, in seconds.
+    /// Default 10: the start of a container comes first.
+    pub delay_seconds: u64,
 }
 
 impl Default for Config {
@@ -159,7 +162,10 @@ impl Default for Prefetch {
 
 impl Default for Background {
     fn default() -> Self {
-        Self { enabled: true }
+        Self {
+            enabled: true,
+            delay_seconds: 10,
+        }
     }
 }
 
@@ -289,6 +295,8 @@ mod tests {
             "connections",
             "read_ahead_mib",
             "deadline_seconds",
+            "enabled",
+            "delay_seconds",
         ] {
             assert!(text.contains(&format!("\n{key} = ")), "{key}");
         }

@@ -1,23 +1,22 @@
 //! The composition root: what the daemon is made of, in the order in which it
 //! comes up, and taken down in the opposite one.
 
-use std::collections::HashSet;
 use std::future::Future;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use sluice_oci::Digest;
+use sluice_registry::Client;
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::task::TaskTracker;
 use tonic::transport::Server;
 
-use crate::config::Config;
+use crate::config::{Config, MountMode};
+use crate::fetch;
+use crate::node::{self, Node};
 use crate::notify::Notifier;
-use crate::service::{
-    self, LayerRequest, LazyLayers, MountError, NotLazy, OverlayOptions, Snapshots, Store, Usage,
-};
+use crate::service::{self, LazyLayers, OverlayOptions, Snapshots, Store};
 use crate::socket::{self, Root, Socket};
 
 /// How long calls that are under way may take to finish when the daemon stops.
@@ -33,6 +32,12 @@ pub enum Error {
     /// The root directory or the socket.
     #[error(transparent)]
     Place(#[from] socket::Error),
+    /// The client for registries.
+    #[error(transparent)]
+    Registry(#[from] sluice_registry::Error),
+    /// The lazily mounted layers.
+    #[error(transparent)]
+    Node(#[from] node::StartError),
     /// The snapshots or their database.
     #[error(transparent)]
     Service(#[from] service::Error),
@@ -56,19 +61,37 @@ pub async fn run(
     let (socket, listener) = Socket::bind(&config.address)?;
     // Before anything is written: this refuses a root of a newer version.
     let store = Store::open(root.path())?;
-    let overlay = OverlayOptions::probe();
-    let layers = Arc::new(NoLayers);
-    let snapshots = Snapshots::start(root.path(), store, layers, overlay).await?;
-    let snapshots = Arc::new(snapshots);
-
-    let served = serve(&config, Arc::clone(&snapshots), listener, &notifier, stop).await;
-
-    snapshots.close().await;
+    let client = Client::new(registry_config(&config))?;
+    let node = Node::start(node_config(&config, root.path()), client)?;
+    let mode = match node.mode() {
+        node::Mode::Erofs => "erofs",
+        node::Mode::Fuse => "fuse",
+    };
+    tracing::info!(mode, "layers can be mounted");
+    let result = serve_node(&config, &root, store, &node, listener, &notifier, stop).await;
+    node.stop().await;
     drop(socket);
-    drop(root);
-    served?;
+    result?;
     tracing::info!("stopped");
     Ok(())
+}
+
+async fn serve_node(
+    config: &Config,
+    root: &Root,
+    store: Store,
+    node: &Node,
+    listener: std::os::unix::net::UnixListener,
+    notifier: &Notifier,
+    stop: impl Future<Output = ()> + Send,
+) -> Result<(), Error> {
+    let overlay = OverlayOptions::probe();
+    let layers = Arc::new(node.clone());
+    let snapshots = Snapshots::start(root.path(), store, layers, overlay).await?;
+    let snapshots = Arc::new(snapshots);
+    let served = serve(config, Arc::clone(&snapshots), listener, notifier, stop).await;
+    snapshots.close().await;
+    served
 }
 
 async fn serve<L: LazyLayers>(
@@ -121,31 +144,39 @@ async fn serve<L: LazyLayers>(
     }
 }
 
-/// A node on which every layer is unpacked.
-#[derive(Debug)]
-struct NoLayers;
-
-impl LazyLayers for NoLayers {
-    async fn open(&self, request: LayerRequest) -> Result<(), NotLazy> {
-        Err(NotLazy::new(
-            request.digest,
-            "this node mounts no layers lazily",
-        ))
+fn node_config(config: &Config, root: &Path) -> node::Config {
+    node::Config {
+        mode: match config.mount.mode {
+            MountMode::Auto => None,
+            MountMode::Erofs => Some(node::Mode::Erofs),
+            MountMode::Fuse => Some(node::Mode::Fuse),
+        },
+        fetch: fetch::Config {
+            memory: mebibytes(config.fetch.memory_mib.get()),
+            connections: config.fetch.connections.get(),
+            read_ahead: mebibytes(config.fetch.read_ahead_mib),
+            deadline: Duration::from_secs(config.fetch.deadline_seconds.get()),
+            ..fetch::Config::default()
+        },
+        prefetch: config.prefetch.enabled,
+        background: config
+            .background
+            .enabled
+            .then(|| Duration::from_secs(config.background.delay_seconds)),
+        ..node::Config::new(root)
     }
+}
 
-    async fn mount(&self, layer: Digest) -> Result<PathBuf, MountError> {
-        Err(MountError::Unknown(layer))
-    }
+fn mebibytes(count: u64) -> u64 {
+    count.saturating_mul(1 << 20)
+}
 
-    async fn remove(&self, _: Digest) -> Result<(), MountError> {
-        Ok(())
-    }
-
-    async fn usage(&self, layer: Digest) -> Result<Usage, MountError> {
-        Err(MountError::Unknown(layer))
-    }
-
-    async fn retain(&self, _: HashSet<Digest>) -> Result<(), MountError> {
-        Ok(())
+fn registry_config(config: &Config) -> sluice_registry::Config {
+    let config = config.registry.clone();
+    sluice_registry::Config {
+        plain_http: config.plain_http,
+        docker_configs: config.docker_configs,
+        ca_certificates: config.ca_certificates,
+        ..sluice_registry::Config::default()
     }
 }

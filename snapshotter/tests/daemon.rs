@@ -92,8 +92,15 @@ impl Daemon {
 impl Drop for Daemon {
     fn drop(&mut self) {
         if let Some(mut process) = self.process.take() {
-            let _ = process.kill();
+            let pid = rustix::process::Pid::from_child(&process);
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
             let _ = process.wait();
+        }
+        // What one that was killed has left.
+        if let Ok(mounts) = sluice_snapshotter::mount::mounts_below(self.home.path()) {
+            for mount in mounts {
+                let _ = sluice_snapshotter::mount::detach(&mount.target);
+            }
         }
     }
 }
@@ -164,7 +171,7 @@ async fn list(client: &mut Client, filters: &[&str]) -> Result<Vec<Vec<api::Info
     Ok(messages)
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn snapshots_survive_a_stop_and_a_kill() {
     let mut daemon = Daemon::new();
     let mut client = daemon.client().await;
@@ -199,7 +206,7 @@ async fn snapshots_survive_a_stop_and_a_kill() {
     daemon.stop();
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn errors_carry_the_codes_that_containerd_knows() {
     let daemon = Daemon::new();
     let mut client = daemon.client().await;
@@ -244,7 +251,7 @@ async fn errors_carry_the_codes_that_containerd_knows() {
     );
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_long_list_comes_in_several_messages() {
     let daemon = Daemon::new();
     let client = daemon.client().await;
@@ -440,7 +447,7 @@ impl Drop for SmallDisk {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_full_disk_is_named_and_passes() {
     let disk = SmallDisk::new();
     let mut daemon = Daemon {
@@ -480,6 +487,76 @@ async fn a_full_disk_is_named_and_passes() {
     let directories = fs::read_dir(daemon.root().join("snapshots")).unwrap();
     assert_eq!(directories.count(), made + 2);
     daemon.stop();
+}
+
+/// `command` in a mount namespace of its own, after the shell's `preparation`.
+fn unshared(preparation: &str, command: &Command) -> Command {
+    let mut unshared = Command::new("unshare");
+    unshared
+        .args(["--mount", "--propagation", "private", "sh", "-ec"])
+        .arg(format!("{preparation}; exec \"$@\""))
+        .arg("sh")
+        .arg(command.get_program())
+        .args(command.get_args());
+    unshared
+}
+
+#[test]
+fn a_missing_fuse_device_is_named() {
+    let home = tempfile::tempdir().unwrap();
+    let command = serve(&home.path().join("root"), &home.path().join("socket"));
+    let line = refusal(unshared("mount -t tmpfs none /dev", &command));
+    assert_names(&line, &["/dev/fuse".as_ref(), "modprobe fuse".as_ref()]);
+    assert!(!home.path().join("socket").exists());
+}
+
+#[test]
+fn the_mount_mode_can_be_chosen() {
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("config.toml");
+    for mode in ["erofs", "fuse"] {
+        fs::write(&file, format!("[mount]\nmode = '{mode}'\n")).unwrap();
+        let mut daemon = Daemon {
+            home: tempfile::tempdir().unwrap(),
+            process: None,
+        };
+        let log = fs::File::create(home.path().join("log")).unwrap();
+        let process = daemon
+            .command()
+            .arg("--config")
+            .arg(&file)
+            .stderr(log)
+            .spawn();
+        daemon.process = Some(process.unwrap());
+        let text = || fs::read_to_string(home.path().join("log")).unwrap();
+        wait_for("the daemon", || text().contains("serving"));
+        assert!(text().contains(&format!("mode=\"{mode}\"")), "{}", text());
+        daemon.stop();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_mount_is_left() {
+    let mut daemon = Daemon::new();
+    let below = |daemon: &Daemon| {
+        let mounts = sluice_snapshotter::mount::mounts_below(&daemon.root());
+        mounts.unwrap().len()
+    };
+    // A call is answered when everything is mounted.
+    list(&mut daemon.client().await, &[]).await.unwrap();
+    assert_eq!(below(&daemon), 1);
+    daemon.stop();
+    assert_eq!(below(&daemon), 0);
+    // Those of one that was killed go with the next.
+    daemon.start();
+    list(&mut daemon.client().await, &[]).await.unwrap();
+    daemon.signal(rustix::process::Signal::KILL);
+    assert_eq!(below(&daemon), 1);
+    daemon.start();
+    list(&mut daemon.client().await, &[]).await.unwrap();
+    assert_eq!(below(&daemon), 1);
+    daemon.stop();
+    assert_eq!(below(&daemon), 0);
 }
 
 #[test]
