@@ -74,3 +74,6 @@ impl From<FetchError> for io::Error {
         io::Error::from_raw_os_error(libc::EIO)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -9,7 +9,7 @@ use super::*;
 use crate::sample::{Fault, Layout, Registry, Sample, SampleFile, files, noise};
 
 /// A node without anything that fetches by itself.
-fn config(root: &TempDir) -> Config {
+pub(super) fn config(root: &TempDir) -> Config {
     Config {
         mode: Some(Mode::Erofs),
         prefetch: false,
@@ -23,7 +23,7 @@ fn config(root: &TempDir) -> Config {
     }
 }
 
-fn client() -> Client {
+pub(super) fn client() -> Client {
     Client::new(sluice_registry::Config {
         retry: RetryPolicy {
             attempts: 1,
@@ -35,11 +35,11 @@ fn client() -> Client {
     .unwrap()
 }
 
-fn labels(sample: &Sample) -> serde_json::Value {
+pub(super) fn labels(sample: &Sample) -> serde_json::Value {
     json!({"containerd.io/snapshot/stargz/toc.digest": sample.toc_digest.to_string()})
 }
 
-fn request(registry: &Registry, sample: &Sample) -> LayerRequest {
+pub(super) fn request(registry: &Registry, sample: &Sample) -> LayerRequest {
     LayerRequest {
         reference: registry.reference(),
         digest: sample.digest(),
