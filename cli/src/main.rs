@@ -3,6 +3,8 @@
 
 mod args;
 mod inspect;
+mod pull;
+mod registry;
 
 use std::process::ExitCode;
 
@@ -25,6 +27,7 @@ fn main() -> ExitCode {
 async fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Inspect(args) => inspect::run(args).await,
+        Command::Pull(args) => pull::run(*args).await,
     }
 }
 

@@ -1,0 +1,311 @@
+//! What an image consists of: its documents, from the registry into
+//! containerd's store.
+
+use anyhow::{Context as _, anyhow, bail};
+use bytes::Bytes;
+use serde::Deserialize;
+use sluice_oci::{Descriptor, Digest, Hasher, Manifest, Platform, Reference};
+use sluice_registry::{Client, Document};
+
+use super::labels;
+use super::node::{Labels, Node};
+
+const MAX_MANIFEST: usize = 4 << 20;
+const MAX_CONFIG: usize = 4 << 20;
+
+/// An image whose documents are in containerd's store.
+pub(crate) struct Image {
+    pub(crate) reference: Reference,
+    /// What the reference names: the manifest, or an index above it.
+    pub(crate) target: Descriptor,
+    pub(crate) manifest_digest: Digest,
+    pub(crate) manifest: Manifest,
+    /// The names of the snapshots, lowest first, one a layer.
+    pub(crate) chain_ids: Vec<Digest>,
+    pub(crate) diff_ids: Vec<Digest>,
+}
+
+#[derive(Deserialize)]
+struct ImageConfig {
+    #[serde(default)]
+    os: String,
+    #[serde(default)]
+    architecture: String,
+    rootfs: RootFs,
+}
+
+#[derive(Deserialize)]
+struct RootFs {
+    diff_ids: Vec<Digest>,
+}
+
+/// Brings an image's manifest and configuration to the node: one request
+/// each, and one for an index.
+pub(crate) async fn fetch(
+    node: &Node,
+    client: &Client,
+    reference: &Reference,
+    platform: &Platform,
+) -> anyhow::Result<Image> {
+    let first = client.manifest(reference).await?;
+    let target = first.descriptor();
+    let (manifest_digest, manifest) = if first.is_index() {
+        from_index(node, client, reference, &first, platform).await?
+    } else {
+        let manifest = first.manifest()?;
+        keep_manifest(node, reference, &target, first.bytes.clone(), &manifest).await?;
+        (first.digest, manifest)
+    };
+    let config = config(node, client, reference, &manifest).await?;
+    let found = format!("{}/{}", config.os, config.architecture);
+    if (&config.os, &config.architecture) != (&platform.os, &platform.architecture) {
+        bail!(
+            "{reference} is an image for {found}, not for {}; pass --platform {found} to pull it \
+             all the same",
+            show(platform)
+        );
+    }
+    let diff_ids = config.rootfs.diff_ids;
+    if diff_ids.len() != manifest.layers.len() {
+        bail!(
+            "{reference} ({manifest_digest}) has {} layers, but its configuration lists {}",
+            manifest.layers.len(),
+            diff_ids.len()
+        );
+    }
+    if diff_ids.is_empty() {
+        bail!("{reference} ({manifest_digest}) has no layers");
+    }
+    Ok(Image {
+        reference: reference.clone(),
+        target,
+        manifest_digest,
+        manifest,
+        chain_ids: chain_ids(&diff_ids),
+        diff_ids,
+    })
+}
+
+async fn from_index(
+    node: &Node,
+    client: &Client,
+    reference: &Reference,
+    document: &Document,
+    platform: &Platform,
+) -> anyhow::Result<(Digest, Manifest)> {
+    let index = document.index()?;
+    let chosen = choose(&index.manifests, platform).ok_or_else(|| {
+        let mut have: Vec<String> = index
+            .manifests
+            .iter()
+            .filter_map(|manifest| manifest.platform.as_ref().map(show))
+            .filter(|platform| !platform.starts_with("unknown"))
+            .collect();
+        have.dedup();
+        anyhow!(
+            "{reference} has no image for {}; it has {}: pass one by --platform",
+            show(platform),
+            have.join(", ")
+        )
+    })?;
+    let mut labels = labels::of_index(&index.manifests);
+    labels.extend(source(node, reference, document.digest).await?);
+    node.store(&document.descriptor(), document.bytes.clone(), labels)
+        .await?;
+    let bytes = match node.read(chosen.digest, MAX_MANIFEST).await? {
+        Some(bytes) => Bytes::from(bytes),
+        None => {
+            let by_digest = reference.with_digest(chosen.digest);
+            client.manifest(&by_digest).await?.bytes
+        }
+    };
+    let manifest: Manifest = serde_json::from_slice(&bytes)
+        .with_context(|| format!("{} of {reference} is not a manifest", chosen.digest))?;
+    let descriptor = Descriptor::new(chosen.media_type.clone(), chosen.digest, bytes.len() as u64);
+    keep_manifest(node, reference, &descriptor, bytes, &manifest).await?;
+    Ok((chosen.digest, manifest))
+}
+
+async fn keep_manifest(
+    node: &Node,
+    reference: &Reference,
+    descriptor: &Descriptor,
+    bytes: Bytes,
+    manifest: &Manifest,
+) -> anyhow::Result<()> {
+    let mut labels = labels::of_manifest(manifest);
+    labels.extend(source(node, reference, descriptor.digest).await?);
+    node.store(descriptor, bytes, labels).await
+}
+
+async fn config(
+    node: &Node,
+    client: &Client,
+    reference: &Reference,
+    manifest: &Manifest,
+) -> anyhow::Result<ImageConfig> {
+    let descriptor = &manifest.config;
+    let bytes = match node.read(descriptor.digest, MAX_CONFIG).await? {
+        Some(bytes) => Bytes::from(bytes),
+        None => {
+            let blob = client.blob(reference, descriptor.digest);
+            blob.whole().await?.collect(MAX_CONFIG).await?
+        }
+    };
+    let config = serde_json::from_slice(&bytes).with_context(|| {
+        format!(
+            "{reference} cannot be run: {} ({}) is no image configuration",
+            descriptor.digest, descriptor.media_type
+        )
+    })?;
+    let actual = Descriptor {
+        size: bytes.len() as u64,
+        ..descriptor.clone()
+    };
+    let labels = source(node, reference, descriptor.digest).await?;
+    node.store(&actual, bytes, labels).await?;
+    Ok(config)
+}
+
+/// The label for where content came from.
+pub(crate) async fn source(
+    node: &Node,
+    reference: &Reference,
+    digest: Digest,
+) -> anyhow::Result<Labels> {
+    let present = node.content_labels(digest).await?;
+    Ok(labels::source(reference, present.as_ref()))
+}
+
+/// Names the snapshots: each by its own layer and all below it.
+fn chain_ids(diff_ids: &[Digest]) -> Vec<Digest> {
+    let mut chain_ids: Vec<Digest> = Vec::with_capacity(diff_ids.len());
+    for diff_id in diff_ids {
+        let chain_id = match chain_ids.last() {
+            None => *diff_id,
+            Some(parent) => {
+                let mut hasher = Hasher::new();
+                hasher.update(format!("{parent} {diff_id}").as_bytes());
+                hasher.finish()
+            }
+        };
+        chain_ids.push(chain_id);
+    }
+    chain_ids
+}
+
+/// The first image of an index that is for `wanted`.
+fn choose<'a>(manifests: &'a [Descriptor], wanted: &Platform) -> Option<&'a Descriptor> {
+    manifests.iter().find(|manifest| {
+        manifest.platform.as_ref().is_some_and(|platform| {
+            platform.os == wanted.os
+                && platform.architecture == wanted.architecture
+                && (wanted.variant.is_none() || variant(platform) == variant(wanted))
+        })
+    })
+}
+
+/// The variant, or the one that an architecture without it means.
+fn variant(platform: &Platform) -> Option<&str> {
+    match (platform.variant.as_deref(), platform.architecture.as_str()) {
+        (None, "arm64") => Some("v8"),
+        (None, "arm") => Some("v7"),
+        (variant, _) => variant,
+    }
+}
+
+fn show(platform: &Platform) -> String {
+    let Platform {
+        os,
+        architecture,
+        variant,
+        ..
+    } = platform;
+    match variant {
+        Some(variant) => format!("{os}/{architecture}/{variant}"),
+        None => format!("{os}/{architecture}"),
+    }
+}
+
+/// `linux/amd64` or `linux/arm/v7`.
+pub(crate) fn parse_platform(text: &str) -> Result<Platform, String> {
+    let mut parts = text.split('/');
+    let (os, architecture, variant) = (parts.next(), parts.next(), parts.next());
+    match (os, architecture, parts.next()) {
+        (Some(os), Some(architecture), None)
+            if !os.is_empty() && !architecture.is_empty() && variant != Some("") =>
+        {
+            Ok(Platform {
+                os: os.to_owned(),
+                architecture: architecture.to_owned(),
+                variant: variant.map(str::to_owned),
+                other: Default::default(),
+            })
+        }
+        _ => Err("a platform is OS/ARCHITECTURE or OS/ARCHITECTURE/VARIANT".to_owned()),
+    }
+}
+
+/// The platform of this machine, as images name it.
+pub(crate) fn this_platform() -> Platform {
+    let architecture = match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "x86" => "386",
+        "aarch64" => "arm64",
+        "powerpc64" => "ppc64le",
+        "loongarch64" => "loong64",
+        other => other,
+    };
+    Platform {
+        os: "linux".to_owned(),
+        architecture: architecture.to_owned(),
+        variant: None,
+        other: Default::default(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sluice_oci::media_type;
+
+    #[test]
+    fn chain_ids_are_those_of_the_specification() {
+        let [a, b, c] = ["a", "b", "c"].map(|text| Digest::of(text.as_bytes()));
+        let ab = Digest::of(format!("{a} {b}").as_bytes());
+        let abc = Digest::of(format!("{ab} {c}").as_bytes());
+        assert_eq!(chain_ids(&[a, b, c]), [a, ab, abc]);
+    }
+
+    #[test]
+    fn platforms() {
+        let descriptor = |text: &str| Descriptor {
+            platform: Some(parse_platform(text).unwrap()),
+            ..Descriptor::new(media_type::OCI_MANIFEST, Digest::of(text.as_bytes()), 1)
+        };
+        let index = [
+            descriptor("unknown/unknown"),
+            descriptor("linux/arm/v6"),
+            descriptor("linux/arm/v7"),
+            descriptor("linux/arm64"),
+            descriptor("linux/amd64"),
+        ];
+        let chosen = |text: &str| {
+            let platform = parse_platform(text).unwrap();
+            choose(&index, &platform).map(|found| show(found.platform.as_ref().unwrap()))
+        };
+        for (wanted, found) in [
+            ("linux/amd64", Some("linux/amd64")),
+            ("linux/arm64/v8", Some("linux/arm64")),
+            ("linux/arm/v7", Some("linux/arm/v7")),
+            ("linux/arm", Some("linux/arm/v6")),
+            ("linux/arm/v5", None),
+            ("windows/amd64", None),
+        ] {
+            assert_eq!(chosen(wanted).as_deref(), found, "{wanted}");
+        }
+        for bad in ["", "linux", "linux/", "/amd64", "a/b/c/d", "a/b/"] {
+            assert!(parse_platform(bad).is_err(), "{bad}");
+        }
+    }
+}

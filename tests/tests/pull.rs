@@ -1,0 +1,294 @@
+//! `sluice pull` against a real containerd: with its own overlayfs, which can
+//! do nothing lazily.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context as _, Result, ensure};
+use sluice_oci::{Descriptor, Digest, Index, Manifest, media_type};
+use sluice_tests::command::{refusal, text, wait_for};
+use sluice_tests::image::{self, Compression, LayoutWriter, Meta, Tarball};
+use sluice_tests::proxy::{Fault, Proxy};
+use sluice_tests::tree::{Times, compare};
+use sluice_tests::{Containerd, Registry, Scratch};
+
+const OVERLAYFS: &str = "overlayfs";
+
+/// An image in a registry.
+struct Pushed {
+    reference: String,
+    layout: PathBuf,
+    manifest: Manifest,
+}
+
+/// Three small layers and one static program, `/ldconfig`.
+fn small_image(scratch: &Scratch, registry: &Registry, name: &str) -> Result<Pushed> {
+    let layout = scratch.fresh_dir("layout")?;
+    let mut writer = LayoutWriter::new(&layout)?;
+    let program = fs::read("/sbin/ldconfig")?;
+    writer.layer(Compression::Gzip, |to| {
+        let mut tar = Tarball::new(to);
+        tar.file("ldconfig", &Meta::mode(0o755), &program)?;
+        tar.finish()
+    })?;
+    for number in 1..3 {
+        writer.layer(Compression::Zstd, |to| {
+            let mut tar = Tarball::new(to);
+            tar.dir("data", &Meta::mode(0o750))?;
+            let content = format!("{name} {number}").repeat(10_000);
+            let path = format!("data/{number}");
+            tar.file(&path, &Meta::mode(0o640), content.as_bytes())?;
+            tar.finish()
+        })?;
+    }
+    writer.finish(image::TAG, &["/ldconfig", "--version"])?;
+    Ok(Pushed {
+        reference: registry.push(&layout, image::TAG, name)?,
+        manifest: image::read_manifest(&layout)?,
+        layout,
+    })
+}
+
+impl Pushed {
+    fn top(&self) -> Result<String> {
+        let top = self.manifest.layers.last().context("no layers")?;
+        Ok(top.digest.to_string())
+    }
+}
+
+#[test]
+fn every_layer_is_unpacked_where_nothing_is_lazy() -> Result<()> {
+    let scratch = Scratch::new()?;
+    let registry = Registry::start(&scratch)?;
+    let image = small_image(&scratch, &registry, "small:1")?;
+    let reference = &image.reference;
+    let proxy = Proxy::start(registry.host())?;
+    let through = proxy.reference("small:1");
+    let ours = Containerd::start(&scratch)?;
+    let said = text(&mut ours.lazy_pull_command(&through, OVERLAYFS)?)?;
+    for part in ["1/3  sha256:", "3/3  sha256:", "3 unpacked", &through] {
+        ensure!(said.contains(part), "{part} is not in\n{said}");
+    }
+    // One manifest, one configuration, three layers.
+    assert_eq!(proxy.requests("/manifests/"), 1);
+    assert_eq!(proxy.requests("/blobs/"), 4);
+
+    let ran = text(&mut ours.run_command(OVERLAYFS, &through, "one", &[]))?;
+    ensure!(ran.contains("ldconfig"), "{ran}");
+
+    // The tree is the one that containerd's own pull gives.
+    let theirs = Containerd::start(&scratch)?;
+    theirs.pull(reference, OVERLAYFS)?;
+    let (left, right) = (
+        theirs.mount(reference, OVERLAYFS)?,
+        ours.mount(&through, OVERLAYFS)?,
+    );
+    compare(&left, &right, Times::Nanoseconds)?;
+    ours.unmount(&right)?;
+    theirs.unmount(&left)?;
+    Ok(())
+}
+
+#[test]
+fn what_was_pulled_survives_the_collector_and_goes_with_the_image() -> Result<()> {
+    let scratch = Scratch::new()?;
+    let registry = Registry::start(&scratch)?;
+    let image = small_image(&scratch, &registry, "small:1")?;
+    let reference = &image.reference;
+    let containerd = Containerd::start(&scratch)?;
+    containerd.lazy_pull(reference, OVERLAYFS)?;
+    assert_eq!(leases(&containerd)?, 0);
+
+    // Removing another image synchronously runs the collector.
+    let other = small_image(&scratch, &registry, "other:1")?.reference;
+    containerd.pull(&other, OVERLAYFS)?;
+    containerd.ctr_text(&["images", "remove", "--sync", &other])?;
+    assert_eq!(contents(&containerd)?, 5);
+    assert_eq!(snapshots(&containerd)?, 3);
+    let ran = text(&mut containerd.run_command(OVERLAYFS, reference, "one", &[]))?;
+    ensure!(ran.contains("ldconfig"), "{ran}");
+
+    // containerd finds everything in place: the second pull of either kind
+    // downloads nothing.
+    let before = containerd.ctr_text(&["content", "list", "--quiet"])?;
+    let said = text(&mut containerd.lazy_pull_command(reference, OVERLAYFS)?)?;
+    ensure!(said.contains("3 already there"), "{said}");
+    containerd.pull(reference, OVERLAYFS)?;
+    let after = containerd.ctr_text(&["content", "list", "--quiet"])?;
+    assert_eq!(before, after);
+
+    containerd.forget_images()?;
+    assert_eq!((contents(&containerd)?, snapshots(&containerd)?), (0, 0));
+    Ok(())
+}
+
+#[test]
+fn a_pull_that_fails_leaves_nothing_behind() -> Result<()> {
+    let scratch = Scratch::new()?;
+    let registry = Registry::start(&scratch)?;
+    let image = small_image(&scratch, &registry, "small:1")?;
+    let reference = &image.reference;
+    let containerd = Containerd::start(&scratch)?;
+    // The topmost layer's bytes have rotten in the registry.
+    let top = image.top()?;
+    let file = registry.blob_file(&top);
+    let mut bytes = fs::read(&file)?;
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(&file, bytes)?;
+
+    let said = refusal(&mut containerd.lazy_pull_command(reference, OVERLAYFS)?)?;
+    ensure!(said.contains(&top), "{said}");
+    ensure!(said.contains("the content has digest"), "{said}");
+    assert_eq!(contents(&containerd)?, 0);
+    assert_eq!(snapshots(&containerd)?, 0);
+    assert_eq!(leases(&containerd)?, 0);
+    assert_eq!(containerd.ctr_text(&["images", "list", "--quiet"])?, "");
+    let ingests = containerd.ctr_text(&["content", "active"])?;
+    assert_eq!(ingests.lines().count(), 1, "{ingests}");
+    Ok(())
+}
+
+#[test]
+fn an_interrupted_pull_leaves_nothing_behind() -> Result<()> {
+    let scratch = Scratch::new()?;
+    let registry = Registry::start(&scratch)?;
+    let top = small_image(&scratch, &registry, "small:1")?.top()?;
+    let proxy = Proxy::start(registry.host())?;
+    let containerd = Containerd::start(&scratch)?;
+    let reference = proxy.reference("small:1");
+    proxy.fail(&top, 100, Fault::Stall(10));
+    let command = containerd.lazy_pull_command(&reference, OVERLAYFS)?;
+    let pull = scratch.spawn("pull", command)?;
+    // Both layers below are in place, the last one hangs.
+    wait_for("the second layer", || {
+        ensure!(pull.is_running(), "it ended: {}", pull.log());
+        Ok(pull.log().contains("2/3  sha256:").then_some(()))
+    })?;
+    let status = pull.stop()?;
+    assert_eq!(status.code(), Some(1), "{}", pull.log());
+    ensure!(pull.log().contains("interrupted"), "{}", pull.log());
+    assert_eq!((contents(&containerd)?, snapshots(&containerd)?), (0, 0));
+    assert_eq!(leases(&containerd)?, 0);
+    Ok(())
+}
+
+#[test]
+fn the_platform_is_chosen_from_an_index() -> Result<()> {
+    let scratch = Scratch::new()?;
+    let registry = Registry::start(&scratch)?;
+    let image = small_image(&scratch, &registry, "small:1")?;
+    let reference = push_as_index(&registry, &image)?;
+    let proxy = Proxy::start(registry.host())?;
+    let containerd = Containerd::start(&scratch)?;
+    let through = proxy.reference("multi:1");
+    containerd.lazy_pull(&through, OVERLAYFS)?;
+    assert_eq!(proxy.requests("/manifests/"), 2);
+    let ran = text(&mut containerd.run_command(OVERLAYFS, &through, "one", &[]))?;
+    ensure!(ran.contains("ldconfig"), "{ran}");
+
+    let refuse = |reference: &str, platform: &str| {
+        let mut command = containerd.lazy_pull_command(reference, OVERLAYFS)?;
+        refusal(command.args(["--platform", platform]))
+    };
+    let said = refuse(&reference, "linux/mips")?;
+    ensure!(said.contains("no image for linux/mips"), "{said}");
+    ensure!(said.contains("linux/s390x"), "what there is: {said}");
+    let said = refuse(&image.reference, "linux/s390x")?;
+    ensure!(said.contains("not for linux/s390x"), "{said}");
+    ensure!(said.contains("pass --platform"), "{said}");
+    let said = refuse(&image.reference, "linux")?;
+    ensure!(said.contains("OS/ARCHITECTURE"), "{said}");
+    Ok(())
+}
+
+/// An index of the image and of one that claims to be for another machine.
+fn push_as_index(registry: &Registry, image: &Pushed) -> Result<String> {
+    let path = image.layout.join("index.json");
+    let mut index: Index = serde_json::from_slice(&fs::read(&path)?)?;
+    let mut one = index.manifests.remove(0);
+    one.annotations.clear();
+    let here = text(Command::new("dpkg").arg("--print-architecture"))?;
+    let entry = |architecture: &str| {
+        let mut entry = serde_json::to_value(&one)?;
+        entry["platform"] = serde_json::json!({"os": "linux", "architecture": architecture});
+        anyhow::Ok(entry)
+    };
+    let bytes = serde_json::to_vec(&serde_json::json!({
+        "schemaVersion": 2,
+        "mediaType": media_type::OCI_INDEX,
+        "manifests": [entry("s390x")?, entry(&here)?],
+    }))?;
+    let digest = Digest::of(&bytes);
+    fs::write(image.layout.join("blobs/sha256").join(digest.hex()), &bytes)?;
+    let mut top = Descriptor::new(media_type::OCI_INDEX, digest, bytes.len() as u64);
+    let key = "org.opencontainers.image.ref.name".to_owned();
+    top.annotations.insert(key, "multi".to_owned());
+    index.manifests = vec![top];
+    fs::write(&path, serde_json::to_vec(&index)?)?;
+    registry.push(&image.layout, "multi", "multi:1")
+}
+
+#[test]
+fn bad_input_is_one_line_with_the_remedy() -> Result<()> {
+    let scratch = Scratch::new()?;
+    let registry = Registry::start(&scratch)?;
+    let containerd = Containerd::start(&scratch)?;
+    let image = small_image(&scratch, &registry, "small:1")?;
+    let reference = &image.reference;
+    let missing = registry.reference("no/such:tag");
+    let sluice = sluice_tests::programs::sluice_command;
+    let mut no_socket = sluice()?;
+    no_socket
+        .args(["pull", "--containerd", "/nonexistent/containerd.sock"])
+        .arg(reference);
+    let cases: [(Command, &[&str]); 4] = [
+        (
+            no_socket,
+            &["/nonexistent/containerd.sock", "--containerd", "root"],
+        ),
+        (
+            containerd.lazy_pull_command(reference, "absent")?,
+            &["'absent'", "[proxy_plugins.absent]", "config.toml"],
+        ),
+        (
+            containerd.lazy_pull_command(&missing, OVERLAYFS)?,
+            &[&missing, "404", "check the name"],
+        ),
+        (
+            containerd.lazy_pull_command("Not/A Reference", OVERLAYFS)?,
+            &["not an image reference"],
+        ),
+    ];
+    for (mut command, parts) in cases {
+        let said = refusal(&mut command)?;
+        for part in parts {
+            ensure!(said.contains(part), "{part} is not in: {said}");
+        }
+        if !parts[0].starts_with("not an") {
+            assert_eq!(said.trim_end().lines().count(), 1, "{said}");
+        }
+    }
+    assert_eq!((contents(&containerd)?, leases(&containerd)?), (0, 0));
+    Ok(())
+}
+
+/// Lines of a list without its heading.
+fn count(containerd: &Containerd, list: &[&str], heading: usize) -> Result<usize> {
+    let lines = containerd.ctr_text(list)?;
+    Ok(lines.lines().count() - heading)
+}
+
+fn contents(containerd: &Containerd) -> Result<usize> {
+    count(containerd, &["content", "list", "--quiet"], 0)
+}
+
+fn snapshots(containerd: &Containerd) -> Result<usize> {
+    let list = ["snapshots", "--snapshotter", OVERLAYFS, "list"];
+    count(containerd, &list, 1)
+}
+
+fn leases(containerd: &Containerd) -> Result<usize> {
+    count(containerd, &["leases", "list", "--quiet"], 0)
+}
