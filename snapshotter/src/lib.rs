@@ -15,5 +15,6 @@ pub mod remote;
 mod sample;
 pub mod service;
 pub mod socket;
+pub mod standalone;
 #[cfg(test)]
 mod testing;
