@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use sluice_converter::Location;
 use sluice_oci::{Platform, Reference};
 
 /// Build and inspect container images that start before they are downloaded.
@@ -10,7 +11,8 @@ use sluice_oci::{Platform, Reference};
 #[command(name = "sluice", version, max_term_width = 100)]
 #[command(
     after_help = "An image is a registry reference (ubuntu:24.04, registry.example/app@sha256:…) \
-or an OCI layout directory (oci:DIR or oci:DIR:TAG)."
+or an OCI layout directory (oci:DIR or oci:DIR:TAG).\n\
+Credentials are those of 'docker login'. Exit code: 0 success, 1 failure, 2 wrong usage."
 )]
 pub(crate) struct Cli {
     /// What to do.
@@ -21,10 +23,14 @@ pub(crate) struct Cli {
 /// The subcommands.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    /// Rewrite an image's layers so that containers start before they are downloaded.
+    Convert(Convert),
     /// Show an image's manifest, platforms and layers, and which layers can be loaded lazily.
     Inspect(Inspect),
     /// Pull an image into containerd, without downloading the layers that can be loaded lazily.
     Pull(Box<Pull>),
+    /// Check every blob, table of contents and chunk of an image against its digest.
+    Verify(Verify),
 }
 
 /// How to reach registries; shared by every subcommand that does.
@@ -36,6 +42,58 @@ pub(crate) struct RegistryArgs {
     pub(crate) plain_http: bool,
 }
 
+/// The formats of a lazily loadable layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum FormatArg {
+    /// gzip; every runtime reads it
+    Estargz,
+    /// Zstandard; smaller and faster, for containerd 1.5, Docker 23, podman 4 or later
+    ZstdChunked,
+}
+
+/// Arguments of `sluice convert`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The result is an ordinary OCI image. Indexes stay indexes; attestations are copied. Layers that
+are lazily loadable in the wanted format already are kept as they are, unless --force or
+--prioritize is given. Nothing is visible at DST before everything is there.
+
+Examples:
+  sluice convert ubuntu:24.04 registry.example/ubuntu:24.04-lazy
+  sluice convert --format zstd-chunked --platform linux/amd64 oci:in:v1 oci:out:v1
+  sluice convert --prioritize startup.txt app:v1 127.0.0.1:5000/app:v1")]
+pub(crate) struct Convert {
+    /// The image to convert: a registry reference or oci:DIR[:TAG].
+    #[arg(value_name = "SRC")]
+    pub(crate) source: Location,
+    /// Where to write the result: a registry reference or oci:DIR[:TAG].
+    #[arg(value_name = "DST")]
+    pub(crate) destination: Location,
+    /// Format of the layers.
+    #[arg(long, value_enum, default_value = "estargz")]
+    pub(crate) format: FormatArg,
+    /// Image of an index to keep and convert, as os/architecture[/variant], or 'all'. May be
+    /// given several times.
+    #[arg(long, value_name = "PLATFORM", default_value = "all")]
+    pub(crate) platform: Vec<String>,
+    /// Largest chunk in bytes, or with the suffix K or M. Smaller chunks mean less to fetch for
+    /// a small read and a larger image [default: 4M].
+    #[arg(long, value_name = "N", value_parser = chunk_size)]
+    pub(crate) chunk_size: Option<u64>,
+    /// Compression level: 1 to 12 for estargz, 1 to 22 for zstd-chunked [default: 6 and 3].
+    #[arg(long, value_name = "N")]
+    pub(crate) level: Option<i32>,
+    /// File that lists, a path a line, what a container reads while it starts. These files come
+    /// first in their layers and are fetched ahead.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) prioritize: Option<PathBuf>,
+    /// Convert layers that are lazily loadable already, too.
+    #[arg(long)]
+    pub(crate) force: bool,
+    #[command(flatten)]
+    pub(crate) registry: RegistryArgs,
+}
+
 /// Arguments of `sluice inspect`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -44,7 +102,7 @@ Examples:
   sluice inspect --json oci:./layout:v1")]
 pub(crate) struct Inspect {
     /// The image: a registry reference or oci:DIR[:TAG].
-    pub(crate) image: sluice_converter::Location,
+    pub(crate) image: Location,
     /// Print JSON instead of a table.
     #[arg(long)]
     pub(crate) json: bool,
@@ -79,4 +137,64 @@ pub(crate) struct Pull {
     pub(crate) platform: Option<Platform>,
     #[command(flatten)]
     pub(crate) registry: RegistryArgs,
+}
+
+/// Arguments of `sluice verify`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Prints a line for each defect and exits with 1 if there is one.
+
+Examples:
+  sluice verify registry.example/app:v1
+  sluice verify oci:./layout:v1")]
+pub(crate) struct Verify {
+    /// The image: a registry reference or oci:DIR[:TAG].
+    pub(crate) image: Location,
+    #[command(flatten)]
+    pub(crate) registry: RegistryArgs,
+}
+
+/// Readers refuse to decode more than 64 MiB for one chunk; half of that
+/// leaves room for the headers that follow it.
+const MAX_CHUNK: u64 = 32 << 20;
+const MIN_CHUNK: u64 = 4 << 10;
+
+fn chunk_size(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.strip_suffix(['k', 'K']) {
+        Some(digits) => (digits, 10),
+        None => match text.strip_suffix(['m', 'M']) {
+            Some(digits) => (digits, 20),
+            None => (text, 0),
+        },
+    };
+    let size = digits
+        .parse::<u64>()
+        .ok()
+        .and_then(|n| n.checked_mul(1 << shift));
+    match size {
+        Some(size) if (MIN_CHUNK..=MAX_CHUNK).contains(&size) => Ok(size),
+        Some(_) => Err("a chunk has 4K to 32M bytes".to_owned()),
+        None => Err("write a number of bytes, for example 65536, 64K or 1M".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_definition_is_sound() {
+        use clap::CommandFactory as _;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn chunk_sizes() {
+        assert_eq!(chunk_size("65536"), Ok(65536));
+        assert_eq!(chunk_size("64K"), Ok(65536));
+        assert_eq!(chunk_size("4m"), Ok(4 << 20));
+        for bad in ["", "K", "1", "33M", "-4K", "99999999999999999999", "4G"] {
+            assert!(chunk_size(bad).is_err(), "{bad}");
+        }
+    }
 }

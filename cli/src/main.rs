@@ -2,9 +2,12 @@
 //! in the libraries.
 
 mod args;
+mod convert;
 mod inspect;
+mod progress;
 mod pull;
 mod registry;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -26,8 +29,10 @@ fn main() -> ExitCode {
 
 async fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
+        Command::Convert(args) => convert::run(args).await,
         Command::Inspect(args) => inspect::run(args).await,
         Command::Pull(args) => pull::run(*args).await,
+        Command::Verify(args) => verify::run(args).await,
     }
 }
 

@@ -1,5 +1,7 @@
 //! Reading documents that a digest names.
 
+use bytes::Bytes;
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sluice_oci::Digest;
 
@@ -37,4 +39,20 @@ pub(crate) fn parse<T: DeserializeOwned>(
         digest,
         why: cause.to_string(),
     })
+}
+
+/// Writes a document that replaces the one with that digest.
+pub(crate) fn to_bytes<T: Serialize>(
+    what: &'static str,
+    digest: Digest,
+    document: &T,
+) -> Result<Bytes, Error> {
+    match serde_json::to_vec(document) {
+        Ok(bytes) => Ok(bytes.into()),
+        Err(cause) => Err(Error::Document {
+            what,
+            digest,
+            why: format!("it cannot be written: {cause}"),
+        }),
+    }
 }

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use sluice_layer::write::WriteError;
 use sluice_oci::Digest;
 
 /// Why an image could not be read, converted or written.
@@ -66,6 +67,46 @@ pub enum Error {
         /// What was found instead.
         why: String,
     },
+    /// A layer's tar that cannot be converted.
+    #[error("layer {layer}: {cause}")]
+    Layer {
+        /// Digest of its blob.
+        layer: Digest,
+        /// Why not.
+        cause: WriteError,
+    },
+    /// A layer that does not unpack to what the configuration says.
+    #[error(
+        "layer {layer} unpacks to {found}, but the image's configuration says {stated}: the image is inconsistent, build it again"
+    )]
+    DiffId {
+        /// Digest of its blob.
+        layer: Digest,
+        /// The diff ID in the configuration.
+        stated: String,
+        /// The digest of its tar.
+        found: String,
+    },
+    /// No image for a wanted platform.
+    #[error("the image has nothing for {wanted}; it is for {has}")]
+    NoPlatform {
+        /// What was asked for.
+        wanted: String,
+        /// What there is.
+        has: String,
+    },
+    /// A destination that names a digest.
+    #[error("{reference} names a digest, which the result cannot have: name a tag to write to")]
+    DigestDestination {
+        /// The destination.
+        reference: String,
+    },
+    /// A registry refused or failed.
+    #[error(transparent)]
+    Registry(#[from] sluice_registry::Error),
+    /// The conversion was given up.
+    #[error("the conversion was interrupted")]
+    Interrupted,
 }
 
 fn disk_remedy(cause: &std::io::Error) -> &'static str {

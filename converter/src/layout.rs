@@ -8,6 +8,10 @@ use sluice_oci::{Descriptor, Digest, Index};
 
 use crate::Error;
 
+mod write;
+
+pub(crate) use write::{LayoutWriter, Spool};
+
 /// The annotation of an index entry that names an image within a layout.
 pub(crate) const REF_NAME: &str = "org.opencontainers.image.ref.name";
 

@@ -32,6 +32,16 @@ pub enum LocationError {
     NoDirectory(String),
 }
 
+impl Location {
+    /// The reference, if the image is in a registry.
+    pub fn reference(&self) -> Option<&Reference> {
+        match self {
+            Self::Registry(reference) => Some(reference),
+            Self::Layout { .. } => None,
+        }
+    }
+}
+
 impl FromStr for Location {
     type Err = LocationError;
 

@@ -121,21 +121,30 @@ pub fn write_layer(
     let mut raw = Vec::new();
     let mut push_unit = |unit| raw.push(unit);
     let units: &mut Units<'_> = &mut push_unit;
-    let slice = |range: &std::ops::Range<u64>| {
-        let place = |at: u64| usize::try_from(at).unwrap_or(tar.len()).min(tar.len());
-        &tar[place(range.start)..place(range.end)]
-    };
-    let mut splitter = Splitter::new(options, !prioritized.is_empty(), units)?;
+    let mut splitter;
     if prioritized.is_empty() {
+        splitter = Splitter::new(options, false, units)?;
         splitter.push(tar, units)?;
     } else {
         let mut index = TarIndex::new();
         index.push(tar)?;
+        let mut tar = tar.to_vec();
+        let end = tar.len();
+        tar.resize(end + index.padding_left(), 0);
+        index.push(&tar[end..])?;
+        let slice = |range: &std::ops::Range<u64>| {
+            let place = |at: u64| usize::try_from(at).unwrap_or(tar.len());
+            &tar[place(range.start)..place(range.end)]
+        };
         let order = index.order(prioritized)?;
+        let some = !order.prioritized.is_empty();
+        splitter = Splitter::new(options, some, units)?;
         for range in &order.prioritized {
             splitter.push(slice(range), units)?;
         }
-        splitter.end_prioritized(units)?;
+        if some {
+            splitter.end_prioritized(units)?;
+        }
         for range in &order.rest {
             splitter.push(slice(range), units)?;
         }

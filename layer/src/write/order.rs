@@ -77,6 +77,12 @@ impl TarIndex {
         })
     }
 
+    /// How many bytes of zeros complete the last entry. They have to be added
+    /// to the tar, and pushed here, before anything can follow that entry.
+    pub fn padding_left(&self) -> usize {
+        self.scanner.padding_left()
+    }
+
     /// Ends the tar and moves the named files, and what they need, first.
     pub fn order(self, prioritized: &[String]) -> Result<Order, WriteError> {
         self.scanner.finish()?;

@@ -129,12 +129,23 @@ impl Scanner {
     pub(super) fn finish(&self) -> Result<(), WriteError> {
         let between = matches!(self.state, State::Header) && self.pending.is_empty();
         match self.state {
-            State::End | State::MaybeEnd => Ok(()),
+            State::End | State::MaybeEnd | State::Padding { .. } | State::Discard { .. } => Ok(()),
             _ if between && self.raw.is_empty() => Ok(()),
             _ if !self.started => Err(WriteError::NotTar),
             _ => Err(WriteError::Truncated {
                 position: self.position,
             }),
+        }
+    }
+
+    /// Padding that is still to come. Some writers leave the last entry's
+    /// out, and Go's reader does not miss it.
+    pub(super) fn padding_left(&self) -> usize {
+        match self.state {
+            State::Padding { left } | State::Discard { left } => {
+                usize::try_from(left).unwrap_or_default()
+            }
+            _ => 0,
         }
     }
 

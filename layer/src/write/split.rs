@@ -135,10 +135,14 @@ impl Splitter {
 
     /// Ends the tar.
     pub fn finish(mut self, units: &mut Units<'_>) -> Result<Split, WriteError> {
+        let mut sink = self.sink;
         if let Some(scanner) = self.scanner.take() {
             scanner.finish()?;
+            // The TOC's header follows.
+            if self.options.format == Format::Estargz {
+                sink.raw(&[0; BLOCK][..scanner.padding_left()], units);
+            }
         }
-        let mut sink = self.sink;
         sink.flush(units);
         let tar_split = sink.tar_split.take().and_then(Recorder::finish);
         let unaltered = || (!sink.altered).then(|| sink.output.clone());

@@ -8,6 +8,10 @@ use super::entries::PlacedChunk;
 use super::header::{BLOCK, Header, Kind, encode};
 use super::{CompressedUnit, Split, TOC_NAME, UnitCompressor, WriteError};
 use crate::Format;
+use crate::annotations::{
+    MANIFEST_CHECKSUM, MANIFEST_POSITION, TARSPLIT_POSITION, TOC_DIGEST, UNCOMPRESSED_SIZE,
+    ZSTD_CHUNKED_PREFIXES,
+};
 
 const SKIPPABLE_MAGIC: [u8; 4] = [0x50, 0x2a, 0x4d, 0x18];
 /// Bytes of a skippable frame before its payload.
@@ -66,11 +70,9 @@ pub fn finish(split: Split, placed: Assembler) -> Result<Tail, WriteError> {
     let json = split.entries.json(&placed.chunks, tar_split)?;
     let toc_digest = Digest::of(&json);
     let mut annotations = BTreeMap::new();
-    let mut annotate = |key: &str, value: String| annotations.insert(key.to_owned(), value);
-    annotate(
-        "containerd.io/snapshot/stargz/toc.digest",
-        toc_digest.to_string(),
-    );
+    let mut annotate = |key: String, value: String| annotations.insert(key, value);
+    let [podman, common] = ZSTD_CHUNKED_PREFIXES;
+    annotate(TOC_DIGEST.to_owned(), toc_digest.to_string());
     let mut output = split.output;
     let mut size = split.size;
     let bytes = match split.options.format {
@@ -87,24 +89,18 @@ pub fn finish(split: Split, placed: Assembler) -> Result<Tail, WriteError> {
             let toc_offset = placed.offset + SKIPPABLE_HEADER;
             let position = format!("{toc_offset}:{}:{}:{MANIFEST_TYPE}", toc.len(), json.len());
             let checksum = Digest::of(&toc).to_string();
-            annotate("io.containers.zstd-chunked.manifest-checksum", checksum);
-            annotate(
-                "io.containers.zstd-chunked.manifest-position",
-                position.clone(),
-            );
-            // Not the `manifest-checksum` of this family: containers/image
-            // from 2024 on refuses a layer that has it beside `toc.digest`,
-            // even for an ordinary pull.
-            annotate(
-                "io.github.containers.zstd-chunked.manifest-position",
-                position,
-            );
+            annotate(format!("{common}{MANIFEST_CHECKSUM}"), checksum);
+            annotate(format!("{common}{MANIFEST_POSITION}"), position.clone());
+            // Not the checksum of this family: containers/image from 2024 on
+            // refuses a layer that has it beside `toc.digest`, even for an
+            // ordinary pull.
+            annotate(format!("{podman}{MANIFEST_POSITION}"), position);
             let mut bytes = Vec::new();
             skippable(&mut bytes, &toc)?;
             if let Some(tar_split) = &split.tar_split {
                 let offset = placed.offset + bytes.len() as u64 + SKIPPABLE_HEADER;
                 annotate(
-                    "io.github.containers.zstd-chunked.tarsplit-position",
+                    format!("{podman}{TARSPLIT_POSITION}"),
                     format!(
                         "{offset}:{}:{}",
                         tar_split.compressed.len(),
@@ -127,7 +123,7 @@ pub fn finish(split: Split, placed: Assembler) -> Result<Tail, WriteError> {
             bytes
         }
     };
-    annotate("io.containers.estargz.uncompressed-size", size.to_string());
+    annotate(UNCOMPRESSED_SIZE.to_owned(), size.to_string());
     Ok(Tail {
         bytes,
         diff_id: output.finish(),

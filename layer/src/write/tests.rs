@@ -436,6 +436,29 @@ fn what_is_no_sound_tar_is_refused() {
 }
 
 #[test]
+fn regression_the_last_entry_may_lack_its_padding() {
+    let mut tar = [file("first", b"1"), file("last", b"2")].concat();
+    tar.truncate(tar.len() - 500);
+    for format in FORMATS {
+        for prioritized in [vec![], vec!["last".to_owned()]] {
+            let (blob, tail) = write_layer(&tar, &Options::new(format), &prioritized).unwrap();
+            let unpacked = unpack(format, &blob);
+            assert_eq!(Digest::of(&unpacked), tail.diff_id);
+            let toc = toc(format, &blob, &tail);
+            assert_eq!(files(format, &blob, &toc).len(), 2);
+            let mut archive = tar::Archive::new(unpacked.as_slice());
+            let names = archive.entries().unwrap().filter(|e| e.is_ok()).count();
+            let reserved = match (format, prioritized.is_empty()) {
+                (Format::Estargz, _) => 2,
+                (Format::ZstdChunked, false) => 1,
+                (Format::ZstdChunked, true) => 0,
+            };
+            assert_eq!(names, 2 + reserved, "{format} {prioritized:?}");
+        }
+    }
+}
+
+#[test]
 fn what_a_toc_cannot_hold_is_said() {
     let options = Options::new(Format::Estargz);
     let mut latin1 = header("x", Kind::Regular, 0);
