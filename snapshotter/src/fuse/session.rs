@@ -12,9 +12,9 @@ use rustix::mount::{MountFlags, UnmountFlags};
 
 const DEVICE: &str = "/dev/fuse";
 
-/// Threads that read requests. Two are enough: what waits for the network
-/// waits elsewhere.
-const THREADS: usize = 2;
+/// Threads that read requests. What waits for the network waits elsewhere;
+/// what waits for the disk waits here.
+const THREADS: usize = 4;
 
 /// A FUSE file system that is mounted and served.
 #[derive(Debug)]

@@ -39,7 +39,10 @@ impl Node {
     /// half made, detaches its dead mounts, and serves contents. Layers are
     /// mounted when they are asked for. Blocks for some milliseconds; to be
     /// called within the runtime that the node is to use.
-    pub fn start(config: Config, client: Client) -> Result<Self, StartError> {
+    pub fn start(mut config: Config, client: Client) -> Result<Self, StartError> {
+        make_directory(&config.root)?;
+        // The kernel lists mounts by their real paths.
+        config.root = fs::canonicalize(&config.root).map_err(failed(&config.root))?;
         let root = &config.root;
         for name in [LAYERS, MOUNTS, BLOBS, TREES] {
             // The mount point of a killed process cannot even be looked at.

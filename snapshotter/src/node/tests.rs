@@ -558,3 +558,36 @@ async fn a_damaged_directory_is_made_again() {
     assert_content(&mount, &sample).await;
     node.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reader_that_waits_can_be_killed() {
+    for mode in [Mode::Erofs, Mode::Fuse] {
+        let root = tempfile::tempdir().unwrap();
+        let sample = sample();
+        let registry = Registry::serve(&[(&sample, labels(&sample))]);
+        let mut config = config(&root);
+        config.mode = Some(mode);
+        let node = Node::start(config, client()).unwrap();
+        node.open(request(&registry, &sample)).await.unwrap();
+        let mount = node.mount(sample.digest()).await.unwrap();
+        registry.misbehave(|_| Some(Fault::Status(503)));
+        let large = mount.join("large");
+        let mut reader = tokio::process::Command::new("cat")
+            .arg(&large)
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        while registry.requests() < 5 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        reader.start_kill().unwrap();
+        let ended = tokio::time::timeout(Duration::from_secs(30), reader.wait()).await;
+        assert!(
+            ended.is_ok_and(|ended| !ended.unwrap().success()),
+            "{mode:?}"
+        );
+        registry.misbehave(|_| None);
+        assert!(read(large).await.unwrap() == sample.files.last().unwrap().content);
+        node.stop().await;
+    }
+}
