@@ -1,7 +1,7 @@
 //! Decoding a unit of a blob and verifying the chunks in it.
 
 use std::io::{self, Read};
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 
 use sluice_oci::Digest;
 
@@ -83,8 +83,8 @@ pub enum DecodeError {
 }
 
 /// Decodes a unit and hands each wanted chunk to `each`, with its position in
-/// `wanted`, after its digest matched. Nothing beyond the last wanted byte is
-/// decoded, and no more memory is held than the largest wanted chunk and the
+/// `wanted`, after its digest matched. No more memory is held than the bytes
+/// up to the end of the last wanted chunk, and a megabyte, and the
 /// decompressor's window.
 ///
 /// `wanted` is in the order of `inner_offset` without overlap; exact
@@ -93,91 +93,155 @@ pub fn decode_unit(
     format: Format,
     compressed: &[u8],
     wanted: &[Wanted],
-    each: impl FnMut(usize, VerifiedChunk<'_>),
-) -> Result<(), DecodeError> {
-    let corrupt = |source| DecodeError::Corrupt {
-        index: 0,
-        format,
-        source,
-    };
-    match format {
-        Format::Estargz => {
-            let reader = flate2::bufread::MultiGzDecoder::new(compressed);
-            extract(format, reader, wanted, each)
-        }
-        Format::ZstdChunked => {
-            let reader = zstd::stream::read::Decoder::with_buffer(compressed).map_err(corrupt)?;
-            extract(format, reader, wanted, each)
-        }
-    }
-}
-
-fn extract(
-    format: Format,
-    mut reader: impl Read,
-    wanted: &[Wanted],
     mut each: impl FnMut(usize, VerifiedChunk<'_>),
 ) -> Result<(), DecodeError> {
-    let mut buffer = Vec::new();
+    let mut unit =
+        OpenUnit::new(format, compressed, wanted).map_err(|source| DecodeError::Corrupt {
+            index: 0,
+            format,
+            source,
+        })?;
     let mut position = 0u64;
     let mut previous: Option<&Wanted> = None;
     for (index, chunk) in wanted.iter().enumerate() {
-        if previous == Some(chunk) {
-            each(index, VerifiedChunk(&buffer));
-            continue;
+        if previous != Some(chunk) {
+            let skip = chunk
+                .inner_offset
+                .checked_sub(position)
+                .ok_or(DecodeError::Order { index })?;
+            let got = unit
+                .advance(skip, chunk.size)
+                .map_err(|source| DecodeError::Corrupt {
+                    index,
+                    format,
+                    source,
+                })?;
+            if got < chunk.size {
+                return Err(DecodeError::Truncated {
+                    index,
+                    size: chunk.size,
+                    got,
+                });
+            }
+            let actual = Digest::of(unit.chunk());
+            if actual != chunk.digest {
+                return Err(DecodeError::Mismatch {
+                    index,
+                    expected: chunk.digest,
+                    actual,
+                });
+            }
+            position = chunk.inner_offset.saturating_add(chunk.size);
+            previous = Some(chunk);
         }
-        let corrupt = |source| DecodeError::Corrupt {
-            index,
-            format,
-            source,
-        };
-        let truncated = |got| DecodeError::Truncated {
-            index,
-            size: chunk.size,
-            got,
-        };
-        let skip = chunk
-            .inner_offset
-            .checked_sub(position)
-            .ok_or(DecodeError::Order { index })?;
-        let skipped =
-            io::copy(&mut reader.by_ref().take(skip), &mut io::sink()).map_err(corrupt)?;
-        if skipped < skip {
-            return Err(truncated(0));
-        }
-        buffer.clear();
-        // A lying size costs address space up to this bound, no more memory
-        // than the data that is really there.
-        buffer.reserve(
-            usize::try_from(chunk.size)
-                .unwrap_or(usize::MAX)
-                .min(RESERVE),
-        );
-        reader
-            .by_ref()
-            .take(chunk.size)
-            .read_to_end(&mut buffer)
-            .map_err(corrupt)?;
-        if (buffer.len() as u64) < chunk.size {
-            return Err(truncated(buffer.len() as u64));
-        }
-        let actual = Digest::of(&buffer);
-        if actual != chunk.digest {
-            return Err(DecodeError::Mismatch {
-                index,
-                expected: chunk.digest,
-                actual,
-            });
-        }
-        each(index, VerifiedChunk(&buffer));
-        position = chunk.inner_offset.saturating_add(chunk.size);
-        previous = Some(chunk);
+        each(index, VerifiedChunk(unit.chunk()));
     }
     Ok(())
 }
 
 /// Most that is set aside for a chunk before its bytes are there.
 const RESERVE: usize = 8 << 20;
+/// How much that nobody wants may be decoded with what is wanted: headers of
+/// the tar and small files that are there already.
+const SURPLUS: u64 = 1 << 20;
+
+/// Most that is decoded at once, whatever the frame or its user says.
+const AT_ONCE: u64 = 128 << 20;
+
+/// A unit and the chunk of it that was read last.
+enum OpenUnit<'a> {
+    /// Decoded at once, which takes half the time of streaming.
+    Whole { bytes: Vec<u8>, chunk: Range<usize> },
+    /// Decoded as far as read.
+    Stream {
+        reader: Box<dyn Read + 'a>,
+        chunk: Vec<u8>,
+    },
+}
+
+impl<'a> OpenUnit<'a> {
+    fn new(format: Format, compressed: &'a [u8], wanted: &[Wanted]) -> io::Result<Self> {
+        let needed = wanted.iter().fold(0, |end: u64, chunk| {
+            end.max(chunk.inner_offset.saturating_add(chunk.size))
+        });
+        let limit = needed.saturating_add(SURPLUS).min(AT_ONCE);
+        let whole = match format {
+            Format::Estargz => gunzip_at_once(compressed, limit),
+            Format::ZstdChunked => unzstd_at_once(compressed, limit),
+        };
+        if let Some(bytes) = whole.filter(|bytes| bytes.len() as u64 >= needed) {
+            return Ok(Self::Whole { bytes, chunk: 0..0 });
+        }
+        let reader: Box<dyn Read + 'a> = match format {
+            Format::Estargz => Box::new(flate2::bufread::MultiGzDecoder::new(compressed)),
+            Format::ZstdChunked => Box::new(zstd::stream::read::Decoder::with_buffer(compressed)?),
+        };
+        Ok(Self::Stream {
+            reader,
+            chunk: Vec::new(),
+        })
+    }
+
+    /// Passes over `skip` bytes and reads up to `size`; how many there were.
+    fn advance(&mut self, skip: u64, size: u64) -> io::Result<u64> {
+        match self {
+            Self::Whole { bytes, chunk } => {
+                let place = |from: usize, more: u64| {
+                    let to = from.saturating_add(usize::try_from(more).unwrap_or(usize::MAX));
+                    to.min(bytes.len())
+                };
+                let start = place(chunk.end, skip);
+                *chunk = start..place(start, size);
+                Ok(chunk.len() as u64)
+            }
+            Self::Stream { reader, chunk } => {
+                chunk.clear();
+                if io::copy(&mut reader.take(skip), &mut io::sink())? < skip {
+                    return Ok(0);
+                }
+                // A lying size costs no more memory than there is data.
+                chunk.reserve(usize::try_from(size).unwrap_or(usize::MAX).min(RESERVE));
+                reader.take(size).read_to_end(chunk)?;
+                Ok(chunk.len() as u64)
+            }
+        }
+    }
+
+    fn chunk(&self) -> &[u8] {
+        match self {
+            Self::Whole { bytes, chunk } => &bytes[chunk.clone()],
+            Self::Stream { chunk, .. } => chunk,
+        }
+    }
+}
+
+/// Decompresses a single gzip member into as much memory as its trailer says:
+/// no more than `limit`, nor than deflate can make of its size. `None` if
+/// that is not how it is.
+pub(crate) fn gunzip_at_once(compressed: &[u8], limit: u64) -> Option<Vec<u8>> {
+    const MOST_DEFLATED: u64 = 1032;
+    let size = u64::from(u32::from_le_bytes(*compressed.last_chunk::<4>()?));
+    if size > limit.min(compressed.len() as u64 * MOST_DEFLATED) {
+        return None;
+    }
+    let mut output = vec![0; size as usize];
+    let written = libdeflater::Decompressor::new()
+        .gzip_decompress(compressed, &mut output)
+        .ok()?;
+    (written == output.len()).then_some(output)
+}
+
+/// Decompresses the first Zstandard frame, if its header says its size and
+/// that is within `limit`. What comes after is left alone.
+fn unzstd_at_once(compressed: &[u8], limit: u64) -> Option<Vec<u8>> {
+    let size = zstd::zstd_safe::get_frame_content_size(compressed)
+        .ok()
+        .flatten()
+        .filter(|size| *size <= limit)?;
+    let end = zstd::zstd_safe::find_frame_compressed_size(compressed).ok()?;
+    let size = usize::try_from(size).ok()?;
+    zstd::bulk::decompress(compressed.get(..end)?, size).ok()
+}
 
 #[cfg(test)]
 mod tests;

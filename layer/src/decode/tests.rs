@@ -152,3 +152,46 @@ fn a_bomb_is_decoded_no_further_than_wanted() {
         assert_eq!(got[0].1.len(), 4096);
     }
 }
+
+#[test]
+fn lying_frames_cost_no_memory() {
+    // A frame header that promises 2^62 bytes, and nothing behind it.
+    let mut frame = vec![0x28, 0xb5, 0x2f, 0xfd, 0xe0];
+    frame.extend((1u64 << 62).to_le_bytes());
+    frame.extend([1, 0, 0]);
+    let lie = Wanted {
+        inner_offset: 0,
+        size: 1 << 61,
+        digest: Digest::of(b""),
+    };
+    assert!(decode(Format::ZstdChunked, &frame, &[lie]).is_err());
+    // A gzip trailer that promises 4 GiB.
+    let mut member = compress(Format::Estargz, b"small");
+    let end = member.len();
+    member[end - 4..].fill(0xff);
+    assert!(decode(Format::Estargz, &member, &[lie]).is_err());
+    let got = decode(Format::Estargz, &member, &[wanted(b"small", 0, 5)]).unwrap();
+    assert_eq!(got, [(0, b"small".to_vec())]);
+}
+
+/// Whole units take another path than those that end in something else.
+#[test]
+fn both_ways_of_decoding_agree() {
+    let content: Vec<u8> = (0..300_000u32).flat_map(u32::to_le_bytes).collect();
+    for format in FORMATS {
+        let whole = compress(format, &content);
+        let more = [&whole[..], b"garbage"].concat();
+        let list = [
+            wanted(&content, 5, 70_000),
+            wanted(&content, 5, 70_000),
+            wanted(&content, 80_000, 1_000_000),
+        ];
+        let got = decode(format, &whole, &list).unwrap();
+        assert!(got == decode(format, &more, &list).unwrap());
+        let cut = &whole[..whole.len() - 1];
+        assert!(got == decode(format, cut, &list).unwrap());
+        // Wanted is little, so the rest is not decoded.
+        let start = [wanted(&content, 5, 10)];
+        assert_eq!(decode(format, &whole, &start).unwrap()[0].1, content[5..10]);
+    }
+}

@@ -7,6 +7,7 @@ use sluice_oci::Digest;
 
 use super::error::TocError;
 use super::{Toc, build};
+use crate::decode::gunzip_at_once;
 use crate::{Format, TocLocation};
 
 /// What a TOC must match.
@@ -210,22 +211,6 @@ fn decompress(
         });
     }
     Ok(output)
-}
-
-/// Decompresses one gzip member at twice the speed of streaming, into as
-/// much memory as its trailer says: no more than `limit`, nor than deflate
-/// can make of its size. `None` if the member is not as its trailer says.
-fn gunzip_at_once(compressed: &[u8], limit: u64) -> Option<Vec<u8>> {
-    const MOST_DEFLATED: u64 = 1032;
-    let size = u64::from(u32::from_le_bytes(*compressed.last_chunk::<4>()?));
-    if size > limit.min(compressed.len() as u64 * MOST_DEFLATED) {
-        return None;
-    }
-    let mut output = vec![0; size as usize];
-    let written = libdeflater::Decompressor::new()
-        .gzip_decompress(compressed, &mut output)
-        .ok()?;
-    (written == output.len()).then_some(output)
 }
 
 const TAR_BLOCK: usize = 512;
