@@ -27,6 +27,8 @@ pub(crate) enum Command {
     Convert(Convert),
     /// Show an image's manifest, platforms and layers, and which layers can be loaded lazily.
     Inspect(Inspect),
+    /// Mount an image read-only, without containerd and without downloading it.
+    Mount(Box<Mount>),
     /// Pull an image into containerd, without downloading the layers that can be loaded lazily.
     Pull(Box<Pull>),
     /// Check every blob, table of contents and chunk of an image against its digest.
@@ -106,6 +108,43 @@ pub(crate) struct Inspect {
     /// Print JSON instead of a table.
     #[arg(long)]
     pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) registry: RegistryArgs,
+}
+
+/// How a layer becomes a directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum MountMode {
+    /// by the kernel's EROFS (Linux 6.12)
+    Erofs,
+    /// by FUSE alone
+    Fuse,
+}
+
+/// Arguments of `sluice mount`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Stays in the foreground; Ctrl-C unmounts. Only what is read is downloaded. Every layer has to be
+lazily loadable: convert the image with 'sluice convert' if one is not. Needs root.
+
+Examples:
+  sluice mount registry.example/app:v1 /mnt
+  sluice mount --root /var/cache/app registry.example/app:v1 /mnt")]
+pub(crate) struct Mount {
+    /// The image, in a registry.
+    pub(crate) image: Reference,
+    /// An existing directory that will show it.
+    #[arg(value_name = "DIR")]
+    pub(crate) directory: PathBuf,
+    /// How layers are mounted; what the kernel can do best by default.
+    #[arg(long, value_enum)]
+    pub(crate) mode: Option<MountMode>,
+    /// Keep what is downloaded here, also for the next time; by default it goes with the mount.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) root: Option<PathBuf>,
+    /// The platform to mount, as OS/ARCHITECTURE[/VARIANT]; this machine's by default.
+    #[arg(long, value_name = "P", value_parser = crate::pull::parse_platform)]
+    pub(crate) platform: Option<Platform>,
     #[command(flatten)]
     pub(crate) registry: RegistryArgs,
 }

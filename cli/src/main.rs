@@ -4,6 +4,7 @@
 mod args;
 mod convert;
 mod inspect;
+mod mount;
 mod progress;
 mod pull;
 mod registry;
@@ -31,6 +32,7 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Convert(args) => convert::run(args).await,
         Command::Inspect(args) => inspect::run(args).await,
+        Command::Mount(args) => mount::run(*args).await,
         Command::Pull(args) => pull::run(*args).await,
         Command::Verify(args) => verify::run(args).await,
     }
@@ -39,7 +41,14 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
 /// One line that says what failed, and exit code 1. Code 2, for usage, is
 /// clap's.
 fn fail(error: &anyhow::Error) -> ExitCode {
-    let line = format!("{error:#}").replace('\n', " ");
+    // Many errors tell their cause themselves.
+    let mut line = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !line.contains(&cause) {
+            line = format!("{line}: {cause}");
+        }
+    }
+    let line = line.replace('\n', " ");
     eprintln!("sluice: {line}");
     ExitCode::FAILURE
 }

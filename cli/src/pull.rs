@@ -21,12 +21,11 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::args::Pull;
 use crate::registry;
-use image::this_platform;
 use layers::Layers;
 use node::Node;
 use report::Report;
 
-pub(crate) use image::parse_platform;
+pub(crate) use image::{choose, parse_platform, this_platform};
 
 /// Runs it.
 pub(crate) async fn run(args: Pull) -> anyhow::Result<ExitCode> {

@@ -4,7 +4,7 @@
 use anyhow::{Context as _, anyhow, bail};
 use bytes::Bytes;
 use serde::Deserialize;
-use sluice_oci::{Descriptor, Digest, Hasher, Manifest, Platform, Reference};
+use sluice_oci::{Descriptor, Digest, Hasher, Index, Manifest, Platform, Reference};
 use sluice_registry::{Client, Document};
 
 use super::labels;
@@ -94,20 +94,7 @@ async fn from_index(
     platform: &Platform,
 ) -> anyhow::Result<(Digest, Manifest)> {
     let index = document.index()?;
-    let chosen = choose(&index.manifests, platform).ok_or_else(|| {
-        let mut have: Vec<String> = index
-            .manifests
-            .iter()
-            .filter_map(|manifest| manifest.platform.as_ref().map(show))
-            .filter(|platform| !platform.starts_with("unknown"))
-            .collect();
-        have.dedup();
-        anyhow!(
-            "{reference} has no image for {}; it has {}: pass one by --platform",
-            show(platform),
-            have.join(", ")
-        )
-    })?;
+    let chosen = choose(reference, &index, platform)?;
     let mut labels = labels::of_index(&index.manifests);
     labels.extend(source(node, reference, document.digest).await?);
     node.store(&document.descriptor(), document.bytes.clone(), labels)
@@ -194,8 +181,30 @@ fn chain_ids(diff_ids: &[Digest]) -> Vec<Digest> {
     chain_ids
 }
 
+/// The image of an index for a platform; an error that lists what there is.
+pub(crate) fn choose<'a>(
+    reference: &Reference,
+    index: &'a Index,
+    platform: &Platform,
+) -> anyhow::Result<&'a Descriptor> {
+    first_for(&index.manifests, platform).ok_or_else(|| {
+        let mut have: Vec<String> = index
+            .manifests
+            .iter()
+            .filter_map(|manifest| manifest.platform.as_ref().map(show))
+            .filter(|platform| !platform.starts_with("unknown"))
+            .collect();
+        have.dedup();
+        anyhow!(
+            "{reference} has no image for {}; it has {}: pass one by --platform",
+            show(platform),
+            have.join(", ")
+        )
+    })
+}
+
 /// The first image of an index that is for `wanted`.
-fn choose<'a>(manifests: &'a [Descriptor], wanted: &Platform) -> Option<&'a Descriptor> {
+fn first_for<'a>(manifests: &'a [Descriptor], wanted: &Platform) -> Option<&'a Descriptor> {
     manifests.iter().find(|manifest| {
         manifest.platform.as_ref().is_some_and(|platform| {
             platform.os == wanted.os
@@ -292,7 +301,7 @@ mod tests {
         ];
         let chosen = |text: &str| {
             let platform = parse_platform(text).unwrap();
-            choose(&index, &platform).map(|found| show(found.platform.as_ref().unwrap()))
+            first_for(&index, &platform).map(|found| show(found.platform.as_ref().unwrap()))
         };
         for (wanted, found) in [
             ("linux/amd64", Some("linux/amd64")),
