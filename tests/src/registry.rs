@@ -7,7 +7,9 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::command::{run, wait_for};
+use sluice_oci::Manifest;
+
+use crate::command::{run, text, wait_for};
 use crate::link::Link;
 use crate::scratch::{Process, Scratch};
 
@@ -122,6 +124,17 @@ impl Registry {
             .join(&hex[..2])
             .join(hex)
             .join("data")
+    }
+
+    /// The manifest of an image of this registry.
+    pub fn manifest(&self, reference: &str) -> Result<Manifest> {
+        let text = text(
+            Command::new("skopeo")
+                .args(["--insecure-policy", "inspect", "--raw"])
+                .arg("--tls-verify=false")
+                .arg(format!("docker://{reference}")),
+        )?;
+        serde_json::from_str(&text).with_context(|| format!("{reference} has no plain manifest"))
     }
 
     /// Pushes an image of an OCI layout as it is, without any tool under test.

@@ -39,10 +39,20 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Scratch {
-    /// A new, empty directory on a disk (`TMPDIR`, or `/var/tmp`).
+    /// A new, empty directory on a file system of its own (in a file in
+    /// `TMPDIR`, or `/var/tmp`): the same everywhere, and gone in a moment
+    /// however many files it holds. Where there are no loop devices, an
+    /// ordinary directory.
     pub fn new() -> Result<Self> {
         let parent = std::env::var_os("TMPDIR").map_or_else(|| "/var/tmp".into(), PathBuf::from);
-        Self::new_in(&parent)
+        let scratch = Self::new_in(&parent)?;
+        if let Err(error) = mount_own_file_system(scratch.path()) {
+            eprintln!(
+                "{} has no file system of its own: {error:#}",
+                parent.display()
+            );
+        }
+        Ok(scratch)
     }
 
     /// A new, empty directory in another.
@@ -124,6 +134,32 @@ impl Scratch {
     }
 }
 
+/// Mounts a new ext4 over a directory. Its file is unlinked at once, so that
+/// the mount is all there is to take away.
+fn mount_own_file_system(dir: &Path) -> Result<()> {
+    use crate::command::run;
+    let image = dir.with_extension("ext4");
+    let made = File::create(&image)
+        .and_then(|file| file.set_len(64 << 30))
+        .map_err(anyhow::Error::from)
+        .and_then(|()| {
+            run(Command::new("mkfs.ext4")
+                .args(["-q", "-F", "-m", "0", "-N", "6000000"])
+                .args(["-O", "^has_journal", "-E", "lazy_itable_init=1,nodiscard"])
+                .arg(&image))
+        })
+        .and_then(|_| {
+            run(Command::new("mount")
+                .args(["-t", "ext4", "-o", "loop,noatime"])
+                .arg(&image)
+                .arg(dir))
+        });
+    fs::remove_file(&image)?;
+    made?;
+    let _ = fs::remove_dir(dir.join("lost+found"));
+    Ok(())
+}
+
 impl Inner {
     fn clean(&self) {
         let mut cleaned = lock(&self.cleaned);
@@ -144,6 +180,7 @@ impl Inner {
                 .status();
         }
         unmount_below(&self.path);
+        let _ = rustix::mount::unmount(&self.path, UnmountFlags::DETACH);
         if let Err(error) = fs::remove_dir_all(&self.path)
             && self.path.exists()
         {

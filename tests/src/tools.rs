@@ -7,6 +7,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result};
 
 use crate::command::run;
+use crate::containerd::Containerd;
 use crate::programs::cache_dir;
 
 /// stargz-snapshotter's `ctr-remote`, built from Debian's source package with
@@ -60,5 +61,40 @@ pub fn push_as_podman_zstd_chunked(
         .args(["--dest-tls-verify=false", "--preserve-digests"])
         .arg(&dir)
         .arg(format!("docker://{reference}")))?;
+    Ok(())
+}
+
+/// What `ctr-remote` converts to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Target {
+    /// eStargz.
+    Estargz,
+    /// zstd:chunked, in stargz-snapshotter's dialect.
+    ZstdChunked,
+}
+
+/// Pulls an image into containerd, converts it with `ctr-remote` and pushes
+/// the result.
+pub fn convert_with_ctr_remote(
+    containerd: &Containerd,
+    source: &str,
+    target: Target,
+    destination: &str,
+) -> Result<()> {
+    run(containerd
+        .ctr()
+        .args(["content", "fetch", "--plain-http", source]))?;
+    let format = match target {
+        Target::Estargz => "--estargz",
+        Target::ZstdChunked => "--zstdchunked",
+    };
+    run(Command::new(ctr_remote()?)
+        .arg("--address")
+        .arg(containerd.socket())
+        .args(["--namespace", containerd.namespace()])
+        .args(["images", "convert", "--oci", format, source, destination]))?;
+    run(containerd
+        .ctr()
+        .args(["images", "push", "--plain-http", destination]))?;
     Ok(())
 }

@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result, bail};
 
 use super::{Compression, Image, LayoutWriter, TAG};
 use crate::command::{run, text};
+use crate::scratch::Scratch;
 
 /// Python packages, exact. The first two, with what they need, are what the
 /// demo imports; the others are what such an image carries along.
@@ -49,10 +50,10 @@ pub fn base() -> Result<Image> {
     let source = Source::of_this_machine()?;
     Image::cached("base", &format!("base 1 {}", source.codename), |dir| {
         let mut layout = LayoutWriter::new(dir)?;
-        let root = dir.join("root");
+        let scratch = Scratch::new()?;
+        let root = scratch.path().join("root");
         source.bootstrap(&root)?;
         add_base(&mut layout, &root)?;
-        fs::remove_dir_all(&root)?;
         layout.finish(TAG, &["/bin/sh"])
     })
 }
@@ -67,7 +68,8 @@ pub fn scientific() -> Result<Image> {
     );
     Image::cached("scientific", &recipe, |dir| {
         let mut layout = LayoutWriter::new(dir)?;
-        let root = dir.join("root");
+        let scratch = Scratch::new()?;
+        let root = scratch.path().join("root");
         source.bootstrap(&root)?;
         add_base(&mut layout, &root)?;
 
@@ -95,7 +97,6 @@ pub fn scientific() -> Result<Image> {
             );
             layout.layer(Compression::Gzip, |to| pack(&root, &list, parents, to))?;
         }
-        fs::remove_dir_all(&root)?;
         layout.finish(TAG, &["python3"])
     })
 }
