@@ -13,7 +13,9 @@ pub(crate) async fn run(args: Verify) -> anyhow::Result<ExitCode> {
         println!("{}", defect.replace('\n', " "));
     }
     if !found.defects.is_empty() {
-        eprintln!("sluice: {} has {} defects", args.image, found.defects.len());
+        let count = found.defects.len();
+        let plural = if count == 1 { "" } else { "s" };
+        eprintln!("sluice: {} has {count} defect{plural}", args.image);
         return Ok(ExitCode::FAILURE);
     }
     println!(

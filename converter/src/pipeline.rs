@@ -316,6 +316,3 @@ fn write(
     }
     Ok(written)
 }
-
-#[cfg(test)]
-mod tests;
