@@ -25,6 +25,10 @@ const IMAGE_LAYERS: [&str; 2] = [
     "containerd.io/snapshot/cri.image-layers",
     "containerd.io/snapshot/remote/stargz.layers",
 ];
+/// Tells the client why a layer has to be unpacked.
+const NOT_LAZY: &str = "containerd.io/snapshot/sluice.not-lazy";
+/// Well below containerd's bound on a label.
+const MAX_REASON: usize = 1000;
 const MANIFEST: &str = "containerd.io/snapshot/cri.manifest-digest";
 
 /// The snapshot that the labels ask for by name, if they do.
@@ -35,6 +39,12 @@ pub(crate) fn target(labels: &Labels) -> Option<Key> {
 /// Whether `labels` are those of a snapshot that serves as `target`.
 pub(crate) fn serves(labels: &Labels, target: &Key) -> bool {
     labels.get(TARGET).map(String::as_str) == Some(target.as_str())
+}
+
+/// Adds why the layer that the labels ask for is not served lazily.
+pub(crate) fn tell_not_lazy(labels: &mut Labels, reason: &str) {
+    let end = reason.floor_char_boundary(MAX_REASON);
+    labels.insert(NOT_LAZY.to_owned(), reason[..end].to_owned());
 }
 
 /// The layer that the labels ask for, or what is missing to know it.
@@ -73,7 +83,7 @@ pub(crate) fn layer_request(labels: &Labels) -> Result<LayerRequest, String> {
     let annotations = labels
         .iter()
         .filter(|(name, _)| name.starts_with(PASSED_ON))
-        .map(|(name, value)| (name.clone(), value.clone()))
+        .map(|(name, value)| (annotation(name).to_owned(), value.clone()))
         .collect();
     Ok(LayerRequest {
         reference,
@@ -82,6 +92,15 @@ pub(crate) fn layer_request(labels: &Labels) -> Result<LayerRequest, String> {
         annotations,
         image_layers,
     })
+}
+
+/// The annotation behind a label. A client puts the prefix before those of
+/// zstd:chunked, which containerd would not pass on otherwise.
+fn annotation(label: &str) -> &str {
+    match label.strip_prefix(PASSED_ON) {
+        Some(rest) if rest.starts_with("io.") => rest,
+        _ => label,
+    }
 }
 
 #[cfg(test)]
@@ -105,6 +124,10 @@ mod tests {
                 (LAYER[family], &a.to_string()),
                 (IMAGE_LAYERS[family], &list),
                 ("containerd.io/snapshot/stargz/toc.digest", "t"),
+                (
+                    "containerd.io/snapshot/io.github.containers.zstd-chunked.manifest-checksum",
+                    "c",
+                ),
                 ("containerd.io/gc.root", "not passed on"),
             ]))
             .unwrap()
@@ -114,7 +137,11 @@ mod tests {
             assert_eq!(request.digest, a);
             assert_eq!(request.manifest_digest, None);
             assert_eq!(request.image_layers, [a, b]);
-            assert_eq!(request.annotations.len(), 4);
+            assert_eq!(request.annotations.len(), 5);
+            assert_eq!(
+                request.annotations["io.github.containers.zstd-chunked.manifest-checksum"],
+                "c"
+            );
             assert_eq!(
                 request.annotations["containerd.io/snapshot/stargz/toc.digest"],
                 "t"

@@ -15,8 +15,10 @@ pub struct LayerRequest {
     pub digest: Digest,
     /// Digest of the image's manifest, when containerd told it.
     pub manifest_digest: Option<Digest>,
-    /// The labels that begin with `containerd.io/snapshot/`, as they came. The
-    /// annotations of the layer's descriptor are among them when they begin so.
+    /// The labels that begin with `containerd.io/snapshot/`. The annotations of
+    /// the layer's descriptor are among them when they begin so; those of
+    /// zstd:chunked as well where the client put the prefix before them, which
+    /// is taken off again.
     pub annotations: BTreeMap<String, String>,
     /// This layer and those above it in the image, lowest first. containerd
     /// caps a label at 4096 bytes, so a long list arrives cut: it is a hint

@@ -69,12 +69,13 @@ impl<L: LazyLayers> Snapshots<L> {
         &self,
         key: Key,
         parent: Option<Key>,
-        labels: Labels,
+        mut labels: Labels,
     ) -> Result<Vec<Mount>, Error> {
-        if let Some(target) = labels::target(&labels)
-            && self.serve_lazily(&target, &parent, &labels).await?
-        {
-            return Err(Error::AlreadyExists(target));
+        if let Some(target) = labels::target(&labels) {
+            match self.serve_lazily(&target, &parent, &labels).await? {
+                Lazily::Served => return Err(Error::AlreadyExists(target)),
+                Lazily::Not(reason) => labels::tell_not_lazy(&mut labels, &reason),
+            }
         }
         self.create(Kind::Active, key, parent, labels).await
     }
@@ -188,22 +189,23 @@ impl<L: LazyLayers> Snapshots<L> {
         self.store.close().await;
     }
 
-    /// Whether the snapshot `target` now exists without having been unpacked.
+    /// Sees to it that the snapshot `target` exists without having been
+    /// unpacked, if that can be.
     async fn serve_lazily(
         &self,
         target: &Key,
         parent: &Option<Key>,
         labels: &Labels,
-    ) -> Result<bool, Error> {
+    ) -> Result<Lazily, Error> {
         let serving = self.store.serving(target.clone(), parent.clone());
         if serving.await? {
-            return Ok(true);
+            return Ok(Lazily::Served);
         }
         let request = match labels::layer_request(labels) {
             Ok(request) => request,
             Err(reason) => {
                 tracing::info!(snapshot = %target, reason, "unpacked as usual");
-                return Ok(false);
+                return Ok(Lazily::Not(reason));
             }
         };
         self.commit_lazily(target, parent, labels, request).await
@@ -215,7 +217,7 @@ impl<L: LazyLayers> Snapshots<L> {
         parent: &Option<Key>,
         labels: &Labels,
         request: LayerRequest,
-    ) -> Result<bool, Error> {
+    ) -> Result<Lazily, Error> {
         let layer = request.digest;
         // Held until the record is written, so that a removal of the last
         // snapshot of the same layer does not take the layer away in between.
@@ -223,7 +225,7 @@ impl<L: LazyLayers> Snapshots<L> {
         let image = request.reference.to_string();
         if let Err(reason) = self.layers.open(request).await {
             tracing::warn!(image, reason = %reason, "unpacked as usual");
-            return Ok(false);
+            return Ok(Lazily::Not(reason.reason().to_owned()));
         }
         let new = NewSnapshot {
             id: self.store.new_id(),
@@ -235,9 +237,9 @@ impl<L: LazyLayers> Snapshots<L> {
         match self.store.create_remote(new, layer).await {
             Ok(()) => {
                 tracing::info!(image, %layer, snapshot = %target, "served lazily");
-                Ok(true)
+                Ok(Lazily::Served)
             }
-            Err(Error::AlreadyExists(_)) => Ok(true),
+            Err(Error::AlreadyExists(_)) => Ok(Lazily::Served),
             Err(error) => {
                 if let Err(error) = self.remove_unused(layer).await {
                     tracing::warn!(%error, "a layer without a snapshot stays until the next cleanup");
@@ -333,6 +335,13 @@ impl<L: LazyLayers> Snapshots<L> {
         })
         .await
     }
+}
+
+/// Whether a snapshot that was asked for by name is there.
+enum Lazily {
+    Served,
+    /// And why not.
+    Not(String),
 }
 
 /// Runs what may wait for a disk off the async threads.

@@ -282,7 +282,11 @@ fn a_layer_that_cannot_be_lazy_is_an_ordinary_snapshot() {
     rig.fake.state.lock().not_lazy.insert(layer(1));
     let mounts = rig.prepare("x", "", lazy("chain-1", layer(1))).unwrap();
     assert_eq!(mounts[0].fs_type, "bind");
-    assert_eq!(rig.stat("x").unwrap().kind, Kind::Active);
+    let info = rig.stat("x").unwrap();
+    assert_eq!(info.kind, Kind::Active);
+    // The client can tell people why.
+    let why = "containerd.io/snapshot/sluice.not-lazy";
+    assert_eq!(info.labels[why], "it has no table of contents");
     rig.commit("chain-1", "x").unwrap();
     // And so is one whose labels do not say enough.
     let mut labels = lazy("chain-2", layer(2));
