@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
+use serde_json::Value;
+use sluice_oci::Digest;
 
 use crate::command::{attempt, run, text, wait_for};
 use crate::daemon::Daemon;
@@ -145,21 +147,72 @@ impl Containerd {
         Ok(command)
     }
 
-    /// Mounts a pulled image, read-only, and returns where.
+    /// Mounts a pulled image, read-only, and returns where. (`ctr images
+    /// mount` of containerd 1.6 knows the default snapshotter alone.)
     pub fn mount(&self, reference: &str, snapshotter: &str) -> Result<PathBuf> {
         let number = self.mounts.fetch_add(1, Ordering::Relaxed);
         let dir = self.scratch.dir(&format!("image-{number}-{snapshotter}"))?;
-        run(self
-            .ctr()
-            .args(["images", "mount", "--snapshotter", snapshotter, reference])
-            .arg(&dir))?;
+        let key = dir.display().to_string();
+        let top = self.top_snapshot(reference)?;
+        let snapshots = ["snapshots", "--snapshotter", snapshotter];
+        wait_for("a view that the collector leaves alone", || {
+            run(self.ctr().args(snapshots).args(["view", &key, &top]))?;
+            // Until it has this label, the collector may take it.
+            let root = ["label", &key, "containerd.io/gc.root=tests"];
+            let kept = attempt(self.ctr().args(snapshots).args(root))?;
+            Ok(kept.status.success().then_some(()))
+        })?;
+        // It prints the mount command, target included.
+        let command = text(self.ctr().args(snapshots).args(["mounts", &key, &key]))?;
+        run(Command::new("sh").args(["-c", &command]))?;
         Ok(dir)
     }
 
     /// Unmounts what [`Self::mount`] mounted.
     pub fn unmount(&self, dir: &Path) -> Result<()> {
-        run(self.ctr().args(["images", "unmount", "--rm"]).arg(dir))?;
+        let name = dir.file_name().unwrap_or_default().to_string_lossy();
+        let snapshotter = name.splitn(3, '-').nth(2).context("not mounted here")?;
+        run(Command::new("umount").arg(dir))?;
+        run(self
+            .ctr()
+            .args(["snapshots", "--snapshotter", snapshotter, "remove"])
+            .arg(dir))?;
         Ok(())
+    }
+
+    /// The name of an image's topmost snapshot: its chain ID.
+    fn top_snapshot(&self, reference: &str) -> Result<String> {
+        let list = self.ctr_text(&["images", "list", &format!("name=={reference}")])?;
+        let digest = list
+            .split_whitespace()
+            .find(|word| word.starts_with("sha256:"))
+            .with_context(|| format!("containerd has no image {reference}"))?;
+        let mut document: Value = self.document(digest)?;
+        if let Some(manifests) = document["manifests"].as_array() {
+            let here = manifests.iter().find(|manifest| {
+                let digest = manifest["digest"].as_str().unwrap_or_default();
+                self.ctr_text(&["content", "get", digest]).is_ok()
+            });
+            let here = here.context("no manifest of the index was pulled")?;
+            document = self.document(here["digest"].as_str().unwrap_or_default())?;
+        }
+        let config = document["config"]["digest"].as_str().unwrap_or_default();
+        let config = self.document(config)?;
+        let diff_ids = config["rootfs"]["diff_ids"].as_array();
+        let mut chain = String::new();
+        for diff_id in diff_ids.context("the configuration has no diff IDs")? {
+            let diff_id = diff_id.as_str().context("a diff ID is no string")?;
+            chain = match chain.is_empty() {
+                true => diff_id.to_owned(),
+                false => Digest::of(format!("{chain} {diff_id}").as_bytes()).to_string(),
+            };
+        }
+        Ok(chain)
+    }
+
+    fn document(&self, digest: &str) -> Result<Value> {
+        let text = self.ctr_text(&["content", "get", digest])?;
+        serde_json::from_str(&text).with_context(|| format!("{digest} is no JSON"))
     }
 
     /// The command that runs a program in a new container, in the foreground.

@@ -1,5 +1,5 @@
 //! `sluice pull` against a real containerd: with its own overlayfs, which can
-//! do nothing lazily.
+//! do nothing lazily, and with the daemon.
 
 use std::fs;
 use std::path::PathBuf;
@@ -7,13 +7,15 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 use sluice_oci::{Descriptor, Digest, Index, Manifest, media_type};
-use sluice_tests::command::{refusal, text, wait_for};
+use sluice_tests::command::{refusal, run, text, wait_for};
+use sluice_tests::daemon::Options;
 use sluice_tests::image::{self, Compression, LayoutWriter, Meta, Tarball};
 use sluice_tests::proxy::{Fault, Proxy};
 use sluice_tests::tree::{Times, compare};
-use sluice_tests::{Containerd, Registry, Scratch};
+use sluice_tests::{Containerd, Daemon, Registry, Scratch, tools};
 
 const OVERLAYFS: &str = "overlayfs";
+const SLUICE: &str = "sluice";
 
 /// An image in a registry.
 struct Pushed {
@@ -270,6 +272,122 @@ fn bad_input_is_one_line_with_the_remedy() -> Result<()> {
             assert_eq!(said.trim_end().lines().count(), 1, "{said}");
         }
     }
+    assert_eq!((contents(&containerd)?, leases(&containerd)?), (0, 0));
+    Ok(())
+}
+
+/// A copy of the image in which the layers of the given numbers are
+/// zstd:chunked as podman writes them.
+fn push_chunked(
+    scratch: &Scratch,
+    registry: &Registry,
+    image: &Pushed,
+    chunked: &[usize],
+    name: &str,
+) -> Result<String> {
+    let work = scratch.fresh_dir("chunked")?;
+    let whole = registry.reference("chunked:all");
+    tools::push_as_podman_zstd_chunked(&image.layout, image::TAG, &work, &whole)?;
+    let all: Manifest = serde_json::from_slice(&fs::read(work.join("manifest.json"))?)?;
+    let layout = scratch.fresh_dir("mixed")?;
+    run(Command::new("cp")
+        .args(["-r", "-T"])
+        .arg(&image.layout)
+        .arg(&layout))?;
+    let blobs = layout.join("blobs/sha256");
+    let mut mixed = image.manifest.clone();
+    for &number in chunked {
+        let layer = &all.layers[number];
+        ensure!(!layer.annotations.is_empty(), "skopeo wrote no TOC");
+        let hex = layer.digest.hex();
+        fs::copy(work.join(&hex), blobs.join(&hex))?;
+        mixed.layers[number] = layer.clone();
+    }
+    let bytes = serde_json::to_vec(&mixed)?;
+    let digest = Digest::of(&bytes);
+    fs::write(blobs.join(digest.hex()), &bytes)?;
+    let mut top = Descriptor::new(media_type::OCI_MANIFEST, digest, bytes.len() as u64);
+    let key = "org.opencontainers.image.ref.name".to_owned();
+    top.annotations.insert(key, "mixed".to_owned());
+    let index = serde_json::json!({"schemaVersion": 2, "manifests": [top]});
+    fs::write(layout.join("index.json"), serde_json::to_vec(&index)?)?;
+    registry.push(&layout, "mixed", name)
+}
+
+#[test]
+fn lazy_layers_are_not_downloaded() -> Result<()> {
+    let scratch = Scratch::new()?;
+    let registry = Registry::start(&scratch)?;
+    let image = small_image(&scratch, &registry, "small:1")?;
+    push_chunked(&scratch, &registry, &image, &[0, 1, 2], "lazy:1")?;
+    let proxy = Proxy::start(registry.host())?;
+    let reference = proxy.reference("lazy:1");
+    let daemon = Daemon::start(&scratch, &Options::default())?;
+    let containerd = Containerd::start_with(&scratch, &[(SLUICE, &daemon)])?;
+
+    let said = text(&mut containerd.lazy_pull_command(&reference, SLUICE)?)?;
+    ensure!(said.contains("3 layers lazy, 0 unpacked"), "{said}");
+    // Manifest and configuration; none of the layers.
+    assert_eq!(contents(&containerd)?, 2);
+    assert_eq!(leases(&containerd)?, 0);
+    let ran = text(&mut containerd.run_command(SLUICE, &reference, "one", &[]))?;
+    ensure!(ran.contains("ldconfig"), "{ran}");
+
+    let truth = Containerd::start(&scratch)?;
+    truth.pull(&image.reference, OVERLAYFS)?;
+    let expected = truth.mount(&image.reference, OVERLAYFS)?;
+    let lazy = containerd.mount(&reference, SLUICE)?;
+    compare(&expected, &lazy, Times::Nanoseconds)?;
+    containerd.unmount(&lazy)?;
+    truth.unmount(&expected)?;
+
+    // Again: nothing is asked for but what the tag names.
+    proxy.forget();
+    let said = text(&mut containerd.lazy_pull_command(&reference, SLUICE)?)?;
+    ensure!(said.contains("3 already there"), "{said}");
+    assert_eq!(proxy.requests("/manifests/"), 1);
+    assert_eq!(proxy.requests("/blobs/"), 0);
+    containerd.forget_images()?;
+    Ok(())
+}
+
+#[test]
+fn layers_that_cannot_be_lazy_are_unpacked_and_the_reason_is_told() -> Result<()> {
+    let scratch = Scratch::new()?;
+    let registry = Registry::start(&scratch)?;
+    let image = small_image(&scratch, &registry, "small:1")?;
+    let reference = push_chunked(&scratch, &registry, &image, &[0, 2], "mixed:1")?;
+    let daemon = Daemon::start(&scratch, &Options::default())?;
+    let containerd = Containerd::start_with(&scratch, &[(SLUICE, &daemon)])?;
+    let said = text(&mut containerd.lazy_pull_command(&reference, SLUICE)?)?;
+    ensure!(said.contains("2 layers lazy, 1 unpacked"), "{said}");
+    let lines: Vec<&str> = said.lines().collect();
+    ensure!(lines[1].ends_with("lazy"), "{said}");
+    ensure!(lines[2].contains("unpacked ("), "{said}");
+    ensure!(lines[3].ends_with("lazy"), "{said}");
+    // Manifest, configuration, and the layer in the middle.
+    assert_eq!(contents(&containerd)?, 3);
+    let truth = Containerd::start(&scratch)?;
+    truth.pull(&image.reference, OVERLAYFS)?;
+    let expected = truth.mount(&image.reference, OVERLAYFS)?;
+    let mixed = containerd.mount(&reference, SLUICE)?;
+    compare(&expected, &mixed, Times::Nanoseconds)?;
+    containerd.unmount(&mixed)?;
+    truth.unmount(&expected)?;
+    containerd.forget_images()?;
+    Ok(())
+}
+
+#[test]
+fn a_daemon_that_does_not_run_is_named() -> Result<()> {
+    let scratch = Scratch::new()?;
+    let registry = Registry::start(&scratch)?;
+    let image = small_image(&scratch, &registry, "small:1")?;
+    let daemon = Daemon::start(&scratch, &Options::default())?;
+    let containerd = Containerd::start_with(&scratch, &[(SLUICE, &daemon)])?;
+    daemon.stop()?;
+    let said = refusal(&mut containerd.lazy_pull_command(&image.reference, SLUICE)?)?;
+    ensure!(said.contains("check that its daemon runs"), "{said}");
     assert_eq!((contents(&containerd)?, leases(&containerd)?), (0, 0));
     Ok(())
 }
