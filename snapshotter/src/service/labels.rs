@@ -27,8 +27,8 @@ const IMAGE_LAYERS: [&str; 2] = [
 ];
 /// Tells the client why a layer has to be unpacked.
 const NOT_LAZY: &str = "containerd.io/snapshot/sluice.not-lazy";
-/// Well below containerd's bound on a label.
-const MAX_REASON: usize = 1000;
+/// Characters; well below containerd's bound of 4096 bytes on a label.
+const MAX_REASON: usize = 500;
 const MANIFEST: &str = "containerd.io/snapshot/cri.manifest-digest";
 
 /// The snapshot that the labels ask for by name, if they do.
@@ -43,8 +43,8 @@ pub(crate) fn serves(labels: &Labels, target: &Key) -> bool {
 
 /// Adds why the layer that the labels ask for is not served lazily.
 pub(crate) fn tell_not_lazy(labels: &mut Labels, reason: &str) {
-    let end = reason.floor_char_boundary(MAX_REASON);
-    labels.insert(NOT_LAZY.to_owned(), reason[..end].to_owned());
+    let reason = reason.chars().take(MAX_REASON).collect();
+    labels.insert(NOT_LAZY.to_owned(), reason);
 }
 
 /// The layer that the labels ask for, or what is missing to know it.
