@@ -155,6 +155,42 @@ async fn mode_fuse_shows_the_same() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn converted_layers_of_both_formats_are_served() {
+    use sluice_layer::{Format, write::Options};
+    for format in [Format::Estargz, Format::ZstdChunked] {
+        let root = tempfile::tempdir().unwrap();
+        let mut all = files(200, 3_000);
+        all.push(SampleFile {
+            name: "large".to_owned(),
+            content: noise(7, 3_000_000),
+        });
+        let options = Options {
+            chunk_size: 256 << 10,
+            ..Options::new(format)
+        };
+        let (sample, annotations) = Sample::converted(all, &options);
+        let registry = Registry::serve(&[(&sample, annotations)]);
+        let node = Node::start(config(&root), client()).unwrap();
+        // As podman's images come: no label says anything.
+        let mut request = request(&registry, &sample);
+        request.annotations.clear();
+        node.open(request).await.unwrap();
+        let log = registry.take_log();
+        assert_eq!(log.len(), 2, "the manifest and the TOC: {log:?}");
+        if format == Format::ZstdChunked {
+            let (_, end) = log[1].range.unwrap();
+            assert!(
+                end < sample.blob.len() as u64,
+                "exactly where the manifest says"
+            );
+        }
+        let mount = node.mount(sample.digest()).await.unwrap();
+        assert_content(&mount, &sample).await;
+        node.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_hundred_readers_cause_one_fetch() {
     let root = tempfile::tempdir().unwrap();
     let sample = sample();

@@ -120,6 +120,28 @@ impl Sample {
         }
     }
 
+    /// The layer that the converter's writer makes of the files, and the
+    /// annotations it wants.
+    pub(crate) fn converted(
+        files: Vec<SampleFile>,
+        options: &sluice_layer::write::Options,
+    ) -> (Self, Value) {
+        let mut tar = Vec::new();
+        for file in &files {
+            tar.extend(tar_header(&file.name, file.content.len()));
+            tar.extend_from_slice(&file.content);
+            tar.resize(tar.len().next_multiple_of(512), 0);
+        }
+        tar.resize(tar.len() + 1024, 0);
+        let (blob, tail) = sluice_layer::write::write_layer(&tar, options, &[]).unwrap();
+        let sample = Self {
+            blob,
+            toc_digest: tail.toc_digest,
+            files,
+        };
+        (sample, json!(tail.annotations))
+    }
+
     pub(crate) fn digest(&self) -> Digest {
         Digest::of(&self.blob)
     }
