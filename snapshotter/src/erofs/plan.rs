@@ -9,10 +9,6 @@ use super::format::{
 };
 use super::xattr::{Body, Shared, XattrNamespace};
 
-/// A directory's tail up to this size moves to the next block with its inode
-/// rather than into a block of its own.
-const TAIL_MOVES_UP_TO: u64 = 1024;
-
 /// What is decided before the first byte is written.
 pub(super) struct Plan<'t> {
     pub(super) toc: &'t Toc,
@@ -185,10 +181,11 @@ impl Cursor {
         let whole = header + shape.tail;
         let mut inline = false;
         if shape.tail > 0 {
-            inline = !crosses(position, whole);
-            if !inline && whole <= BLOCK && shape.tail <= TAIL_MOVES_UP_TO {
+            // What is with its inode comes with it, from the page cache; a
+            // block of its own is another read.
+            inline = whole <= BLOCK;
+            if inline && crosses(position, whole) {
                 position = position.next_multiple_of(BLOCK);
-                inline = true;
             }
         }
         let mut end = position + header;

@@ -23,10 +23,6 @@ use crate::mount;
 use crate::remote::Known;
 use crate::service::{MountError, NotLazy, Usage};
 
-/// Content is cached once, by EROFS; and a reader that waits for missing bytes
-/// can be killed, which it could not while FUSE reads through the page cache.
-const OPTIONS: mount::erofs::Options = mount::erofs::Options { direct_io: true };
-
 /// The place of a layer, whether it is there or not. The lock is held while
 /// the layer is being opened, mounted or removed.
 #[derive(Default)]
@@ -183,7 +179,15 @@ impl Node {
         let number = layer.dir().identity().number;
         let root = &self.0.config.root;
         let target = root.join(MOUNTS).join(number.to_string());
-        let data = if layer.dir().is_complete() {
+        let complete = layer.dir().is_complete();
+        let options = mount::erofs::Options {
+            // What comes through FUSE is cached once, by EROFS; and a reader
+            // that waits for missing bytes can be killed, which it could not
+            // while FUSE reads through the page cache. Complete data is often
+            // in the page cache, where direct I/O would not look.
+            direct_io: !complete,
+        };
+        let data = if complete {
             // Bytes that are all here need nobody to serve them.
             layer.dir().data_path()
         } else {
@@ -197,7 +201,7 @@ impl Node {
                 }
                 _ => {}
             }
-            mount::erofs::mount(&meta, &data, &target, OPTIONS)?;
+            mount::erofs::mount(&meta, &data, &target, options)?;
             Ok(target)
         })
         .await?
