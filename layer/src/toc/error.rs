@@ -110,6 +110,8 @@ pub enum EntryError {
     XattrValue(String),
     #[error("the extended attribute '{0}' is too large, or makes them too large together")]
     XattrSize(String),
+    #[error("too many entries add extended attributes to the same inodes")]
+    XattrMerges,
     #[error("'{0}' is not a SHA-256 digest")]
     Digest(String),
     #[error("neither file nor chunk has a digest")]

@@ -283,6 +283,22 @@ fn directories_merge_their_xattrs() {
 }
 
 #[test]
+fn endless_merging_of_xattrs_is_refused() {
+    let many: Vec<_> = (0..4000).map(|name| format!("'user.{name}':''")).collect();
+    let first = format!(
+        "{{'name':'d','type':'dir','xattrs':{{{}}}}}",
+        many.join(",")
+    );
+    let again = "{'name':'d','type':'dir','xattrs':{'user.0':''}}";
+    let plain = "{'name':'d','type':'dir'}";
+    let times = |entry, times| [&[&*first][..], &vec![entry; times]].concat();
+    assert!(read(&times(again, 200)).is_ok());
+    assert_eq!(refusal(&times(again, 300)), EntryError::XattrMerges);
+    let toc = read(&times(plain, 1000)).unwrap();
+    assert_eq!(lookup(&toc, "d").xattrs.len(), 4000);
+}
+
+#[test]
 fn the_root_keeps_what_unpacking_gives_it() {
     let toc = read(&[
         "{'name':'./','type':'dir','mode':448,'uid':7,'modtime':'2024-01-01T00:00:00Z'}",

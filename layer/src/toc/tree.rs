@@ -49,6 +49,8 @@ pub(super) struct Tree {
     hasher: RandomState,
     forwards: HashMap<u32, Forward>,
     max_nodes: usize,
+    /// Extended attributes that went through merging so far.
+    merged: usize,
     /// The directory of the entry before, which is mostly that of the next.
     last_directory: (Vec<u8>, u32),
 }
@@ -62,6 +64,7 @@ impl Tree {
             hasher: RandomState::new(),
             forwards: HashMap::new(),
             max_nodes,
+            merged: 0,
             last_directory: (Vec::new(), ROOT),
         }
     }
@@ -121,11 +124,11 @@ impl Tree {
             {
                 // As when unpacked: attributes of the later, and of the
                 // extended ones those of both.
-                let Node { kind, xattrs, .. } = std::mem::replace(self.node_mut(old), node);
-                let merged = xattrs::merge(&xattrs, &self.nodes[old as usize].xattrs)?;
+                self.merge_xattrs(old, std::mem::take(&mut node.xattrs))?;
                 let old_node = self.node_mut(old);
-                old_node.kind = kind;
-                old_node.xattrs = merged;
+                std::mem::swap(&mut node.kind, &mut old_node.kind);
+                std::mem::swap(&mut node.xattrs, &mut old_node.xattrs);
+                *old_node = node;
                 return Ok(old);
             }
         }
@@ -173,10 +176,9 @@ impl Tree {
                     return Err(EntryError::HardLinkToDirectory(printable(target)));
                 }
                 if !self.forwards.contains_key(&node) {
-                    let xattrs = match old.kind {
-                        NodeKind::Regular(_) => xattrs::merge(&old.xattrs, &attributes.xattrs)?,
-                        _ => old.xattrs.clone(),
-                    };
+                    if let NodeKind::Regular(_) = old.kind {
+                        self.merge_xattrs(node, attributes.xattrs)?;
+                    }
                     let inode = self.node_mut(node);
                     if !matches!(inode.kind, NodeKind::Symlink(_)) {
                         inode.mode = attributes.mode;
@@ -184,7 +186,6 @@ impl Tree {
                     inode.uid = attributes.uid;
                     inode.gid = attributes.gid;
                     inode.mtime = attributes.mtime;
-                    inode.xattrs = xattrs;
                 }
                 node
             }
@@ -202,6 +203,23 @@ impl Tree {
             }
         };
         self.link(edge, parent, name, node);
+        Ok(())
+    }
+
+    /// Adds extended attributes to a node's. A million entries for one
+    /// directory with thousands of attributes are no honest layer.
+    fn merge_xattrs(&mut self, node: u32, new: Box<[Xattr]>) -> Result<(), EntryError> {
+        const MOST_MERGED: usize = 1 << 20;
+        if new.is_empty() {
+            return Ok(());
+        }
+        let old = &self.nodes[node as usize].xattrs;
+        self.merged += old.len() + new.len();
+        if self.merged > MOST_MERGED {
+            return Err(EntryError::XattrMerges);
+        }
+        let merged = xattrs::merge(old, &new)?;
+        self.node_mut(node).xattrs = merged;
         Ok(())
     }
 

@@ -12,7 +12,8 @@ use sluice_layer::Format;
 
 use crate::listing::{Listing, Seen, word};
 
-const GO: &str = "/usr/lib/go-1.19/bin/go";
+/// The distribution's Go, which can build the distribution's libraries.
+const GO: &str = "/usr/bin/go";
 const GOPATH: &str = "/usr/share/gocode";
 
 /// The program, compiled once.
@@ -29,9 +30,10 @@ fn program() -> &'static Path {
             .env("GO111MODULE", "off")
             .env("GOPATH", GOPATH)
             .env("GOFLAGS", "")
+            .env("GOTOOLCHAIN", "local")
             .output()
             .unwrap_or_else(|error| {
-                panic!("{GO}: {error}: install golang-go (1.19) and golang-github-containerd-stargz-snapshotter-dev")
+                panic!("{GO}: {error}: install golang-go and golang-github-containerd-stargz-snapshotter-dev")
             });
         assert!(
             built.status.success(),
