@@ -95,8 +95,10 @@ const MODULES: &[(&str, &[&str])] = &[
             "layer_dir",
         ],
     ),
+    // The other composition root: an image without containerd.
+    ("standalone", &["mount", "node", "service", "socket"]),
     // The program: arguments in, exit status out.
-    ("main", &["daemon", "config"]),
+    ("main", &["daemon", "config", "notify"]),
 ];
 
 fn workspace() -> PathBuf {

@@ -145,25 +145,36 @@ impl Directories {
         Ok(removed)
     }
 
-    /// Makes what a record has and the disk has not: after a power cut the
-    /// database can know a snapshot whose directory never reached the disk.
-    /// Returns whether anything was missing.
-    pub(crate) fn restore(&self, id: SnapshotId, kind: Kind) -> Result<bool, Error> {
-        let mut missing = false;
+    /// Whether everything that a record needs is on the disk. After a power
+    /// cut the database can know a snapshot whose directory never got there:
+    /// one to be written to is made anew, a committed one is lost.
+    pub(crate) fn restore(&self, id: SnapshotId, kind: Kind) -> Result<Found, Error> {
         let wanted = [
             (self.directory(id), 0o700, true),
             (self.upper(id), FS_MODE, true),
             (self.work(id), WORK_MODE, kind == Kind::Active),
         ];
+        let mut found = Found::Whole;
         for (path, mode, wanted) in wanted {
             if !wanted || path.is_dir() {
                 continue;
             }
+            if kind == Kind::Committed {
+                return Ok(Found::Lost);
+            }
             make(&path, mode).map_err(|error| Error::directory("create", &path, error))?;
-            missing = true;
+            found = Found::MadeAnew;
         }
-        Ok(missing)
+        Ok(found)
     }
+}
+
+/// What was found of a recorded snapshot's directories.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Found {
+    Whole,
+    MadeAnew,
+    Lost,
 }
 
 impl NewDirectory {

@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 use sluice_oci::Digest;
 use tokio::sync::OwnedMutexGuard;
 
-use super::directories::{Directories, Owner};
+use super::directories::{Directories, Found, Owner};
 use super::error::Error;
 use super::filter::Filter;
 use super::labels;
@@ -327,8 +327,14 @@ impl<L: LazyLayers> Snapshots<L> {
         let directories = Arc::clone(&self.directories);
         blocking(move || {
             for (key, id, kind) in recorded {
-                if directories.restore(id, kind)? {
-                    tracing::warn!(snapshot = %key, %id, kind = kind.as_str(), "its directory was missing; made anew, empty");
+                match directories.restore(id, kind)? {
+                    Found::Whole => {}
+                    Found::MadeAnew => {
+                        tracing::warn!(snapshot = %key, %id, "its directory was missing; made anew, empty");
+                    }
+                    Found::Lost => {
+                        tracing::error!(snapshot = %key, %id, "its content is lost; remove the image and pull it again");
+                    }
                 }
             }
             Ok(())

@@ -360,6 +360,20 @@ fn everything_is_there_after_a_restart() {
 }
 
 #[test]
+fn lost_content_is_not_replaced_by_nothing() {
+    let mut rig = Rig::new();
+    rig.prepare("tmp", "", Labels::new()).unwrap();
+    rig.commit("base", "tmp").unwrap();
+    rig.stop();
+    fs::remove_dir_all(rig.root.path().join("snapshots/1")).unwrap();
+    rig.restart();
+    assert_kind(rig.prepare("c", "base", Labels::new()), ErrorKind::Internal);
+    assert_eq!(rig.directories(), 0);
+    rig.remove("base").unwrap();
+    assert!(rig.list().is_empty());
+}
+
+#[test]
 fn one_bad_layer_fails_alone() {
     let rig = Rig::new();
     for n in 1..=2 {
