@@ -116,6 +116,9 @@ fn add_file(roots: &mut RootCertStore, path: &Path) -> Result<(), String> {
     }
 }
 
+const PLAIN_HTTP: &str =
+    "if the registry speaks plain HTTP, pass --plain-http or list it as plain_http";
+
 /// Translates a failure to get an answer.
 pub(crate) fn no_answer(context: &Context, url: &Url, error: reqwest::Error) -> Error {
     let error = error.without_url();
@@ -123,9 +126,7 @@ pub(crate) fn no_answer(context: &Context, url: &Url, error: reqwest::Error) -> 
     let why = format!("no answer from {place} ({})", chain(&error));
     if let Some(tls) = find::<rustls::Error>(&error) {
         let remedy = match tls {
-            rustls::Error::InvalidMessage(_) => {
-                "if the registry speaks plain HTTP, pass --plain-http or list it as plain_http"
-            }
+            rustls::Error::InvalidMessage(_) => PLAIN_HTTP,
             rustls::Error::InvalidCertificate(_) => {
                 "if its certificate is right, add its authority to the system's certificates"
             }
@@ -136,7 +137,12 @@ pub(crate) fn no_answer(context: &Context, url: &Url, error: reqwest::Error) -> 
     if error.is_builder() {
         return context.error(ErrorKind::Protocol, why);
     }
-    context.error(ErrorKind::Connect, why)
+    let ended = why.contains("tls handshake eof");
+    let error = context.error(ErrorKind::Connect, why);
+    if ended {
+        return error.with_remedy(PLAIN_HTTP);
+    }
+    error
 }
 
 /// Translates a failure in the middle of a body.

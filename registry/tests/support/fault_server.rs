@@ -213,6 +213,10 @@ async fn connection(stream: TcpStream, log: Arc<Mutex<Vec<Request>>>, handler: A
             Then::Hang => std::future::pending().await,
         }
     }
+    // As any server answers what is no HTTP; nobody listens at a clean end.
+    let refusal = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n";
+    let _ = stream.get_mut().write_all(refusal).await;
+    let _ = stream.read_to_end(&mut Vec::new()).await;
 }
 
 async fn read_request(stream: &mut BufReader<TcpStream>) -> Option<Request> {
