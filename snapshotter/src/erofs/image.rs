@@ -1,5 +1,8 @@
 //! Reading a `meta.erofs` in place.
 
+mod listing;
+mod xattrs;
+
 use std::ffi::OsStr;
 use std::fmt;
 use std::fs::File;
@@ -9,6 +12,9 @@ use memmap2::Mmap;
 use sluice_layer::Mtime;
 
 use super::Error;
+pub use listing::{Entries, Entry};
+pub use xattrs::{XattrRef, Xattrs};
+
 use super::format::{
     BLOCK, CHUNK_BITS_MASK, CHUNK_INDEX_SIZE, CHUNK_INDEXES, COMPACT_SIZE, DATA_BLOCKS_MAX,
     DATA_DEVICE, DEVICE_BLOCKS, DEVICE_SLOT_OFFSET, DEVICE_SLOT_SIZE, DIRENT_SIZE, EXTENDED_SIZE,
@@ -18,6 +24,7 @@ use super::format::{
     decode_device, sb,
 };
 use super::xattr::PREFIXES;
+use listing::DirBlock;
 
 /// Number of an inode within one image, stable for the life of the layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -59,19 +66,6 @@ pub struct Extent {
     pub offset: u64,
     /// Size in bytes.
     pub size: u64,
-}
-
-/// One name in a directory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Entry<'a> {
-    /// The name; `.` and `..` are among them.
-    pub name: &'a [u8],
-    /// What it names.
-    pub ino: Ino,
-    /// What that is.
-    pub kind: FileType,
-    /// Where the listing goes on after this entry.
-    pub next: u64,
 }
 
 /// A `meta.erofs` in memory. Nothing in it is believed: whatever the bytes
@@ -215,13 +209,7 @@ impl<B: AsRef<[u8]>> Image<B> {
     /// The entries of directory `dir` in order, from the beginning (`from`
     /// 0) or from where an [`Entry::next`] said.
     pub fn entries(&self, dir: Ino, from: u64) -> Result<Entries<'_, B>, Error> {
-        Ok(Entries {
-            image: self,
-            dir,
-            inode: self.directory(dir)?,
-            position: from,
-            failed: false,
-        })
+        Ok(Entries::new(self, dir, self.directory(dir)?, from))
     }
 
     /// The target of the symbolic link `ino`.
@@ -272,26 +260,18 @@ impl<B: AsRef<[u8]>> Image<B> {
     /// The extended attributes of `ino`.
     pub fn xattrs(&self, ino: Ino) -> Result<Xattrs<'_, B>, Error> {
         let inode = self.inode(ino)?;
-        let mut xattrs = Xattrs {
-            image: self,
-            ino,
-            ids: &[],
-            position: 0,
-            end: 0,
-            failed: false,
-        };
-        if inode.xattr_size > 0 {
-            let start = inode.body - inode.xattr_size;
-            let header = self.slice(ino, start, XATTR_HEADER_SIZE)?;
-            let ids = u64::from(header[4]) * XATTR_ENTRY_SIZE;
-            if XATTR_HEADER_SIZE + ids > inode.xattr_size {
-                return Err(corrupt(ino, "too many shared attributes"));
-            }
-            xattrs.ids = self.slice(ino, start + XATTR_HEADER_SIZE, ids)?;
-            xattrs.position = start + XATTR_HEADER_SIZE + ids;
-            xattrs.end = inode.body;
+        if inode.xattr_size == 0 {
+            return Ok(Xattrs::new(self, ino, &[], 0..0));
         }
-        Ok(xattrs)
+        let start = inode.body - inode.xattr_size;
+        let header = self.slice(ino, start, XATTR_HEADER_SIZE)?;
+        let ids = u64::from(header[4]) * XATTR_ENTRY_SIZE;
+        if XATTR_HEADER_SIZE + ids > inode.xattr_size {
+            return Err(corrupt(ino, "too many shared attributes"));
+        }
+        let start = start + XATTR_HEADER_SIZE;
+        let shared = self.slice(ino, start, ids)?;
+        Ok(Xattrs::new(self, ino, shared, start + ids..inode.body))
     }
 
     /// The value of the extended attribute `name` of `ino`, if it has one.
@@ -402,18 +382,7 @@ impl<B: AsRef<[u8]>> Image<B> {
 
     fn dir_block(&self, dir: Ino, inode: &Inode, block: u64) -> Result<DirBlock<'_>, Error> {
         let bytes = self.content_block(dir, inode, block)?;
-        let first = bytes
-            .get(8..10)
-            .map(|offset| usize::from(le16(offset)))
-            .filter(|offset| {
-                *offset >= DIRENT_SIZE && offset % DIRENT_SIZE == 0 && *offset <= bytes.len()
-            })
-            .ok_or(corrupt(dir, "a malformed directory block"))?;
-        Ok(DirBlock {
-            dir,
-            bytes,
-            count: first / DIRENT_SIZE,
-        })
+        DirBlock::new(dir, bytes)
     }
 
     fn slice(&self, ino: Ino, start: u64, length: u64) -> Result<&[u8], Error> {
@@ -441,197 +410,6 @@ struct Inode {
 impl Inode {
     fn blocks(&self) -> u64 {
         self.attributes.size.div_ceil(BLOCK)
-    }
-}
-
-/// A directory block.
-#[derive(Clone, Copy)]
-struct DirBlock<'a> {
-    dir: Ino,
-    bytes: &'a [u8],
-    count: usize,
-}
-
-impl<'a> DirBlock<'a> {
-    /// Of an index below the count, whose entries are within the bytes.
-    fn dirent(&self, index: usize) -> &'a [u8] {
-        &self.bytes[index * DIRENT_SIZE..][..DIRENT_SIZE]
-    }
-
-    fn ino(&self, index: usize) -> Ino {
-        Ino(le64(self.dirent(index)))
-    }
-
-    fn name(&self, index: usize) -> Result<&'a [u8], Error> {
-        let start = usize::from(le16(&self.dirent(index)[8..]));
-        let end = if index + 1 < self.count {
-            usize::from(le16(&self.dirent(index + 1)[8..]))
-        } else {
-            self.bytes.len()
-        };
-        let mut name = self
-            .bytes
-            .get(start..end)
-            .ok_or(corrupt(self.dir, "a malformed directory block"))?;
-        if index + 1 == self.count {
-            // The last name ends where the padding begins.
-            let longest = &name[..name.len().min(NAME_MAX + 1)];
-            let end = longest.iter().position(|byte| *byte == 0);
-            name = &name[..end.unwrap_or(longest.len())];
-        }
-        if name.is_empty() || name.len() > NAME_MAX {
-            return Err(corrupt(self.dir, "a name of impossible length"));
-        }
-        Ok(name)
-    }
-
-    fn kind(&self, index: usize) -> Result<FileType, Error> {
-        Ok(match self.dirent(index)[10] {
-            1 => FileType::Regular,
-            2 => FileType::Directory,
-            3 => FileType::CharDevice,
-            4 => FileType::BlockDevice,
-            5 => FileType::Fifo,
-            7 => FileType::Symlink,
-            _ => return Err(corrupt(self.dir, "an unknown file type in a directory")),
-        })
-    }
-}
-
-/// Iterator over a directory's [`Entry`]s. Ends after an error.
-pub struct Entries<'a, B = Mmap> {
-    image: &'a Image<B>,
-    dir: Ino,
-    inode: Inode,
-    /// Block << 12 | index within the block.
-    position: u64,
-    failed: bool,
-}
-
-impl<B> fmt::Debug for Entries<'_, B> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Entries")
-            .field("dir", &self.dir)
-            .field("position", &self.position)
-            .finish_non_exhaustive()
-    }
-}
-
-impl<'a, B: AsRef<[u8]>> Entries<'a, B> {
-    fn entry(&mut self) -> Result<Option<Entry<'a>>, Error> {
-        let block_bits = BLOCK.ilog2();
-        loop {
-            let number = self.position >> block_bits;
-            if number >= self.inode.blocks() {
-                return Ok(None);
-            }
-            let index = (self.position & (BLOCK - 1)) as usize;
-            let block = self.image.dir_block(self.dir, &self.inode, number)?;
-            if index >= block.count {
-                self.position = (number + 1) << block_bits;
-                continue;
-            }
-            self.position += 1;
-            return Ok(Some(Entry {
-                name: block.name(index)?,
-                ino: block.ino(index),
-                kind: block.kind(index)?,
-                next: self.position,
-            }));
-        }
-    }
-}
-
-impl<'a, B: AsRef<[u8]>> Iterator for Entries<'a, B> {
-    type Item = Result<Entry<'a>, Error>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        if self.failed {
-            return None;
-        }
-        let entry = self.entry().transpose();
-        self.failed = matches!(entry, Some(Err(_)));
-        entry
-    }
-}
-
-/// One extended attribute. Its name is `prefix` followed by `suffix`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct XattrRef<'a> {
-    /// The namespace, or the whole of an ACL's name.
-    pub prefix: &'static [u8],
-    /// The rest of the name.
-    pub suffix: &'a [u8],
-    /// The value.
-    pub value: &'a [u8],
-}
-
-/// Iterator over an inode's [`XattrRef`]s. Ends after an error.
-pub struct Xattrs<'a, B = Mmap> {
-    image: &'a Image<B>,
-    ino: Ino,
-    ids: &'a [u8],
-    position: u64,
-    end: u64,
-    failed: bool,
-}
-
-impl<B> fmt::Debug for Xattrs<'_, B> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Xattrs")
-            .field("ino", &self.ino)
-            .finish_non_exhaustive()
-    }
-}
-
-impl<'a, B: AsRef<[u8]>> Xattrs<'a, B> {
-    fn xattr(&mut self) -> Result<Option<XattrRef<'a>>, Error> {
-        if let Some((id, rest)) = self.ids.split_at_checked(4) {
-            self.ids = rest;
-            let at = self.image.xattr_start + u64::from(le32(id)) * XATTR_ENTRY_SIZE;
-            return Ok(Some(self.at(at)?.0));
-        }
-        if self.position >= self.end {
-            return Ok(None);
-        }
-        let (xattr, end) = self.at(self.position)?;
-        if end > self.end {
-            return Err(corrupt(self.ino, "an attribute beyond its inode"));
-        }
-        self.position = end;
-        Ok(Some(xattr))
-    }
-
-    /// The attribute at an offset of the image, and where the next begins.
-    fn at(&self, start: u64) -> Result<(XattrRef<'a>, u64), Error> {
-        let header = self.image.slice(self.ino, start, XATTR_ENTRY_SIZE)?;
-        let prefix = PREFIXES
-            .iter()
-            .find(|(number, _)| *number == header[1])
-            .ok_or(corrupt(self.ino, "an attribute of an unknown namespace"))?
-            .1;
-        let (name, value) = (u64::from(header[0]), u64::from(le16(&header[2..])));
-        let start = start + XATTR_ENTRY_SIZE;
-        let xattr = XattrRef {
-            prefix,
-            suffix: self.image.slice(self.ino, start, name)?,
-            value: self.image.slice(self.ino, start + name, value)?,
-        };
-        let end = (start + name + value).next_multiple_of(XATTR_ENTRY_SIZE);
-        Ok((xattr, end))
-    }
-}
-
-impl<'a, B: AsRef<[u8]>> Iterator for Xattrs<'a, B> {
-    type Item = Result<XattrRef<'a>, Error>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        if self.failed {
-            return None;
-        }
-        let xattr = self.xattr().transpose();
-        self.failed = matches!(xattr, Some(Err(_)));
-        xattr
     }
 }
 

@@ -250,6 +250,29 @@ fn wide_directories_are_listed_whole() {
 }
 
 #[test]
+fn a_damaged_image_gives_errors_and_the_mount_lives() {
+    let node = Node::new();
+    let wide = testing::Tree::wide(3000);
+    let content = node.add(0, &wide, XattrNamespace::Trusted, true);
+    node.add(1, &wide, XattrNamespace::Trusted, true);
+    let mut bytes = std::fs::read(node.directory.path().join("meta-0")).unwrap();
+    bytes[4096..].fill(0xff);
+    let damaged = node.directory.path().join("damaged");
+    std::fs::write(&damaged, bytes).unwrap();
+    node.table
+        .insert(0, Tree::new(Image::open(&damaged).unwrap(), content));
+    let failed = std::fs::read_dir(node.path(0).join("wide"))
+        .and_then(|mut entries| entries.next().unwrap().map(|_| ()));
+    assert_eq!(failed.unwrap_err().raw_os_error(), Some(libc::EIO));
+    assert_eq!(
+        std::fs::read_dir(node.path(1).join("wide"))
+            .unwrap()
+            .count(),
+        3000
+    );
+}
+
+#[test]
 fn writing_is_refused() {
     let node = Node::new();
     let mut tree = testing::Tree::new();
@@ -287,7 +310,20 @@ fn set_user_id_capabilities_and_devices_work_as_unpacked() {
     // cap_dac_read_search+ep.
     let mut capability = testing::CAPABILITY;
     capability[4..8].copy_from_slice(&[4, 0, 0, 0]);
+    // user::rw-, user:65534:r--, group::---, mask::r--, other::---.
+    let acl = [
+        &[
+            2, 0, 0, 0, 1, 0, 6, 0, 255, 255, 255, 255, 2, 0, 4, 0, 254, 255, 0, 0,
+        ][..],
+        &[
+            4, 0, 0, 0, 255, 255, 255, 255, 16, 0, 4, 0, 255, 255, 255, 255,
+        ],
+        &[32, 0, 0, 0, 255, 255, 255, 255],
+    ]
+    .concat();
+    let listed = Inode::new(Kind::Bytes(b"listed".into())).mode(0o640);
     let mut tree = testing::Tree::new();
+    tree.add("listed", listed.xattr("system.posix_acl_access", acl));
     tree.add("null", Inode::new(Kind::Char(1, 3)).mode(0o666))
         .add(
             "secret",
@@ -312,6 +348,10 @@ fn set_user_id_capabilities_and_devices_work_as_unpacked() {
     assert_eq!(as_nobody(&path("id"), &[user]).unwrap(), "65534\n");
     assert_eq!(as_nobody(&path("setuid-id"), &[user]).unwrap(), "0\n");
     assert_eq!(as_nobody(&path("cat"), &[&path("secret")]), None);
+    assert_eq!(
+        as_nobody(&path("cat"), &[&path("listed")]).unwrap(),
+        "listed"
+    );
     assert_eq!(
         as_nobody(&path("able-cat"), &[&path("secret")]).unwrap(),
         "secret"
