@@ -134,7 +134,7 @@ impl Blob {
         self.transport.config.stall_timeout
     }
 
-    async fn open_whole(&self) -> Result<Opened, Error> {
+    pub(crate) async fn open_whole(&self) -> Result<Opened, Error> {
         let target = self.target()?;
         let response = self.request(Method::GET, None).await?;
         if response.status() != StatusCode::OK {

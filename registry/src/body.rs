@@ -26,6 +26,8 @@ pub struct Body {
     /// The blob's size, where the registry told it.
     pub blob_size: Option<u64>,
     received: u64,
+    /// Bytes still to come that were received before.
+    repeated: u64,
     response: Option<Response>,
     check: Option<(Digest, Hasher)>,
     blob: Blob,
@@ -44,6 +46,7 @@ impl Body {
             len: opened.len,
             blob_size: opened.blob_size,
             received: 0,
+            repeated: 0,
             response: opened.response,
             check: check.map(|digest| (digest, Hasher::new())),
             blob,
@@ -94,44 +97,63 @@ impl Body {
 
     async fn receive(&mut self) -> Result<Bytes, Error> {
         let left = self.len - self.received;
+        if self.response.is_none() {
+            self.response = Some(self.reopen(left).await?);
+        }
         let context = self.blob.context()?;
         let stall = self.blob.stall_timeout();
-        let response = match &mut self.response {
-            Some(response) => response,
-            none => {
-                let range = ByteRange::From {
-                    offset: self.offset + self.received,
-                    len: left,
-                };
-                let opened = self.blob.open(range).await?;
-                if opened.len != left {
-                    return Err(context.protocol("the blob's size changed between two requests"));
-                }
-                match opened.response {
-                    Some(response) => none.insert(response),
-                    None => return Err(context.protocol("the registry sent no body")),
-                }
-            }
-        };
         loop {
+            let Some(response) = &mut self.response else {
+                return Err(context.protocol("the registry sent no body"));
+            };
             let chunk = tokio::time::timeout(stall, response.chunk())
                 .await
                 .map_err(|_| stalled(context, stall))?
                 .map_err(|error| broken_body(context, error))?;
-            match chunk {
-                None => {
-                    return Err(context.error(
-                        ErrorKind::Truncated,
-                        format!("the body ended {left} bytes early"),
-                    ));
-                }
-                Some(bytes) if bytes.is_empty() => {}
-                Some(bytes) if bytes.len() as u64 > left => {
-                    return Err(context.protocol("the body is longer than announced"));
-                }
-                Some(bytes) => return Ok(bytes),
+            let Some(mut bytes) = chunk else {
+                let missing = left + self.repeated;
+                return Err(context.error(
+                    ErrorKind::Truncated,
+                    format!("the body ended {missing} bytes early"),
+                ));
+            };
+            if self.repeated > 0 {
+                let known = bytes
+                    .len()
+                    .min(usize::try_from(self.repeated).unwrap_or(usize::MAX));
+                let _ = bytes.split_to(known);
+                self.repeated -= known as u64;
+            }
+            if bytes.len() as u64 > left {
+                return Err(context.protocol("the body is longer than announced"));
+            }
+            if !bytes.is_empty() {
+                return Ok(bytes);
             }
         }
+    }
+
+    /// Asks for what is missing. For a whole blob, a registry that knows no
+    /// ranges sends everything again.
+    async fn reopen(&mut self, left: u64) -> Result<Response, Error> {
+        let rest = ByteRange::From {
+            offset: self.offset + self.received,
+            len: left,
+        };
+        let (opened, repeated) = match self.blob.open(rest).await {
+            Err(error) if error.kind() == ErrorKind::RangeIgnored && self.check.is_some() => {
+                (self.blob.open_whole().await?, self.received)
+            }
+            opened => (opened?, 0),
+        };
+        let context = self.blob.context()?;
+        if opened.len != left + repeated {
+            return Err(context.protocol("the blob's size changed between two requests"));
+        }
+        self.repeated = repeated;
+        opened
+            .response
+            .ok_or_else(|| context.protocol("the registry sent no body"))
     }
 
     fn finish(&mut self) -> Result<(), Error> {

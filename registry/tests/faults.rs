@@ -189,6 +189,28 @@ async fn a_whole_blob_is_resumed_and_its_digest_still_checked() {
 }
 
 #[tokio::test]
+async fn a_whole_blob_comes_from_a_registry_without_ranges() {
+    let server = FaultServer::start(|_, before| {
+        let reply = Reply::new(200, content());
+        match before {
+            0 => reply.cut_to(150_000),
+            // The range that is ignored, then the whole, broken again.
+            2 => reply.cut_to(100_000),
+            _ => reply,
+        }
+    })
+    .await;
+    let body = blob(&server).whole().await.unwrap();
+    assert!(body.collect(SIZE).await.unwrap() == content());
+    let ranged: Vec<_> = server
+        .requests()
+        .iter()
+        .map(|request| request.range().is_some())
+        .collect();
+    assert_eq!(ranged, [false, true, false, true, false]);
+}
+
+#[tokio::test]
 async fn bodies_that_never_progress_are_given_up() {
     let cut = |request: &Request, _| Reply::part(&content(), request).cut_to(0);
     let server = FaultServer::start(cut).await;
