@@ -69,7 +69,7 @@ impl Entries {
     /// Adds an entry. A later one of the same name takes the earlier one's
     /// place, as it does for whoever unpacks the tar.
     pub(super) fn add(&mut self, header: Header) -> Result<(), WriteError> {
-        let header = EntryHeader::new(header)?;
+        let mut header = EntryHeader::new(header)?;
         let name: Box<str> = clean_name(&header.name).into();
         let target = match header.kind {
             Kind::HardLink => {
@@ -86,8 +86,11 @@ impl Entries {
         };
         let index = self.entries.len();
         if let Some(before) = self.live.insert(name.clone(), index) {
-            let was_directory = self.entries[before].header.kind == Kind::Directory;
-            if was_directory && header.kind != Kind::Directory {
+            let before = &self.entries[before].header;
+            let was_directory = before.kind == Kind::Directory;
+            if was_directory && header.kind == Kind::Directory {
+                header.keep_xattrs_of(before);
+            } else if was_directory {
                 let inside = format!("{name}/");
                 self.live.retain(|name, _| !name.starts_with(&inside));
             }
@@ -136,9 +139,8 @@ impl Entries {
                 self.entries[index].header.link = name;
             } else {
                 heirs.insert(target, index);
-                let name = std::mem::take(&mut self.entries[index].header.name);
                 let mut heir = self.entries[target].clone();
-                heir.header.name = name;
+                heir.header.inherit(&self.entries[index].header);
                 self.entries[index] = heir;
             }
         }
@@ -248,6 +250,33 @@ impl EntryHeader {
             dev_minor: header.dev_minor,
             xattrs,
         })
+    }
+}
+
+impl EntryHeader {
+    /// As unpacking an entry over a directory leaves the attributes alone
+    /// that it does not set.
+    fn keep_xattrs_of(&mut self, before: &Self) {
+        for (name, value) in &before.xattrs {
+            self.xattrs
+                .entry(name.clone())
+                .or_insert_with(|| value.clone());
+        }
+    }
+
+    /// Takes the name of a hard link to it, and what unpacking the link makes
+    /// of the inode.
+    fn inherit(&mut self, link: &Self) {
+        let before = std::mem::replace(self, link.clone());
+        self.kind = before.kind;
+        self.size = before.size;
+        if before.kind == Kind::Symlink {
+            self.mode = before.mode;
+        }
+        self.dev_major = before.dev_major;
+        self.dev_minor = before.dev_minor;
+        self.keep_xattrs_of(&before);
+        self.link = before.link;
     }
 }
 

@@ -3,7 +3,8 @@
 /// A tar stream that grows.
 pub(crate) struct Archive {
     tar: tar::Builder<Vec<u8>>,
-    xattrs: Vec<(String, Vec<u8>)>,
+    /// PAX records of the next entry.
+    records: Vec<(String, Vec<u8>)>,
     owner: (u64, u64),
 }
 
@@ -11,17 +12,23 @@ impl Archive {
     pub(crate) fn new() -> Self {
         Self {
             tar: tar::Builder::new(Vec::new()),
-            xattrs: Vec::new(),
+            records: Vec::new(),
             owner: (0, 0),
         }
     }
 
     /// Extended attributes of the next entry.
     pub(crate) fn xattrs(&mut self, xattrs: &[(&str, &[u8])]) {
-        self.xattrs = xattrs
+        let records = xattrs
             .iter()
-            .map(|(name, value)| (format!("SCHILY.xattr.{name}"), value.to_vec()))
-            .collect();
+            .map(|(name, value)| (format!("SCHILY.xattr.{name}"), value.to_vec()));
+        self.records.extend(records);
+    }
+
+    /// Time of the next entry, as PAX has it.
+    pub(crate) fn time(&mut self, seconds: &str) {
+        self.records
+            .push(("mtime".to_owned(), seconds.as_bytes().to_vec()));
     }
 
     /// Owner of the next entry.
@@ -72,7 +79,7 @@ impl Archive {
         target: &str,
         content: &[u8],
     ) {
-        let mut records: Vec<(String, Vec<u8>)> = std::mem::take(&mut self.xattrs);
+        let mut records: Vec<(String, Vec<u8>)> = std::mem::take(&mut self.records);
         let mut header = self.header(kind, mode, content.len());
         // What does not fit the old header's fields goes into PAX records.
         let mut put = |header: &mut tar::Header, key: &str, at: usize, text: &str| {

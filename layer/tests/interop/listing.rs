@@ -1,6 +1,9 @@
 //! What a reader sees of a layer, in a form that two readers' views compare in.
 
 use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::path::Path;
 
 use sluice_layer::{ChunkSource, Format, Node, NodeId, NodeKind, Toc, Wanted, decode_unit};
 use sluice_oci::Digest;
@@ -119,6 +122,79 @@ impl Listing {
         (Digest::of(&bytes).to_string(), chunks.len())
     }
 
+    /// What is in a directory that containerd unpacked a layer to.
+    pub(crate) fn of_directory(root: &Path) -> Self {
+        let mut listing = Self::default();
+        let mut open = vec![String::new()];
+        while let Some(path) = open.pop() {
+            let full = root.join(&path);
+            let metadata = full.symlink_metadata().unwrap();
+            let mut xattrs = xattrs(&full);
+            let opaque = xattrs.remove("trusted.overlay.opaque").is_some();
+            if metadata.is_dir() {
+                for entry in fs::read_dir(&full).unwrap() {
+                    let name = entry.unwrap().file_name().into_string().unwrap();
+                    open.push(if path.is_empty() {
+                        name
+                    } else {
+                        format!("{path}/{name}")
+                    });
+                }
+            }
+            let device = || {
+                let number = metadata.rdev();
+                (rustix::fs::major(number), rustix::fs::minor(number))
+            };
+            let kind = metadata.file_type();
+            let seen = Seen {
+                kind: if kind.is_dir() {
+                    if opaque { "opaque dir" } else { "dir" }.to_owned()
+                } else if kind.is_file() {
+                    format!("reg {}", metadata.len())
+                } else if kind.is_symlink() {
+                    format!("symlink {}", fs::read_link(&full).unwrap().display())
+                } else if kind.is_char_device() {
+                    format!("char {}:{}", device().0, device().1)
+                } else if kind.is_block_device() {
+                    format!("block {}:{}", device().0, device().1)
+                } else {
+                    "fifo".to_owned()
+                },
+                mode: metadata.mode() & 0o7777,
+                owner: (metadata.uid(), metadata.gid()),
+                mtime: metadata.mtime(),
+                links: metadata.nlink() as u32,
+                xattrs,
+                content: kind
+                    .is_file()
+                    .then(|| Digest::of(&fs::read(&full).unwrap()).to_string()),
+                chunks: 0,
+            };
+            listing.seen.insert(path, seen);
+        }
+        listing
+    }
+
+    /// Without what unpacking to a directory leaves to chance: the file
+    /// system's count of a directory's links, and the times of whiteouts, the
+    /// root and directories that the layer only implies.
+    pub(crate) fn as_unpacked(mut self, implied: &[&str]) -> Self {
+        for (path, seen) in &mut self.seen {
+            if seen.kind.ends_with("dir") {
+                seen.links = 0;
+            }
+            let timeless = seen.kind == "char 0:0" || path.is_empty();
+            if timeless
+                || implied
+                    .iter()
+                    .any(|start| path.starts_with(start) && seen.kind.ends_with("dir"))
+            {
+                seen.mtime = 0;
+            }
+        }
+        self.without_chunks()
+    }
+
     /// How a file is cut is the writer's choice.
     pub(crate) fn without_chunks(mut self) -> Self {
         for seen in self.seen.values_mut() {
@@ -135,6 +211,22 @@ impl Listing {
             assert_eq!(seen, &other.seen[path], "{what}: {path}");
         }
     }
+}
+
+fn xattrs(path: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut names = vec![0; 1 << 16];
+    let size = rustix::fs::llistxattr(path, &mut names[..]).unwrap();
+    names[..size]
+        .split(|byte| *byte == 0)
+        .filter(|name| !name.is_empty())
+        .map(|name| {
+            let name = String::from_utf8(name.to_vec()).unwrap();
+            let mut value = vec![0; 1 << 16];
+            let size = rustix::fs::lgetxattr(path, name.as_str(), &mut value[..]).unwrap();
+            value.truncate(size);
+            (name, value)
+        })
+        .collect()
 }
 
 /// The word that command lines have for a format.

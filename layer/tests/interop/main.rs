@@ -9,6 +9,7 @@ mod reference;
 mod skopeo;
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::PermissionsExt as _;
 
 use archive::{Archive, noise};
 use listing::Listing;
@@ -173,4 +174,84 @@ fn blobs_of_skopeo_are_read() {
     let ours = read_blob(&blob, &tail.annotations);
     ours.without_chunks()
         .assert_equals(&theirs.without_chunks(), "skopeo");
+}
+
+/// A tar in which entries meet and contradict each other.
+fn contradictory_layer() -> Vec<u8> {
+    let mut tar = Archive::new();
+    tar.owner(5, 5);
+    tar.directory("./", 0o700);
+    tar.file("twice", 0o644, b"first");
+    tar.file("twice", 0o600, b"second");
+    tar.directory("becomes-file/", 0o755);
+    tar.file("becomes-file/below", 0o644, b"gone");
+    tar.file("becomes-file", 0o644, b"file");
+    tar.symlink("becomes-dir", "twice");
+    tar.directory("becomes-dir/", 0o711);
+    tar.file("becomes-dir/below", 0o644, b"kept");
+    tar.file("merged/one", 0o644, b"1");
+    tar.xattrs(&[("user.a", b"1"), ("user.b", b"1")]);
+    tar.directory("merged/", 0o700);
+    tar.xattrs(&[("user.b", b"2"), ("user.c", b"2")]);
+    tar.directory("merged/", 0o750);
+    tar.file("merged/two", 0o644, b"2");
+    tar.xattrs(&[("user.old", b"1")]);
+    tar.file("linked/original", 0o644, b"linked");
+    tar.owner(7, 8);
+    tar.time("1600000000.25");
+    tar.xattrs(&[("user.new", b"2")]);
+    tar.hard_link("linked/second", "linked/original", 0o4711);
+    tar.hard_link("third", "./linked/second", 0o4711);
+    tar.xattrs(&[("user.old", b"1"), ("user.kept", b"1")]);
+    tar.file("lone/original", 0o644, b"lone");
+    tar.owner(7, 8);
+    tar.time("1600000000.25");
+    tar.xattrs(&[("user.old", b"2")]);
+    tar.hard_link("lone/second", "lone/original", 0o4711);
+    tar.file("linked/original", 0o600, b"replaced");
+    tar.file("lone/original", 0o600, b"replaced");
+    tar.hard_link("link-to-link", "becomes-dir/below", 0o640);
+    tar.symlink("symlink", "nowhere");
+    tar.hard_link("same-symlink", "symlink", 0o600);
+    tar.file(".wh.was-below", 0o644, b"");
+    tar.file("merged/.wh.gone", 0o644, b"");
+    tar.file(".wh.replaced", 0o644, b"");
+    tar.file("replaced", 0o644, b"new");
+    tar.file(".wh.replaced-dir", 0o644, b"");
+    tar.directory("replaced-dir/", 0o755);
+    tar.file("opaque/.wh..wh..opq", 0o644, b"");
+    tar.file("opaque/new", 0o644, b"new");
+    tar.xattrs(&[
+        ("trusted.overlay.opaque", b"y"),
+        ("trusted.x", b"y"),
+        ("nonsense.x", b"y"),
+    ]);
+    tar.directory("not-opaque/", 0o755);
+    tar.xattrs(&[("user.x", b"not on links")]);
+    tar.symlink("symlink-with-xattr", "x");
+    tar.time("-5.5");
+    tar.file("before-1970", 0o644, b"");
+    tar.time("99999999999");
+    tar.file("after-2262", 0o644, b"");
+    tar.device("device", tar::EntryType::Char, 0, 5);
+    tar.finish()
+}
+
+/// Lazily or not, the same image is the same tree.
+#[test]
+fn a_layer_looks_as_containerd_unpacks_it() {
+    let implied = ["implied", "names", "deep", "linked", "lone", "opaque"];
+    for tar in [odd_layer(), contradictory_layer()] {
+        let directory = tempfile::tempdir().unwrap();
+        let root = directory.path().join("root");
+        std::fs::create_dir(&root).unwrap();
+        std::fs::set_permissions(&root, std::fs::Permissions::from_mode(0o755)).unwrap();
+        reference::unpack(&tar, &root);
+        let unpacked = Listing::of_directory(&root).as_unpacked(&implied);
+        for format in FORMATS {
+            let (blob, tail) = write_layer(&tar, &Options::new(format), &[]).unwrap();
+            let ours = read_blob(&blob, &tail.annotations).as_unpacked(&implied);
+            ours.assert_equals(&unpacked, &format.to_string());
+        }
+    }
 }

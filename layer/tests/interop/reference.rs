@@ -33,11 +33,11 @@ fn program() -> &'static Path {
             .env("GOTOOLCHAIN", "local")
             .output()
             .unwrap_or_else(|error| {
-                panic!("{GO}: {error}: install golang-go and golang-github-containerd-stargz-snapshotter-dev")
+                panic!("{GO}: {error}: install golang-go, golang-github-containerd-stargz-snapshotter-dev and golang-github-containerd-containerd-dev")
             });
         assert!(
             built.status.success(),
-            "the reference program does not build; is golang-github-containerd-stargz-snapshotter-dev installed? {}",
+            "the reference program does not build; are golang-github-containerd-stargz-snapshotter-dev and golang-github-containerd-containerd-dev installed? {}",
             String::from_utf8_lossy(&built.stderr)
         );
         program
@@ -128,6 +128,11 @@ pub(crate) fn dump(blob: &[u8], annotations: &BTreeMap<String, String>) -> Listi
         listing.seen.get_mut(&directory).unwrap().kind = "opaque dir".to_owned();
     }
     listing
+}
+
+/// Unpacks a tar as containerd does for its overlay snapshotter.
+pub(crate) fn unpack(tar: &[u8], directory: &Path) {
+    run(&["unpack", directory.to_str().unwrap()], tar);
 }
 
 fn seen(entry: &Value) -> Seen {

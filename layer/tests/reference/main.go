@@ -1,15 +1,19 @@
 // Command reference writes and reads seekable layers with stargz-snapshotter's
-// own library, for Sluice's tests of interoperability.
+// own library, and unpacks tars with containerd's, for Sluice's tests of
+// interoperability.
 //
 //	reference build FORMAT CHUNK_SIZE BLOB [PRIORITIZED]...
 //	    makes the tar on standard input a layer; prints its annotations
 //	reference dump BLOB TOC_DIGEST
 //	    verifies the TOC and every chunk; prints one JSON object a name
+//	reference unpack DIRECTORY
+//	    applies the tar on standard input as containerd does for overlayfs
 package main
 
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"encoding/json"
 	"fmt"
@@ -19,6 +23,7 @@ import (
 	"sort"
 	"strconv"
 
+	"github.com/containerd/containerd/archive"
 	"github.com/containerd/stargz-snapshotter/estargz"
 	"github.com/containerd/stargz-snapshotter/estargz/zstdchunked"
 	"github.com/klauspost/compress/zstd"
@@ -38,8 +43,12 @@ func run(args []string) error {
 		return build(args[1], args[2], args[3], args[4:])
 	case len(args) == 3 && args[0] == "dump":
 		return dump(args[1], digest.Digest(args[2]))
+	case len(args) == 2 && args[0] == "unpack":
+		_, err := archive.Apply(context.Background(), args[1], os.Stdin,
+			archive.WithConvertWhiteout(archive.OverlayConvertWhiteout))
+		return err
 	}
-	return fmt.Errorf("usage: reference build FORMAT CHUNK_SIZE BLOB [PRIORITIZED]... | dump BLOB TOC_DIGEST")
+	return fmt.Errorf("usage: reference build FORMAT CHUNK_SIZE BLOB [PRIORITIZED]... | dump BLOB TOC_DIGEST | unpack DIRECTORY")
 }
 
 type zstdCompression struct {
