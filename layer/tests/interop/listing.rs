@@ -178,7 +178,7 @@ impl Listing {
     /// Without what unpacking to a directory leaves to chance: the file
     /// system's count of a directory's links, and the times of whiteouts, the
     /// root and directories that the layer only implies.
-    pub(crate) fn as_unpacked(mut self, implied: &[&str]) -> Self {
+    pub(crate) fn with_certain_parts(mut self, implied: &[&str]) -> Self {
         for (path, seen) in &mut self.seen {
             if seen.kind.ends_with("dir") {
                 seen.links = 0;
