@@ -2,10 +2,10 @@
 //! holds it, and from a unit of the blob to its chunks.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
 use std::path::Path;
 
-use memmap2::Mmap;
+use memmap2::{Advice, Mmap};
 use sluice_layer::{Format, TocTrust, Unit};
 use sluice_oci::{Digest, Reference};
 
@@ -113,32 +113,42 @@ pub struct ChunkTable {
 }
 
 impl ChunkTable {
-    /// Maps the file and checks its version, size and checksums.
+    /// Checks the file's version, size and checksums, and maps it.
     pub(super) fn open(path: &Path) -> Result<(Identity, Self), Error> {
+        let failed = |e| Error::io("read", path, e);
         let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
+        let len = file.metadata().map_err(failed)?.len();
+        if len < HEADER as u64 {
+            return Err(Error::damaged(path, "it is cut short"));
+        }
+        let mut header = [0; HEADER];
+        (&file).read_exact(&mut header).map_err(failed)?;
+        let identity = parse_header(path, &header)?;
+        let chunks = u32_at(&header, 24);
+        let size = HEADER as u64 + u64::from(chunks) * (RECORD as u64 + 4);
+        if len != size {
+            let what = format!("it has {len} bytes instead of {size}");
+            return Err(Error::damaged(path, what));
+        }
+        // Read and not mapped for this, so that a disk's error is one, and
+        // pages that no lookup needs take no memory.
+        if checksum(&file).map_err(failed)? != u32_at(&header, 28) {
+            return Err(Error::damaged(path, "its checksum does not match"));
+        }
         // SAFETY: the file is written once, before its directory gets its
         // name, and never changed after; the daemon's directories are not
         // writable for anyone else.
         #[allow(unsafe_code)]
         let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io("map", path, e))?;
-        if map.len() < HEADER {
-            return Err(Error::damaged(path, "it is cut short"));
-        }
-        let identity = parse_header(path, &map[..HEADER])?;
-        let chunks = u32_at(&map, 24);
-        let size = HEADER as u64 + u64::from(chunks) * (RECORD as u64 + 4);
         if map.len() as u64 != size {
-            let what = format!("it has {} bytes instead of {size}", map.len());
-            return Err(Error::damaged(path, what));
+            return Err(Error::damaged(path, "it changes while it is opened"));
         }
-        if libdeflater::crc32(&map[HEADER..]) != u32_at(&map, 28) {
-            return Err(Error::damaged(path, "its checksum does not match"));
-        }
-        let meta_size = u64_at(&map, 64);
+        // Lookups jump about; reading around them would only take memory.
+        let _ = map.advise(Advice::Random);
         let table = Self {
             map,
             chunks,
-            meta_size,
+            meta_size: u64_at(&header, 64),
         };
         Ok((identity, table))
     }
@@ -212,6 +222,18 @@ impl ChunkTable {
         (first..self.chunks)
             .map(|position| self.get(self.by_unit(position)).unit)
             .filter(move |unit| last.replace(unit.offset) != Some(unit.offset))
+    }
+}
+
+/// CRC-32 of the rest of the file.
+fn checksum(mut file: &File) -> io::Result<u32> {
+    let mut crc = libdeflater::Crc::new();
+    let mut buffer = vec![0; 256 << 10];
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok(crc.sum()),
+            len => crc.update(&buffer[..len]),
+        }
     }
 }
 
