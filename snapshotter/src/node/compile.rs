@@ -6,6 +6,7 @@ use std::path::Path;
 use sluice_layer::Toc;
 use sluice_oci::{Digest, Reference};
 
+use super::memory;
 use crate::erofs::{XattrNamespace, write_image};
 use crate::layer_dir::{self, NewLayer, Problem};
 use crate::remote::{self, FetchedToc, Remote};
@@ -59,18 +60,6 @@ pub(super) fn compile(
         Ok(())
     })();
     drop(fetched);
-    give_back_memory();
+    memory::give_back();
     made
-}
-
-/// A TOC of 100,000 entries takes a hundred megabytes for a moment, which the
-/// allocator would keep.
-fn give_back_memory() {
-    #[cfg(target_env = "gnu")]
-    // SAFETY: `malloc_trim` takes no pointers and may be called at any time
-    // from any thread.
-    #[allow(unsafe_code)]
-    unsafe {
-        libc::malloc_trim(0);
-    }
 }

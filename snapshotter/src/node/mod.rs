@@ -13,6 +13,7 @@
 mod compile;
 mod images;
 mod layer;
+mod memory;
 mod paths;
 mod start;
 

@@ -13,7 +13,7 @@ use sluice_registry::Client;
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
-use super::{Config, Inner, Mode, Node, StartError};
+use super::{Config, Inner, Mode, Node, StartError, memory};
 use crate::fetch::Engine;
 use crate::fuse::blobs::{BlobTable, Blobs};
 use crate::fuse::tree::Trees;
@@ -40,6 +40,7 @@ impl Node {
     /// mounted when they are asked for. Blocks for some milliseconds; to be
     /// called within the runtime that the node is to use.
     pub fn start(mut config: Config, client: Client) -> Result<Self, StartError> {
+        memory::settle();
         make_directory(&config.root)?;
         // The kernel lists mounts by their real paths.
         config.root = fs::canonicalize(&config.root).map_err(failed(&config.root))?;
