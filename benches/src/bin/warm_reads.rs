@@ -34,15 +34,15 @@ struct Arguments {
     /// Small files
     #[arg(long, default_value_t = 20_000)]
     files: usize,
-    /// Bytes of each
-    #[arg(long, default_value_t = 6_000)]
-    file_size: usize,
+    /// Bytes of each, at least 1
+    #[arg(long, default_value = "6000")]
+    file_size: std::num::NonZeroUsize,
     /// Small files in a directory
     #[arg(long, default_value_t = 100)]
     per_directory: usize,
-    /// MiB of the large file
-    #[arg(long, default_value_t = 512)]
-    stream: usize,
+    /// MiB of the large file, at least 1
+    #[arg(long, default_value = "512")]
+    stream: std::num::NonZeroUsize,
     /// Rounds, each with mounts of its own; medians are told
     #[arg(long, default_value_t = 7)]
     rounds: usize,
@@ -130,11 +130,11 @@ impl Bench {
             let directory = format!("d{:05}", index / arguments.per_directory.max(1));
             fs::create_dir_all(root.join("native").join(&directory))?;
             let path = PathBuf::from(directory).join(format!("file-{index:06}"));
-            let content = pattern(index as u64, arguments.file_size);
+            let content = pattern(index as u64, arguments.file_size.get());
             fs::write(root.join("native").join(&path), content)?;
             small.push(path);
         }
-        let large = pattern(u64::MAX, arguments.stream << 20);
+        let large = pattern(u64::MAX, arguments.stream.get() << 20);
         fs::write(root.join("native").join(LARGE), large)?;
         // Neither writing back nor reading in is to happen while measuring.
         rustix::fs::sync();
@@ -394,8 +394,8 @@ fn report(arguments: &Arguments, rounds: &BTreeMap<(Mode, &str), Vec<f64>>) {
     let seconds = |mode, what| median(&mut rounds[&(mode, what)].clone());
     let mut document = json!({
         "files": arguments.files,
-        "file_size": arguments.file_size,
-        "stream_mib": arguments.stream,
+        "file_size": arguments.file_size.get(),
+        "stream_mib": arguments.stream.get(),
         "rounds": arguments.rounds,
     });
     eprint!("{:<20}", "");

@@ -43,13 +43,17 @@ impl Made {
     }
 
     fn mount(&self) -> Mounted {
+        self.mount_with(mount::erofs::Options::default())
+    }
+
+    fn mount_with(&self, options: mount::erofs::Options) -> Mounted {
         let target = self.path("mnt");
         std::fs::create_dir(&target).unwrap();
         mount::erofs::mount(
             &self.path("meta.erofs"),
             &self.path("data"),
             &target,
-            mount::erofs::Options::default(),
+            options,
         )
         .unwrap();
         Mounted(target)
@@ -145,6 +149,17 @@ fn kernel_shows_the_tree() {
     assert_eq!(below[0].kind, "erofs");
     assert_eq!(below[0].source, made.path("meta.erofs"));
     assert!(!below[0].options.contains("nosuid") && !below[0].options.contains("nodev"));
+}
+
+#[test]
+fn direct_reads_give_the_same() {
+    let tree = Tree::odd();
+    let made = Made::new(&tree, XattrNamespace::Trusted);
+    let mounted = made.mount_with(mount::erofs::Options { direct_io: true });
+    assert_same(
+        &tree.expected(XattrNamespace::Trusted),
+        &of_directory(&mounted.0),
+    );
 }
 
 #[test]
