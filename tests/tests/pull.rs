@@ -351,6 +351,40 @@ fn lazy_layers_are_not_downloaded() -> Result<()> {
     Ok(())
 }
 
+/// What a person waits for before the first instruction: one request a layer,
+/// beside the manifest (which the daemon asks for as well) and the
+/// configuration.
+#[test]
+fn few_requests_make_a_converted_image_ready() -> Result<()> {
+    let scratch = Scratch::new()?;
+    let registry = Registry::start(&scratch)?;
+    let image = small_image(&scratch, &registry, "small:1")?;
+    let proxy = Proxy::start(registry.host())?;
+    let options = Options {
+        more: "[prefetch]\nenabled = false\n[background]\nenabled = false\n".to_owned(),
+        ..Options::default()
+    };
+    let daemon = Daemon::start(&scratch, &options)?;
+    let containerd = Containerd::start_with(&scratch, &[(SLUICE, &daemon)])?;
+    for format in ["estargz", "zstd-chunked"] {
+        let name = format!("{format}:1");
+        run(sluice_tests::programs::sluice_command()?
+            .args(["convert", "--format", format, &image.reference])
+            .arg(registry.reference(&name)))?;
+        let reference = proxy.reference(&name);
+        proxy.forget();
+        let said = text(&mut containerd.lazy_pull_command(&reference, SLUICE)?)?;
+        ensure!(said.contains("3 layers lazy"), "{said}");
+        let (manifests, blobs) = (proxy.requests("/manifests/"), proxy.requests("/blobs/"));
+        ensure!(manifests <= 2, "{:?}", proxy.seen());
+        ensure!(blobs == 1 + 3, "{:?}", proxy.seen());
+        let ran = text(&mut containerd.run_command(SLUICE, &reference, format, &[]))?;
+        ensure!(ran.contains("ldconfig"), "{ran}");
+        containerd.forget_images()?;
+    }
+    Ok(())
+}
+
 #[test]
 fn layers_that_cannot_be_lazy_are_unpacked_and_the_reason_is_told() -> Result<()> {
     let scratch = Scratch::new()?;
