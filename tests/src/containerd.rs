@@ -111,6 +111,16 @@ impl Containerd {
         command
     }
 
+    /// Waits until containerd has connected to a snapshotter again: after a
+    /// refused connection it takes its time.
+    pub fn wait_for_snapshotter(&self, name: &str) -> Result<()> {
+        wait_for("containerd to connect to the snapshotter", || {
+            let list = ["snapshots", "--snapshotter", name, "list"];
+            let answer = attempt(self.ctr().args(list))?;
+            Ok(answer.status.success().then_some(()))
+        })
+    }
+
     /// Runs a `ctr` command and returns what it wrote.
     pub fn ctr_text(&self, arguments: &[&str]) -> Result<String> {
         text(self.ctr().args(arguments))

@@ -21,7 +21,8 @@ pub enum Fault {
     Stall(u64),
     /// The connection closed without an answer.
     Close,
-    /// The byte at this offset of the blob inverted.
+    /// The byte at this offset of the blob inverted. Answers without that
+    /// byte do not count.
     Tamper(u64),
     /// The whole body replaced, with its length in the head.
     Replace(Vec<u8>),
@@ -30,6 +31,7 @@ pub enum Fault {
 /// A fault, where and how often.
 #[derive(Debug, Clone)]
 struct Rule {
+    number: u64,
     part_of_path: String,
     ranged_only: bool,
     remaining: u64,
@@ -118,7 +120,10 @@ impl Proxy {
     }
 
     fn add(&self, part_of_path: &str, ranged_only: bool, times: u64, fault: Fault) {
-        lock(&self.shared.rules).push(Rule {
+        let mut rules = lock(&self.shared.rules);
+        let number = rules.last().map_or(0, |rule| rule.number + 1);
+        rules.push(Rule {
+            number,
             part_of_path: part_of_path.to_owned(),
             ranged_only,
             remaining: times,
@@ -228,13 +233,20 @@ impl Shared {
     }
 
     /// The first rule that fits, if any is left.
-    fn fault_for(&self, path: &str, ranged: bool) -> Option<Fault> {
+    fn fault_for(&self, path: &str, ranged: bool) -> Option<(u64, Fault)> {
         let mut rules = lock(&self.rules);
         let rule = rules.iter_mut().find(|rule| {
             rule.remaining > 0 && path.contains(&rule.part_of_path) && (ranged || !rule.ranged_only)
         })?;
         rule.remaining -= 1;
-        Some(rule.fault.clone())
+        Some((rule.number, rule.fault.clone()))
+    }
+
+    /// Gives a fault back that had no effect.
+    fn return_fault(&self, number: u64) {
+        if let Some(rule) = (lock(&self.rules).iter_mut()).find(|rule| rule.number == number) {
+            rule.remaining += 1;
+        }
     }
 
     /// Answers one request; whether the connection can take another.
@@ -251,7 +263,12 @@ impl Shared {
             status: 0,
             bytes: 0,
         };
-        let outcome = self.forward(request, client, fault.as_ref(), &mut seen);
+        let (number, fault) = fault.unzip();
+        let mut touched = false;
+        let outcome = self.forward(request, client, fault.as_ref(), &mut seen, &mut touched);
+        if let (Some(number), Some(Fault::Tamper(_)), false) = (number, fault, touched) {
+            self.return_fault(number);
+        }
         lock(&self.seen).push(seen);
         outcome
     }
@@ -262,6 +279,7 @@ impl Shared {
         mut client: &TcpStream,
         fault: Option<&Fault>,
         seen: &mut Seen,
+        touched: &mut bool,
     ) -> Result<bool> {
         if seen.method != "GET" && seen.method != "HEAD" {
             write!(
@@ -340,7 +358,7 @@ impl Shared {
                     .ok()
             })
             .unwrap_or(0);
-        self.copy_body(&mut *body, start, client, fault, seen)
+        self.copy_body(&mut *body, start, client, fault, seen, touched)
     }
 
     fn copy_body(
@@ -350,6 +368,7 @@ impl Shared {
         mut client: &TcpStream,
         fault: Option<&Fault>,
         seen: &mut Seen,
+        touched: &mut bool,
     ) -> Result<bool> {
         let limit = match fault {
             Some(Fault::Truncate(bytes) | Fault::Stall(bytes)) => *bytes,
@@ -370,6 +389,7 @@ impl Shared {
                     .and_then(|inside| piece.get_mut(inside))
                 {
                     *byte ^= 0xff;
+                    *touched = true;
                 }
             }
             client.write_all(piece)?;

@@ -104,8 +104,12 @@ impl LayoutWriter {
             "config": config,
             "layers": self.layers,
         });
-        let mut manifest =
-            self.document(media_type::OCI_MANIFEST, &serde_json::to_vec(&manifest)?)?;
+        self.index(&serde_json::to_vec(&manifest)?, tag)
+    }
+
+    /// Writes a manifest and the index that names it.
+    fn index(&self, manifest: &[u8], tag: &str) -> Result<()> {
+        let mut manifest = self.document(media_type::OCI_MANIFEST, manifest)?;
         let key = "org.opencontainers.image.ref.name".to_owned();
         manifest.annotations.insert(key, tag.to_owned());
         let index = json!({"schemaVersion": 2, "manifests": [manifest]});
@@ -162,4 +166,34 @@ impl<W: Write> Write for Hashing<W> {
     fn flush(&mut self) -> io::Result<()> {
         self.inner.flush()
     }
+}
+
+/// Puts a layer, compressed with gzip, on top of a layout's only image.
+pub fn append_layer(layout: &Path, tag: &str, gzip: &[u8]) -> Result<()> {
+    let writer = LayoutWriter {
+        dir: layout.to_owned(),
+        layers: Vec::new(),
+        diff_ids: Vec::new(),
+    };
+    let mut manifest = read_manifest(layout)?;
+    let mut config: serde_json::Value =
+        serde_json::from_slice(&fs::read(writer.blob(manifest.config.digest))?)?;
+
+    let mut tar = Hashing::new(io::sink());
+    io::copy(&mut flate2::read::MultiGzDecoder::new(gzip), &mut tar)?;
+    config["rootfs"]["diff_ids"]
+        .as_array_mut()
+        .context("the configuration has no diff IDs")?
+        .push(json!(tar.hasher.finish()));
+    if let Some(history) = config["history"].as_array_mut() {
+        history.push(json!({"created_by": "test harness"}));
+    }
+    manifest
+        .layers
+        .push(writer.document(media_type::OCI_LAYER_GZIP, gzip)?);
+    manifest.config = Descriptor {
+        media_type: manifest.config.media_type.clone(),
+        ..writer.document(media_type::OCI_CONFIG, &serde_json::to_vec(&config)?)?
+    };
+    writer.index(&serde_json::to_vec(&manifest)?, tag)
 }

@@ -313,7 +313,8 @@ fn sparse_file(mut tar: Tarball<'_>) -> Result<()> {
 }
 
 /// Bytes that do not compress, the same for the same seed.
-struct Noise(u64);
+#[derive(Debug, Clone)]
+pub struct Noise(pub u64);
 
 impl Read for Noise {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
