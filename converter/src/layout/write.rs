@@ -22,6 +22,8 @@ pub(crate) struct LayoutWriter {
     added: Mutex<Vec<PathBuf>>,
     /// Directories that did not exist before, outermost first.
     made: Vec<PathBuf>,
+    /// Whether the layout itself did not exist before.
+    new: bool,
     committed: bool,
     /// The blob directory, locked shared: other writers may rely on blobs
     /// that this one added.
@@ -85,6 +87,14 @@ impl LayoutWriter {
             .map(Path::to_owned)
             .collect();
         made.reverse();
+        fs::create_dir_all(directory).map_err(Error::file("cannot create", directory))?;
+        let marker = directory.join("oci-layout");
+        let new = !marker.exists();
+        if new {
+            // First of all, so that what an interrupted conversion leaves is
+            // a layout that the next one can go on with.
+            replace(&marker, MARKER.as_bytes())?;
+        }
         fs::create_dir_all(&blobs).map_err(Error::file("cannot create", &blobs))?;
         let users = File::open(&blobs).map_err(Error::file("cannot open", &blobs))?;
         rustix::fs::flock(&users, FlockOperation::LockShared)
@@ -93,6 +103,7 @@ impl LayoutWriter {
             directory: directory.to_owned(),
             added: Mutex::default(),
             made,
+            new,
             committed: false,
             users,
         })
@@ -171,10 +182,6 @@ impl LayoutWriter {
         // Two conversions into one layout must not lose one another's entry.
         rustix::fs::flock(&directory, FlockOperation::LockExclusive)
             .map_err(|cause| Error::file("cannot lock", &self.directory)(cause.into()))?;
-        let marker = self.directory.join("oci-layout");
-        if !marker.exists() {
-            self.replace(&marker, MARKER.as_bytes())?;
-        }
         let path = self.directory.join("index.json");
         let mut index = if path.exists() {
             Layout::open(&self.directory)?.index()?
@@ -202,26 +209,27 @@ impl LayoutWriter {
                 .and_then(|directory| directory.sync_all())
                 .map_err(Error::file("cannot flush", directory))?;
         }
-        self.replace(&path, &bytes)?;
+        replace(&path, &bytes)?;
         self.committed = true;
         Ok(())
     }
+}
 
-    /// Replaces a file as a whole.
-    fn replace(&self, path: &Path, bytes: &[u8]) -> Result<(), Error> {
-        let fail = |cause: io::Error| Error::file("cannot write", path)(cause);
-        let mut named = tempfile::Builder::new()
-            .prefix(".sluice-")
-            .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))
-            .tempfile_in(&self.directory)
-            .map_err(fail)?;
-        named.write_all(bytes).map_err(fail)?;
-        named.as_file().sync_all().map_err(fail)?;
-        named.persist(path).map_err(|failed| fail(failed.error))?;
-        File::open(&self.directory)
-            .and_then(|directory| directory.sync_all())
-            .map_err(fail)
-    }
+/// Replaces a file as a whole.
+fn replace(path: &Path, bytes: &[u8]) -> Result<(), Error> {
+    let fail = |cause: io::Error| Error::file("cannot write", path)(cause);
+    let directory = path.parent().unwrap_or(Path::new("."));
+    let mut named = tempfile::Builder::new()
+        .prefix(".sluice-")
+        .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))
+        .tempfile_in(directory)
+        .map_err(fail)?;
+    named.write_all(bytes).map_err(fail)?;
+    named.as_file().sync_all().map_err(fail)?;
+    named.persist(path).map_err(|failed| fail(failed.error))?;
+    File::open(directory)
+        .and_then(|directory| directory.sync_all())
+        .map_err(fail)
 }
 
 impl Drop for LayoutWriter {
@@ -237,7 +245,7 @@ impl Drop for LayoutWriter {
         for blob in self.added.get_mut().drain(..) {
             let _ = fs::remove_file(blob);
         }
-        if self.made.contains(&self.directory) {
+        if self.new {
             let _ = fs::remove_file(self.directory.join("oci-layout"));
         }
         for directory in self.made.iter().rev() {
