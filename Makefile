@@ -35,6 +35,10 @@ demo: build ## Starts a 300 MB image over a 100 Mbit/s link, ordinarily and lazi
 	cargo build --release --locked -p sluice-benches --bin demo
 	@exec target/release/demo
 
+.PHONY: bench
+bench: demo ## The demo and the benchmarks of benches/
+	cargo run --release --locked -p sluice-benches --bin warm_reads > target/warm_reads.json
+
 .PHONY: clean
 clean: ## Removes everything built, cached images included
 	cargo clean

@@ -14,7 +14,7 @@ use crate::scratch::Scratch;
 
 pub use debian::{base, scientific};
 pub use layout::{Compression, LayoutWriter, append_layer, read_manifest};
-pub use synthetic::{MANY_FILES, Noise, SPARSE_SIZE, odd, synthetic};
+pub use synthetic::{MANY_FILES, Noise, SPARSE_SIZE, many, odd, synthetic};
 pub use tarball::{Meta, Tarball};
 
 /// The one tag of every image made here.

@@ -39,6 +39,15 @@ pub fn odd() -> Result<Image> {
     })
 }
 
+/// One layer with the 100,000 small files alone.
+pub fn many() -> Result<Image> {
+    Image::cached("many", RECIPE, |dir| {
+        let mut layout = LayoutWriter::new(dir)?;
+        layout.layer(Compression::Gzip, |to| many_files(Tarball::new(to)))?;
+        layout.finish(TAG, &[])
+    })
+}
+
 fn odd_entries(mut tar: Tarball<'_>) -> Result<()> {
     let plain = Meta::mode(0o644);
     let dir = Meta::mode(0o755);

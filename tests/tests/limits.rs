@@ -1,0 +1,44 @@
+//! What a lazily mounted layer may cost, counted: requests and memory.
+
+use anyhow::{Result, ensure};
+use sluice_tests::daemon::Mode;
+use sluice_tests::image::{self, MANY_FILES};
+use sluice_tests::node::{Node, snapshotter};
+use sluice_tests::proxy::Proxy;
+
+/// Beyond authentication.
+const REQUESTS_A_LAYER: usize = 2;
+const MEMORY: u64 = 40 << 20;
+
+#[test]
+fn a_layer_of_100_000_files_takes_two_requests_and_little_memory() -> Result<()> {
+    let more = "[prefetch]\nenabled = false\n[background]\nenabled = false\n";
+    let node = Node::start(more)?;
+    let proxy = Proxy::start(node.registry.host())?;
+    let many = image::many()?;
+    for (format, mode) in [("estargz", Mode::Erofs), ("zstd-chunked", Mode::Fuse)] {
+        let direct = node.convert(&many, format, &format!("many:{format}"))?;
+        let layer = node.registry.manifest(&direct)?.layers.remove(0);
+        let reference = proxy.reference(&format!("many:{format}"));
+        (node.containerd).lazy_pull(&reference, snapshotter(mode))?;
+        let dir = (node.containerd).mount(&reference, snapshotter(mode))?;
+        let requests = proxy.requests(&layer.digest.to_string());
+        ensure!(
+            (1..=REQUESTS_A_LAYER).contains(&requests),
+            "{format}: {requests} requests: {:#?}",
+            proxy.seen()
+        );
+        let bytes = proxy.bytes(&layer.digest.to_string());
+        ensure!(bytes < layer.size, "{bytes} of {} were fetched", layer.size);
+        let entries = std::fs::read_dir(dir.join("many/huge"))?.count();
+        ensure!(
+            entries as u64 == u64::from(MANY_FILES / 5),
+            "{entries} entries"
+        );
+        let memory = node.daemon(mode).process().resident_bytes()?;
+        ensure!(memory <= MEMORY, "{format}: the daemon has {memory} bytes");
+        println!("{format}: {requests} requests, {bytes} bytes, {memory} bytes of memory");
+        node.containerd.unmount(&dir)?;
+    }
+    Ok(())
+}
