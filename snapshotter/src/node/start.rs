@@ -117,6 +117,18 @@ impl Node {
     }
 }
 
+impl Drop for Inner {
+    /// Without [`Node::stop`], at least nothing stays mounted that nobody
+    /// serves.
+    fn drop(&mut self) {
+        if self.session.get_mut().is_some()
+            && let Err(error) = detach_below(&self.config.root.join(MOUNTS))
+        {
+            tracing::warn!("{error}");
+        }
+    }
+}
+
 fn failed(path: &Path) -> impl FnOnce(io::Error) -> StartError {
     |source| StartError::Directory {
         path: path.to_owned(),
@@ -133,14 +145,11 @@ fn make_directory(path: &Path) -> Result<(), StartError> {
         .map_err(failed(path))
 }
 
-/// Mounts of a process that was killed: their server is gone, so they can only
-/// be taken away.
+/// Takes away mounts whose server is gone, as after a process was killed: they
+/// cannot be used for anything.
 fn detach_below(directory: &Path) -> Result<(), StartError> {
     for mount in mount::mounts_below(directory)? {
-        tracing::info!(
-            "detaching {}, which a former process left mounted",
-            mount.target.display()
-        );
+        tracing::info!("detaching {}, which nobody serves", mount.target.display());
         mount::detach(&mount.target)?;
     }
     Ok(())

@@ -577,6 +577,19 @@ async fn dead_mounts_of_a_killed_process_are_taken_away() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_is_dropped_leaves_no_mount() {
+    let root = tempfile::tempdir().unwrap();
+    let sample = sample();
+    let (_registry, node, mount) = mounted(&root, &sample).await;
+    read(mount.join(&sample.files[0].name)).await.unwrap();
+    tokio::task::spawn_blocking(move || drop(node))
+        .await
+        .unwrap();
+    let left = mount::mounts_below(root.path()).unwrap();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_damaged_directory_is_made_again() {
     let root = tempfile::tempdir().unwrap();
     let sample = sample();
