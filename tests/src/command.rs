@@ -60,7 +60,8 @@ pub fn show(command: &Command) -> String {
 /// Polls until `ready` answers something. The deadline only keeps a broken
 /// test from hanging.
 pub fn wait_for<T>(what: &str, mut ready: impl FnMut() -> Result<Option<T>>) -> Result<T> {
-    let deadline = Instant::now() + Duration::from_secs(120);
+    let deadline = Instant::now() + Duration::from_secs(300);
+    let mut pause = Duration::from_millis(2);
     loop {
         if let Some(value) = ready().with_context(|| format!("waiting for {what}"))? {
             return Ok(value);
@@ -68,6 +69,7 @@ pub fn wait_for<T>(what: &str, mut ready: impl FnMut() -> Result<Option<T>>) -> 
         if Instant::now() > deadline {
             bail!("gave up waiting for {what}");
         }
-        std::thread::sleep(Duration::from_millis(10));
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(200));
     }
 }

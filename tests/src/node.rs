@@ -5,6 +5,9 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, ensure};
 
+use sluice_snapshotter::layer_dir::LayerDir;
+
+use crate::command::wait_for;
 use crate::containerd::Containerd;
 use crate::daemon::{Daemon, Mode, Options};
 use crate::image::Image;
@@ -97,6 +100,19 @@ impl Node {
                 layer.digest,
                 self.daemon(mode).log()
             );
+        }
+        Ok(())
+    }
+
+    /// Waits until the background download has brought everything.
+    pub fn wait_until_complete(&self, reference: &str, mode: Mode) -> Result<()> {
+        for layer in self.registry.manifest(reference)?.layers {
+            let dir = self.layer_dir(mode, &layer.digest.hex());
+            wait_for("the background download", || {
+                let open = LayerDir::open(&dir, layer.digest)?;
+                Ok(open.is_complete().then_some(()))
+            })
+            .with_context(|| format!("the daemon's log:\n{}", self.daemon(mode).log()))?;
         }
         Ok(())
     }
