@@ -14,8 +14,8 @@ use tonic::transport::Server;
 
 use crate::config::{Config, MountMode};
 use crate::fetch;
+use crate::keeper::Keeper;
 use crate::node::{self, Node};
-use crate::notify::Notifier;
 use crate::service::{self, LazyLayers, OverlayOptions, Snapshots, Store};
 use crate::socket::{self, Root, Socket};
 
@@ -51,25 +51,42 @@ pub enum Error {
     },
 }
 
+/// How the daemon is to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stop {
+    /// Another process goes on with the mounts, if somebody keeps them.
+    HandOver,
+    /// For good: what is not in use is unmounted.
+    End,
+}
+
 /// Runs the daemon until `stop` completes.
 pub async fn run(
     config: Config,
-    notifier: Notifier,
-    stop: impl Future<Output = ()> + Send,
+    keeper: Arc<Keeper>,
+    stop: impl Future<Output = Stop> + Send,
 ) -> Result<(), Error> {
     let root = Root::take(&config.root)?;
     let (socket, listener) = Socket::bind(&config.address)?;
     // Before anything is written: this refuses a root of a newer version.
     let store = Store::open(root.path())?;
     let client = Client::new(registry_config(&config))?;
-    let node = Node::start(node_config(&config, root.path()), client)?;
+    let node_config = node::Config {
+        keeper: Arc::clone(&keeper),
+        ..node_config(&config, root.path())
+    };
+    let node = Node::start(node_config, client)?;
     let mode = match node.mode() {
         node::Mode::Erofs => "erofs",
         node::Mode::Fuse => "fuse",
     };
     tracing::info!(mode, "layers can be mounted");
-    let result = serve_node(&config, &root, store, &node, listener, &notifier, stop).await;
-    node.stop().await;
+    let result = serve_node(&config, &root, store, &node, listener, &keeper, stop).await;
+    match result {
+        Ok(Stop::End) => node.stop().await,
+        // What went wrong here may go right in the next process.
+        Ok(Stop::HandOver) | Err(_) => node.leave().await,
+    }
     drop(socket);
     result?;
     tracing::info!("stopped");
@@ -82,14 +99,14 @@ async fn serve_node(
     store: Store,
     node: &Node,
     listener: std::os::unix::net::UnixListener,
-    notifier: &Notifier,
-    stop: impl Future<Output = ()> + Send,
-) -> Result<(), Error> {
+    keeper: &Keeper,
+    stop: impl Future<Output = Stop> + Send,
+) -> Result<Stop, Error> {
     let overlay = OverlayOptions::probe();
     let layers = Arc::new(node.clone());
     let snapshots = Snapshots::start(root.path(), store, layers, overlay).await?;
     let snapshots = Arc::new(snapshots);
-    let served = serve(config, Arc::clone(&snapshots), listener, notifier, stop).await;
+    let served = serve(config, Arc::clone(&snapshots), listener, keeper, stop).await;
     snapshots.close().await;
     served
 }
@@ -98,9 +115,9 @@ async fn serve<L: LazyLayers>(
     config: &Config,
     snapshots: Arc<Snapshots<L>>,
     listener: std::os::unix::net::UnixListener,
-    notifier: &Notifier,
-    stop: impl Future<Output = ()> + Send,
-) -> Result<(), Error> {
+    keeper: &Keeper,
+    stop: impl Future<Output = Stop> + Send,
+) -> Result<Stop, Error> {
     let failed = |source: Box<dyn std::error::Error + Send + Sync>| Error::Serve {
         address: config.address.clone(),
         source,
@@ -117,30 +134,35 @@ async fn serve<L: LazyLayers>(
             let _ = drained.await;
         });
     tokio::pin!(server);
-    notifier.ready();
+    keeper.ready();
     tracing::info!(
         address = %config.address.display(),
         root = %config.root.display(),
         "serving"
     );
-    tokio::select! {
-        ended = &mut server => return ended.map_err(|error| failed(error.into())),
-        () = stop => {}
-    }
+    let stop = tokio::select! {
+        // A server that ends by itself leaves the rest to the next process.
+        ended = &mut server => {
+            return ended.map(|()| Stop::HandOver).map_err(|error| failed(error.into()));
+        }
+        stop = stop => stop,
+    };
     tracing::info!("stopping");
-    notifier.stopping();
+    keeper.stopping();
     let _ = drain.send(());
     calls.close();
     tokio::select! {
-        ended = &mut server => return ended.map_err(|error| failed(error.into())),
+        ended = &mut server => {
+            return ended.map(|()| stop).map_err(|error| failed(error.into()));
+        }
         () = calls.wait() => {}
         () = tokio::time::sleep(DRAIN) => {
             tracing::warn!("some calls did not finish in {DRAIN:?} and are broken off");
         }
     }
     match tokio::time::timeout(LET_GO, server).await {
-        Ok(ended) => ended.map_err(|error| failed(error.into())),
-        Err(_) => Ok(()),
+        Ok(ended) => ended.map(|()| stop).map_err(|error| failed(error.into())),
+        Err(_) => Ok(stop),
     }
 }
 

@@ -1,15 +1,16 @@
 //! The node's daemon as a library: lazily mounted layers, and containerd's
 //! snapshots service in front of them.
 
+pub mod cleanup;
 pub mod config;
 pub mod daemon;
 pub mod erofs;
 pub mod fetch;
 pub mod fuse;
+pub mod keeper;
 pub mod layer_dir;
 pub mod mount;
 pub mod node;
-pub mod notify;
 pub mod remote;
 #[cfg(test)]
 mod sample;

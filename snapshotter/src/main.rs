@@ -1,13 +1,16 @@
 //! The daemon `sluice-snapshotter`: arguments, logging, signals.
 
-use std::path::PathBuf;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
+use sluice_snapshotter::cleanup;
 use sluice_snapshotter::config::Config;
-use sluice_snapshotter::daemon;
-use sluice_snapshotter::notify::Notifier;
+use sluice_snapshotter::daemon::{self, Stop};
+use sluice_snapshotter::keeper::{Keeper, supervise};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
@@ -21,8 +24,36 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Serves containerd until SIGTERM or SIGINT.
+    /// Serves containerd until SIGTERM or SIGINT. SIGTERM leaves mounts to the
+    /// next process when a service manager keeps them; SIGINT unmounts.
     Serve(Serve),
+    /// Runs `serve`, keeps its mounts alive, and starts it again when it dies
+    /// or on SIGHUP, with whatever program is then in its place. For machines
+    /// without systemd.
+    Supervise(Supervise),
+    /// Unmounts what a stopped daemon has left mounted, and says what still
+    /// uses the rest.
+    Cleanup(Cleanup),
+}
+
+#[derive(Debug, Args)]
+struct Supervise {
+    /// `serve` and its arguments.
+    #[arg(last = true, value_name = "SERVE...")]
+    serve: Vec<OsString>,
+}
+
+#[derive(Debug, Args)]
+struct Cleanup {
+    /// The configuration file, for its root directory.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Where snapshots and layers are kept [default: /var/lib/sluice].
+    #[arg(long, value_name = "DIR")]
+    root: Option<PathBuf>,
+    /// Detach what is in use, too: whoever uses it gets errors.
+    #[arg(long)]
+    force: bool,
 }
 
 #[derive(Debug, Args)]
@@ -43,9 +74,17 @@ struct Serve {
 }
 
 fn main() -> ExitCode {
-    let Command::Serve(arguments) = Cli::parse().command;
-    match serve(arguments) {
-        Ok(()) => ExitCode::SUCCESS,
+    // Before anything else opens or starts anything.
+    let keeper = Keeper::from_environment();
+    let result = match Cli::parse().command {
+        Command::Serve(arguments) => keeper
+            .map_err(anyhow::Error::from)
+            .and_then(|keeper| serve(arguments, keeper)),
+        Command::Supervise(arguments) => supervise(arguments),
+        Command::Cleanup(arguments) => cleanup(&arguments),
+    };
+    match result {
+        Ok(code) => code,
         Err(error) => {
             eprintln!("sluice-snapshotter: {}", describe(&error));
             ExitCode::FAILURE
@@ -53,37 +92,83 @@ fn main() -> ExitCode {
     }
 }
 
-fn serve(arguments: Serve) -> anyhow::Result<()> {
+fn serve(arguments: Serve, keeper: Keeper) -> anyhow::Result<ExitCode> {
     let config = configuration(&arguments)?;
     log(arguments.log_level.or_else(|| config.log_level.clone()))?;
-    let notifier = Notifier::new(std::env::var_os("NOTIFY_SOCKET").as_deref())
-        .context("NOTIFY_SOCKET is no socket's name")?;
     let runtime = tokio::runtime::Runtime::new().context("cannot start threads")?;
     let result = runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).context("cannot catch SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot catch SIGINT")?;
         let stop = async move { first(&mut terminate, &mut interrupt).await };
-        daemon::run(config, notifier, stop).await?;
-        Ok(())
+        daemon::run(config, Arc::new(keeper), stop).await?;
+        Ok(ExitCode::SUCCESS)
     });
     // A call that hangs on a disk or a registry must not hold the process.
     runtime.shutdown_background();
     result
 }
 
-async fn first(terminate: &mut Signal, interrupt: &mut Signal) {
+async fn first(terminate: &mut Signal, interrupt: &mut Signal) -> Stop {
     tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+        _ = terminate.recv() => Stop::HandOver,
+        _ = interrupt.recv() => Stop::End,
     }
+}
+
+fn supervise(arguments: Supervise) -> anyhow::Result<ExitCode> {
+    log(None)?;
+    let args = match &arguments.serve[..] {
+        [] => vec!["serve".into()],
+        [command, ..] if command == "serve" => arguments.serve,
+        [other, ..] => anyhow::bail!(
+            "'{}' is not supervised, only 'serve' is: sluice-snapshotter supervise -- serve ...",
+            other.display()
+        ),
+    };
+    let program = program()?;
+    Ok(supervise::run(supervise::Options { program, args })?)
+}
+
+/// The path by which this program was called, so that another program put in
+/// its place is found there.
+fn program() -> anyhow::Result<PathBuf> {
+    let called = std::env::args_os().next().map(PathBuf::from);
+    let called = called.unwrap_or_default();
+    if called.components().count() > 1 {
+        return std::path::absolute(&called).context("cannot find this program");
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path)
+        .map(|directory| directory.join(&called))
+        .find(|candidate| candidate.is_absolute() && candidate.is_file());
+    match found {
+        Some(found) => Ok(found),
+        None => std::env::current_exe().context("cannot find this program"),
+    }
+}
+
+fn cleanup(arguments: &Cleanup) -> anyhow::Result<ExitCode> {
+    log(None)?;
+    let config = load(arguments.config.as_deref())?;
+    let root = arguments.root.as_ref().unwrap_or(&config.root);
+    let report = cleanup::run(root, arguments.force)?;
+    print!("{report}");
+    Ok(match report.left.is_empty() {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
+    })
+}
+
+fn load(path: Option<&Path>) -> anyhow::Result<Config> {
+    Ok(match path {
+        Some(path) => Config::load(path)?,
+        None => Config::default(),
+    })
 }
 
 /// The file, and over it the command line.
 fn configuration(arguments: &Serve) -> anyhow::Result<Config> {
-    let mut config = match &arguments.config {
-        Some(path) => Config::load(path)?,
-        None => Config::default(),
-    };
+    let mut config = load(arguments.config.as_deref())?;
     if let Some(root) = &arguments.root {
         config.root.clone_from(root);
     }

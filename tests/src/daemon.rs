@@ -41,12 +41,17 @@ pub struct Options {
     pub plain_http: Vec<String>,
     /// More lines of TOML, after everything else.
     pub more: String,
+    /// Run by `supervise`, which is then the process.
+    pub supervised: bool,
+    /// The program, when it is not the one just built.
+    pub program: Option<PathBuf>,
 }
 
 /// A daemon with its own root and socket.
 pub struct Daemon {
     scratch: Scratch,
     dir: PathBuf,
+    options: Options,
     process: Process,
 }
 
@@ -55,17 +60,25 @@ impl Daemon {
     pub fn start(scratch: &Scratch, options: &Options) -> Result<Self> {
         let dir = scratch.fresh_dir("sluice")?;
         fs::write(dir.join("config.toml"), config(&dir, options))?;
-        let process = launch(scratch, &dir, Self::command(&dir)?)?;
+        let process = launch(scratch, &dir, Self::command(&dir, options)?)?;
         Ok(Self {
             scratch: scratch.clone(),
             dir,
+            options: options.clone(),
             process,
         })
     }
 
     /// The command that starts the daemon whose files are in `dir`.
-    fn command(dir: &Path) -> Result<Command> {
-        let mut command = Command::new(crate::programs::snapshotter()?);
+    fn command(dir: &Path, options: &Options) -> Result<Command> {
+        let program = match &options.program {
+            Some(program) => program.clone(),
+            None => crate::programs::snapshotter()?,
+        };
+        let mut command = Command::new(program);
+        if options.supervised {
+            command.args(["supervise", "--"]);
+        }
         command
             .arg("serve")
             .arg("--config")
@@ -105,8 +118,29 @@ impl Daemon {
 
     /// Starts it again after [`Self::stop`] or a kill.
     pub fn start_again(&mut self) -> Result<()> {
-        self.process = launch(&self.scratch, &self.dir, Self::command(&self.dir)?)?;
+        self.process = launch(
+            &self.scratch,
+            &self.dir,
+            Self::command(&self.dir, &self.options)?,
+        )?;
         Ok(())
+    }
+
+    /// The number of the process that serves, or served last.
+    pub fn serving(&self) -> Option<u32> {
+        let lock = fs::read_to_string(self.root().join("lock")).ok()?;
+        lock.trim().parse().ok()
+    }
+
+    /// Waits until another process than `former` serves.
+    pub fn wait_for_next(&self, former: u32) -> Result<u32> {
+        wait_for("the next process", || {
+            if !self.process.is_running() {
+                bail!("{} ended: {}", self.dir.display(), self.log());
+            }
+            let next = self.serving().filter(|next| *next != former);
+            Ok(next.filter(|_| UnixStream::connect(self.socket()).is_ok()))
+        })
     }
 }
 

@@ -62,6 +62,7 @@ pub struct Proxy {
 struct Shared {
     upstream: String,
     rules: Mutex<Vec<Rule>>,
+    asked: Mutex<Vec<String>>,
     seen: Mutex<Vec<Seen>>,
     ended: AtomicBool,
     end: (Mutex<()>, Condvar),
@@ -79,6 +80,7 @@ impl Proxy {
         let shared = Arc::new(Shared {
             upstream: upstream.to_owned(),
             rules: Mutex::default(),
+            asked: Mutex::default(),
             seen: Mutex::default(),
             ended: AtomicBool::new(false),
             end: Default::default(),
@@ -136,13 +138,23 @@ impl Proxy {
         lock(&self.shared.rules).clear();
     }
 
-    /// All requests so far.
+    /// Requests so far whose path holds the text, those included that have no
+    /// whole answer yet.
+    pub fn asked(&self, part_of_path: &str) -> usize {
+        lock(&self.shared.asked)
+            .iter()
+            .filter(|path| path.contains(part_of_path))
+            .count()
+    }
+
+    /// All requests that were answered so far.
     pub fn seen(&self) -> Vec<Seen> {
         lock(&self.shared.seen).clone()
     }
 
     /// Forgets the requests so far.
     pub fn forget(&self) {
+        lock(&self.shared.asked).clear();
         lock(&self.shared.seen).clear();
     }
 
@@ -254,6 +266,7 @@ impl Shared {
         let mut words = request.first.split(' ');
         let method = words.next().unwrap_or_default().to_owned();
         let path = words.next().unwrap_or_default().to_owned();
+        lock(&self.asked).push(path.clone());
         let range = request.get("range").map(str::to_owned);
         let fault = self.fault_for(&path, range.is_some());
         let mut seen = Seen {

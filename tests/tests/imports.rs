@@ -71,10 +71,11 @@ const MODULES: &[(&str, &[&str])] = &[
             "erofs",
             "remote",
             "service",
+            "keeper",
         ],
     ),
+    ("keeper", &["fuse"]),
     ("service", &[]),
-    ("notify", &[]),
     ("socket", &[]),
     (
         "config",
@@ -84,7 +85,7 @@ const MODULES: &[(&str, &[&str])] = &[
         "daemon",
         &[
             "config",
-            "notify",
+            "keeper",
             "socket",
             "service",
             "node",
@@ -98,7 +99,8 @@ const MODULES: &[(&str, &[&str])] = &[
     // The other composition root: an image without containerd.
     ("standalone", &["mount", "node", "service", "socket"]),
     // The program: arguments in, exit status out.
-    ("main", &["daemon", "config", "notify"]),
+    ("cleanup", &["mount", "socket"]),
+    ("main", &["daemon", "config", "keeper", "cleanup"]),
 ];
 
 fn workspace() -> PathBuf {

@@ -2,6 +2,7 @@
 //! content.
 
 pub mod blobs;
+mod handshake;
 mod reading;
 mod session;
 pub mod tree;
@@ -12,8 +13,9 @@ use std::sync::Arc;
 
 use futures_util::future::BoxFuture;
 
+pub use handshake::{Agreement, HandshakeError};
 pub use reading::Reader;
-pub use session::{Session, SessionError};
+pub use session::{Kept, Session, SessionError};
 pub use trees::{Tree, TreeTable};
 
 /// What a FUSE mount needs of a layer's content.

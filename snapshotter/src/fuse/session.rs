@@ -2,13 +2,18 @@
 
 use std::ffi::CString;
 use std::fs::File;
-use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::io::{self, Read, Seek, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use fuser::{BackgroundSession, Config, Filesystem, SessionACL};
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::mount::{MountFlags, UnmountFlags};
+
+use super::handshake::{self, Agreement, HandshakeError};
 
 const DEVICE: &str = "/dev/fuse";
 
@@ -16,11 +21,30 @@ const DEVICE: &str = "/dev/fuse";
 /// what waits for the disk waits here.
 const THREADS: usize = 4;
 
+/// More bytes than what is agreed on a mount ever takes.
+const MOST_TERMS: u64 = 4096;
+
 /// A FUSE file system that is mounted and served.
 #[derive(Debug)]
 pub struct Session {
     mount_point: PathBuf,
     session: Option<BackgroundSession>,
+    /// The number of the descriptor that the session reads and answers on.
+    place: RawFd,
+    kept: Kept,
+    /// Whether the mount is to outlive this.
+    outlived: bool,
+}
+
+/// What a session can be continued with by another process: kept outside of
+/// this one, it holds the mount alive while nobody serves it, and its readers
+/// wait.
+#[derive(Debug)]
+pub struct Kept {
+    /// The FUSE device of the mount.
+    pub device: OwnedFd,
+    /// What was agreed on it; see [`Kept::terms`].
+    agreement: Agreement,
 }
 
 /// Why a FUSE file system is not served.
@@ -46,8 +70,53 @@ pub enum SessionError {
         /// Where.
         mount_point: PathBuf,
         /// Why.
-        source: io::Error,
+        source: HandshakeError,
     },
+    /// What was kept cannot be gone on with.
+    #[error("the kept FUSE mount at {} is lost: {reason}", mount_point.display())]
+    Lost {
+        /// Where.
+        mount_point: PathBuf,
+        /// Why.
+        reason: String,
+    },
+}
+
+impl Kept {
+    /// From a device and the file that [`Kept::terms`] made.
+    pub fn new(device: OwnedFd, terms: OwnedFd) -> Result<Self, HandshakeError> {
+        let mut terms = File::from(terms);
+        let mut bytes = Vec::new();
+        terms.rewind()?;
+        terms.take(MOST_TERMS).read_to_end(&mut bytes)?;
+        Ok(Self {
+            device,
+            agreement: Agreement::from_bytes(&bytes)?,
+        })
+    }
+
+    /// What was agreed, as a file in memory that can be kept with the device.
+    pub fn terms(&self) -> io::Result<OwnedFd> {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let mut file = File::from(rustix::fs::memfd_create("sluice-fuse-terms", flags)?);
+        file.write_all(&self.agreement.to_bytes())?;
+        rustix::fs::fcntl_add_seals(
+            &file,
+            SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE | SealFlags::SEAL,
+        )?;
+        Ok(file.into())
+    }
+
+    /// Whether the mount still exists, anywhere.
+    pub fn is_connected(&self) -> bool {
+        let mut poll = [PollFd::new(&self.device, PollFlags::IN)];
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        rustix::event::poll(&mut poll, Some(&now)).is_ok()
+            && !poll[0].revents().contains(PollFlags::ERR)
+    }
 }
 
 impl Session {
@@ -95,14 +164,21 @@ impl Session {
             options.as_c_str(),
         )
         .map_err(|e| failed(e.into()))?;
-        let mut config = Config::default();
-        config.n_threads = Some(THREADS);
-        let served = fuser::Session::from_fd(filesystem, device, SessionACL::All, config)
-            .and_then(fuser::Session::spawn);
+        let served = Agreement::negotiate(device.as_fd(), |socket| {
+            fuser::Session::from_fd(filesystem, socket, SessionACL::All, config())
+        })
+        .and_then(|(agreement, session)| {
+            let place = session.as_fd().as_raw_fd();
+            handshake::put_in_place(device.as_fd(), place)?;
+            Ok((agreement, place, session.spawn()?))
+        });
         match served {
-            Ok(session) => Ok(Self {
+            Ok((agreement, place, session)) => Ok(Self {
                 mount_point: mount_point.to_owned(),
                 session: Some(session),
+                place,
+                kept: Kept { device, agreement },
+                outlived: false,
             }),
             Err(source) => {
                 let _ = rustix::mount::unmount(mount_point, UnmountFlags::DETACH);
@@ -111,6 +187,90 @@ impl Session {
                     source,
                 })
             }
+        }
+    }
+
+    /// Goes on with a mount that another process has begun and that nobody
+    /// serves now. `filesystem` answers for every inode that was handed out.
+    /// What the other process left unanswered is answered.
+    pub fn adopt<F: Filesystem>(
+        filesystem: F,
+        mount_point: &Path,
+        kept: Kept,
+    ) -> Result<Self, SessionError> {
+        if !kept.is_connected() {
+            return Err(SessionError::Lost {
+                mount_point: mount_point.to_owned(),
+                reason: "it is not mounted any more".to_owned(),
+            });
+        }
+        let serve = || {
+            let session = kept.agreement.replay(|socket| {
+                fuser::Session::from_fd(filesystem, socket, SessionACL::All, config())
+            })?;
+            let place = session.as_fd().as_raw_fd();
+            handshake::put_in_place(kept.device.as_fd(), place)?;
+            if kept.agreement.resends() {
+                handshake::resend(kept.device.as_fd())?;
+            } else {
+                tracing::warn!(
+                    "this kernel does not send FUSE requests again (Linux 6.9 does): a read at {} \
+                     that the last process left unanswered waits until its reader is killed",
+                    mount_point.display()
+                );
+            }
+            Ok((place, session.spawn()?))
+        };
+        match serve() {
+            Ok((place, session)) => Ok(Self {
+                mount_point: mount_point.to_owned(),
+                session: Some(session),
+                place,
+                kept,
+                outlived: true,
+            }),
+            Err(source) => Err(SessionError::Serve {
+                mount_point: mount_point.to_owned(),
+                source,
+            }),
+        }
+    }
+
+    /// What another process needs to go on with the mount.
+    pub fn kept(&self) -> &Kept {
+        &self.kept
+    }
+
+    /// Somebody keeps the device: from now on the mount outlives this, unless
+    /// it is unmounted in so many words.
+    pub fn outlive(&mut self) {
+        self.outlived = true;
+    }
+
+    /// Whether it does.
+    pub fn outlives(&self) -> bool {
+        self.outlived
+    }
+
+    /// Ends without unmounting, when somebody keeps the device: what is not
+    /// answered now is left to the next process. What this one still answers
+    /// goes nowhere, so that a task that is dropped unfinished does not tell
+    /// its reader that it failed.
+    pub fn leave(mut self) {
+        self.abandon();
+    }
+
+    fn abandon(&mut self) {
+        // Holds the descriptor open, so that its number stays its own.
+        let Some(_session) = self.session.take() else {
+            return;
+        };
+        let put = nowhere().and_then(|end| handshake::put_in_place(end.as_fd(), self.place));
+        if let Err(error) = put {
+            tracing::warn!(
+                "reads at {} that are under way may fail: {error}",
+                self.mount_point.display()
+            );
         }
     }
 
@@ -140,8 +300,26 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        self.detach();
+        match self.outlived {
+            true => self.abandon(),
+            false => self.detach(),
+        }
     }
+}
+
+/// A descriptor that never gives anything and takes everything.
+fn nowhere() -> io::Result<OwnedFd> {
+    let (mut taker, end) = UnixStream::pair()?;
+    std::thread::Builder::new()
+        .name("nowhere".to_owned())
+        .spawn(move || io::copy(&mut taker, &mut io::sink()))?;
+    Ok(end.into())
+}
+
+fn config() -> Config {
+    let mut config = Config::default();
+    config.n_threads = Some(THREADS);
+    config
 }
 
 /// Settings that every FUSE mount of the node wants, when the kernel has them.

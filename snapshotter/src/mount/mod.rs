@@ -2,6 +2,7 @@
 
 pub mod erofs;
 mod table;
+pub mod users;
 
 use std::io;
 use std::path::{Path, PathBuf};

@@ -25,7 +25,12 @@ pub struct Mount {
 
 /// All mounts in the order in which they were made visible.
 pub fn mounts() -> Result<Vec<Mount>, Error> {
-    let table = std::fs::read("/proc/self/mountinfo").map_err(Error::Table)?;
+    mounts_of("self")
+}
+
+/// All mounts that a process sees.
+pub(super) fn mounts_of(process: &str) -> Result<Vec<Mount>, Error> {
+    let table = std::fs::read(format!("/proc/{process}/mountinfo")).map_err(Error::Table)?;
     Ok(parse(&table))
 }
 

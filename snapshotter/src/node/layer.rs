@@ -5,7 +5,6 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use sluice_oci::{Digest, Reference};
 use tokio::task::spawn_blocking;
@@ -86,7 +85,11 @@ impl Node {
             .fetch_toc(reference, digest, known)
             .await
             .map_err(|error| error.to_string())?;
-        let number = self.0.next_number.fetch_add(1, Ordering::Relaxed);
+        let number = self
+            .0
+            .numbers
+            .take()
+            .map_err(|error| format!("cannot note its number: {error}"))?;
         let node = self.clone();
         let reference = reference.clone();
         let compiled = spawn_blocking(move || {
@@ -161,6 +164,12 @@ impl Node {
         }
         .map_err(|error| MountError::failed(digest, error))?;
         open.mounted = Some(path.clone());
+        self.fetch_ahead(open);
+        Ok(path)
+    }
+
+    /// Starts to fetch what a mounted layer lacks.
+    fn fetch_ahead(&self, open: &mut Open) {
         if !open.layer.dir().is_complete() {
             if self.0.config.prefetch && open.prefetch.is_none() {
                 open.prefetch = open.layer.prefetch();
@@ -169,7 +178,31 @@ impl Node {
                 open.download = Some(open.layer.download(delay));
             }
         }
-        Ok(path)
+    }
+
+    /// Opens a layer that a former process had mounted at `mounted`, or of
+    /// which it may have shown the tree.
+    pub(super) fn resume(
+        &self,
+        dir: LayerDir,
+        mounted: Option<PathBuf>,
+        tree: bool,
+    ) -> Result<(), crate::erofs::Error> {
+        let digest = dir.identity().digest;
+        let meta = dir.meta_path();
+        let mut open = self.adopt(dir);
+        if tree {
+            self.insert_tree(&open.layer, Image::open(&meta)?);
+        }
+        if mounted.is_some() {
+            open.mounted = mounted;
+            self.fetch_ahead(&mut open);
+        }
+        // Nobody else knows the slot yet.
+        if let Ok(mut place) = self.slot(digest).0.try_lock() {
+            *place = Some(open);
+        }
+        Ok(())
     }
 
     async fn mount_erofs(
@@ -214,10 +247,15 @@ impl Node {
         let number = layer.dir().identity().number;
         let meta = layer.dir().meta_path();
         let image = spawn_blocking(move || Image::open(&meta)).await??;
-        let content: Arc<dyn Content> = Arc::clone(layer) as _;
-        self.0.trees.insert(number, Tree::new(image, content));
+        self.insert_tree(layer, image);
         let name = TreeTable::directory_name(number);
         Ok(self.0.config.root.join(TREES).join(name))
+    }
+
+    fn insert_tree(&self, layer: &Arc<LazyLayer>, image: Image) {
+        let content: Arc<dyn Content> = Arc::clone(layer) as _;
+        let number = layer.dir().identity().number;
+        self.0.trees.insert(number, Tree::new(image, content));
     }
 
     /// Unmounts and deletes the layer.
@@ -323,7 +361,8 @@ impl Open {
     async fn close(self, node: &Node, keep: bool) {
         self.layer.close();
         let number = self.layer.dir().identity().number;
-        if let (Some(target), Mode::Erofs) = (self.mounted, node.0.mode) {
+        let mounts = node.0.config.root.join(MOUNTS);
+        if let Some(target) = self.mounted.filter(|target| target.starts_with(mounts)) {
             let unmounted = spawn_blocking(move || unmount(&target)).await;
             if let Err(error) = unmounted.map_err(io::Error::other).flatten() {
                 tracing::warn!(layer = %self.layer.digest(), "{error}");

@@ -8,11 +8,13 @@
 //! | `layers/<64 hexadecimal digits>/` | a layer's directory |
 //! | `blobs/` | in mode `erofs`, mount point of the node's one FUSE file system of contents |
 //! | `m/<number>/` | in mode `erofs`, a mounted layer |
+//! | `next-layer` | the number that the next layer gets |
 //! | `t/<number>/` | in mode `fuse`, a layer in the node's one FUSE file system of trees |
 
 mod compile;
 mod images;
 mod layer;
+mod left;
 mod memory;
 mod paths;
 mod start;
@@ -20,7 +22,6 @@ mod start;
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -30,11 +31,13 @@ use tokio::sync::Semaphore;
 use crate::fetch::{self, Engine};
 use crate::fuse::blobs::BlobTable;
 use crate::fuse::{self, SessionError, TreeTable};
+use crate::keeper::Keeper;
 use crate::mount;
 use crate::remote::Remote;
 use crate::service::{LayerRequest, LazyLayers, MountError, NotLazy, Usage};
 
 use layer::Slot;
+use left::Numbers;
 
 /// How layers are mounted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,6 +63,8 @@ pub struct Config {
     pub background: Option<Duration>,
     /// Layers of one image whose TOCs are fetched and compiled at once.
     pub opening: usize,
+    /// Who keeps the node's FUSE mounts for the next process.
+    pub keeper: Arc<Keeper>,
 }
 
 impl Config {
@@ -72,6 +77,7 @@ impl Config {
             prefetch: true,
             background: Some(Duration::from_secs(10)),
             opening: 8,
+            keeper: Arc::default(),
         }
     }
 }
@@ -110,8 +116,9 @@ struct Inner {
     slots: Mutex<HashMap<Digest, Arc<Slot>>>,
     blobs: BlobTable,
     trees: TreeTable,
-    session: Mutex<Option<fuse::Session>>,
-    next_number: AtomicU64,
+    /// The node's own, and one that a process in the other mode left.
+    sessions: Mutex<Vec<(Mode, fuse::Session)>>,
+    numbers: Numbers,
     opening: Semaphore,
 }
 

@@ -5,7 +5,6 @@ use std::fs;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -13,12 +12,12 @@ use sluice_registry::Client;
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
+use super::left::{self, Left, Numbers, clear, tidy};
 use super::{Config, Inner, Mode, Node, StartError, memory};
 use crate::fetch::Engine;
 use crate::fuse::blobs::{BlobTable, Blobs};
 use crate::fuse::tree::Trees;
-use crate::fuse::{Reader, Session, TreeTable};
-use crate::layer_dir::{LayerDir, TEMPORARY};
+use crate::fuse::{Kept, Reader, Session, SessionError, TreeTable};
 use crate::mount;
 use crate::remote::Remote;
 
@@ -35,20 +34,24 @@ pub(super) const TREES: &str = "t";
 const PERSIST: Duration = Duration::from_secs(30);
 
 impl Node {
-    /// Starts the node below `config.root`: removes what a former process left
-    /// half made, detaches its dead mounts, and serves contents. Layers are
-    /// mounted when they are asked for. Blocks for some milliseconds; to be
-    /// called within the runtime that the node is to use.
+    /// Starts the node below `config.root`: goes on with the mounts that were
+    /// kept, detaches those that were not, removes what a former process left
+    /// half made, and serves contents. Layers are mounted when they are asked
+    /// for. Blocks for some milliseconds; to be called within the runtime that
+    /// the node is to use.
     pub fn start(mut config: Config, client: Client) -> Result<Self, StartError> {
         memory::settle();
         make_directory(&config.root)?;
         // The kernel lists mounts by their real paths.
         config.root = fs::canonicalize(&config.root).map_err(failed(&config.root))?;
         let root = &config.root;
+        let left = Left::take_over(root, &config.keeper)?;
         for name in [LAYERS, MOUNTS, BLOBS, TREES] {
-            // The mount point of a killed process cannot even be looked at.
-            detach_below(&root.join(name))?;
-            make_directory(&root.join(name))?;
+            let path = root.join(name);
+            // Looking at a mount that nobody serves yet would wait for ever.
+            if name == LAYERS || !left.holds(root, &path) {
+                make_directory(&path)?;
+            }
         }
         let mode = match config.mode {
             Some(Mode::Fuse) => Mode::Fuse,
@@ -63,34 +66,23 @@ impl Node {
                 }
             },
         };
-        let next_number = tidy(&root.join(LAYERS))?;
-        clear(&root.join(MOUNTS))?;
+        let layers = tidy(&root.join(LAYERS))?;
+        clear(root)?;
         let runtime = Handle::current();
-        let blobs = BlobTable::new();
-        let trees = TreeTable::new();
-        let reader = Reader::new(runtime.clone());
-        let session = match mode {
-            Mode::Erofs => {
-                let contents = Blobs::new(blobs.clone(), reader);
-                Session::mount(contents, &root.join(BLOBS), "sluice-blobs")?
-            }
-            Mode::Fuse => {
-                let layers = Trees::new(trees.clone(), reader);
-                Session::mount(layers, &root.join(TREES), "sluice-trees")?
-            }
-        };
         let node = Self(Arc::new(Inner {
             engine: Engine::new(config.fetch.clone(), runtime.clone()),
             remote: Remote::new(client),
             slots: Mutex::new(HashMap::new()),
-            session: Mutex::new(Some(session)),
-            next_number: AtomicU64::new(next_number),
+            sessions: Mutex::default(),
+            numbers: Numbers::load(root, &layers)?,
             opening: Semaphore::new(config.opening.max(1)),
             mode,
-            blobs,
-            trees,
+            blobs: BlobTable::new(),
+            trees: TreeTable::new(),
             config,
         }));
+        node.go_on(layers, &left)?;
+        node.serve(left)?;
         let inner = Arc::downgrade(&node.0);
         runtime.spawn(async move {
             loop {
@@ -102,6 +94,36 @@ impl Node {
         Ok(node)
     }
 
+    /// Serves the mount of the node's mode, and whatever was left to go on
+    /// with.
+    fn serve(&self, left: Left) -> Result<(), StartError> {
+        let inner = &*self.0;
+        let root = &inner.config.root;
+        let reader = Reader::new(Handle::current());
+        let mut sessions = inner.sessions.lock();
+        for (mode, kept) in [(Mode::Erofs, left.blobs), (Mode::Fuse, left.trees)] {
+            if kept.is_none() && mode != inner.mode {
+                continue;
+            }
+            let fresh = kept.is_none();
+            let mut session = match mode {
+                Mode::Erofs => {
+                    let contents = Blobs::new(inner.blobs.clone(), reader.clone());
+                    open_session(contents, &root.join(BLOBS), "sluice-blobs", kept)?
+                }
+                Mode::Fuse => {
+                    let layers = Trees::new(inner.trees.clone(), reader.clone());
+                    open_session(layers, &root.join(TREES), "sluice-trees", kept)?
+                }
+            };
+            if fresh {
+                left::keep(&inner.config.keeper, mode, &mut session);
+            }
+            sessions.push((mode, session));
+        }
+        Ok(())
+    }
+
     /// Ends all fetches, makes what is present durable, and unmounts. What
     /// something still uses is detached, and fails when its bytes are missing.
     pub async fn stop(&self) {
@@ -109,19 +131,36 @@ impl Node {
         for (_, slot) in slots {
             slot.close(self).await;
         }
-        let session = self.0.session.lock().take();
-        let unmounted = tokio::task::spawn_blocking(move || session.map(Session::unmount)).await;
-        if let Err(error) = unmounted {
-            tracing::warn!("unmounting the contents: {error}");
+        let sessions = std::mem::take(&mut *self.0.sessions.lock());
+        for (mode, session) in sessions {
+            self.0.config.keeper.forget(left::name_of(mode));
+            let unmounted = tokio::task::spawn_blocking(move || session.unmount()).await;
+            if let Err(error) = unmounted {
+                tracing::warn!("unmounting: {error}");
+            }
+        }
+    }
+
+    /// Ends for the sake of the next process: what is present is made durable,
+    /// mounts stay, and what is not answered is left to it. Without anybody
+    /// who keeps the mounts it is [`Node::stop`].
+    pub async fn leave(&self) {
+        if !self.0.config.keeper.keeps() {
+            return self.stop().await;
+        }
+        self.persist().await;
+        for (_, session) in std::mem::take(&mut *self.0.sessions.lock()) {
+            session.leave();
         }
     }
 }
 
 impl Drop for Inner {
     /// Without [`Node::stop`], at least nothing stays mounted that nobody
-    /// serves.
+    /// serves or will serve.
     fn drop(&mut self) {
-        if self.session.get_mut().is_some()
+        let over = |(mode, session): &(Mode, Session)| *mode == Mode::Erofs && !session.outlives();
+        if self.sessions.get_mut().iter().any(over)
             && let Err(error) = detach_below(&self.config.root.join(MOUNTS))
         {
             tracing::warn!("{error}");
@@ -129,7 +168,23 @@ impl Drop for Inner {
     }
 }
 
-fn failed(path: &Path) -> impl FnOnce(io::Error) -> StartError {
+fn open_session<F: fuser::Filesystem>(
+    filesystem: F,
+    mount_point: &Path,
+    name: &str,
+    kept: Option<Kept>,
+) -> Result<Session, SessionError> {
+    match kept {
+        Some(kept) => {
+            let session = Session::adopt(filesystem, mount_point, kept)?;
+            tracing::info!("going on with the mount at {}", mount_point.display());
+            Ok(session)
+        }
+        None => Session::mount(filesystem, mount_point, name),
+    }
+}
+
+pub(super) fn failed(path: &Path) -> impl FnOnce(io::Error) -> StartError {
     |source| StartError::Directory {
         path: path.to_owned(),
         source,
@@ -145,40 +200,11 @@ fn make_directory(path: &Path) -> Result<(), StartError> {
         .map_err(failed(path))
 }
 
-/// Takes away mounts whose server is gone, as after a process was killed: they
-/// cannot be used for anything.
+/// Takes away mounts whose server is gone: they cannot be used for anything.
 fn detach_below(directory: &Path) -> Result<(), StartError> {
     for mount in mount::mounts_below(directory)? {
         tracing::info!("detaching {}, which nobody serves", mount.target.display());
         mount::detach(&mount.target)?;
-    }
-    Ok(())
-}
-
-/// Removes directories that were being made or deleted, and returns the first
-/// number that no layer has.
-fn tidy(layers: &Path) -> Result<u64, StartError> {
-    let mut next = 0;
-    for entry in fs::read_dir(layers).map_err(failed(layers))? {
-        let path = entry.map_err(failed(layers))?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        if name.starts_with(TEMPORARY) {
-            fs::remove_dir_all(&path).map_err(failed(&path))?;
-            continue;
-        }
-        // One bad layer is found out when it is opened.
-        if let Ok(identity) = LayerDir::identify(&path) {
-            next = next.max(identity.number + 1);
-        }
-    }
-    Ok(next)
-}
-
-/// Removes the empty mount points of a former process.
-fn clear(directory: &Path) -> Result<(), StartError> {
-    for entry in fs::read_dir(directory).map_err(failed(directory))? {
-        let path = entry.map_err(failed(directory))?.path();
-        fs::remove_dir(&path).map_err(failed(&path))?;
     }
     Ok(())
 }

@@ -478,8 +478,8 @@ async fn a_restart_needs_no_registry() {
     // Complete: the next mount needs no FUSE for it.
     let node = Node::start(config(&root), client()).unwrap();
     let again = node.mount(sample.digest()).await.unwrap();
-    let session = node.0.session.lock().take();
-    tokio::task::spawn_blocking(move || drop(session))
+    let sessions = std::mem::take(&mut *node.0.sessions.lock());
+    tokio::task::spawn_blocking(move || drop(sessions))
         .await
         .unwrap();
     assert_content(&again, &sample).await;

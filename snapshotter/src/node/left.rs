@@ -1,0 +1,243 @@
+//! What a former process left: mounts to go on with, mounts to take away, and
+//! numbers that were given out.
+
+use std::collections::HashSet;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use parking_lot::Mutex;
+
+use super::start::{BLOBS, LAYERS, MOUNTS, TREES, failed};
+use super::{Mode, Node, StartError};
+use crate::fuse::{Kept, Session};
+use crate::keeper::{self, Keeper};
+use crate::layer_dir::{Identity, LayerDir, TEMPORARY};
+use crate::mount;
+
+/// The next number, in a file beside the layers.
+const NUMBERS: &str = "next-layer";
+
+/// FUSE mounts that are kept and still there.
+#[derive(Debug)]
+pub(super) struct Left {
+    pub(super) blobs: Option<Kept>,
+    pub(super) trees: Option<Kept>,
+}
+
+impl Left {
+    /// Takes over what is kept, and takes everything else out of sight that is
+    /// mounted below `root`: its server is gone.
+    pub(super) fn take_over(root: &Path, keeper: &Keeper) -> Result<Self, StartError> {
+        // Nothing may look at a mount point that nobody serves yet: it would
+        // wait for this very process.
+        let mounts = mount::mounts_below(root)?;
+        let kept = |directory: &str, name: keeper::MountName| {
+            let place = root.join(directory);
+            let there = mounts
+                .iter()
+                .any(|mount| mount.target == place && mount.kind.starts_with("fuse"));
+            let kept = keeper.take(name).filter(|_| there);
+            if kept.is_none() {
+                keeper.forget(name);
+            }
+            kept
+        };
+        let left = Self {
+            blobs: kept(BLOBS, keeper::BLOBS),
+            trees: kept(TREES, keeper::TREES),
+        };
+        let lost: Vec<_> = mounts
+            .iter()
+            .filter(|mount| !left.holds(root, &mount.target))
+            .collect();
+        if !lost.is_empty() {
+            tell_who_is_affected(root, &left);
+        }
+        for mount in lost {
+            tracing::info!(
+                "detaching {}, which a former process left mounted",
+                mount.target.display()
+            );
+            mount::detach(&mount.target)?;
+        }
+        Ok(left)
+    }
+
+    /// Whether what is mounted there can be served.
+    pub(super) fn holds(&self, root: &Path, target: &Path) -> bool {
+        let below = |directory| target.starts_with(root.join(directory));
+        match () {
+            () if below(MOUNTS) || below(BLOBS) => self.blobs.is_some(),
+            () if below(TREES) => self.trees.is_some(),
+            // Not the node's.
+            () => !below(LAYERS),
+        }
+    }
+}
+
+/// Says which containers stand on mounts that nobody can serve any more.
+fn tell_who_is_affected(root: &Path, left: &Left) {
+    let users = match mount::users::overlays_on(root) {
+        Ok(users) => users,
+        Err(error) => {
+            tracing::warn!("cannot tell who uses lost mounts: {error}");
+            return;
+        }
+    };
+    for user in users {
+        if user.lower.iter().all(|lower| left.holds(root, lower)) {
+            continue;
+        }
+        tracing::error!(
+            "the mount at {} stands on layers that a former process served and whose FUSE device \
+             was not kept: reads of what is not cached fail there; start its container again",
+            user.target.display()
+        );
+    }
+}
+
+/// Numbers of layers: no two layers have the same one while a mount lives,
+/// whichever process gave it out, for the kernel remembers what it saw.
+#[derive(Debug)]
+pub(super) struct Numbers {
+    file: PathBuf,
+    next: Mutex<u64>,
+}
+
+impl Numbers {
+    /// Goes on where the file and the layers on disk ended.
+    pub(super) fn load(root: &Path, layers: &[Identity]) -> Result<Self, StartError> {
+        let file = root.join(NUMBERS);
+        let noted = match fs::read_to_string(&file) {
+            Ok(text) => text.trim().parse().unwrap_or_default(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
+            Err(error) => return Err(failed(&file)(error)),
+        };
+        let used = layers.iter().map(|layer| layer.number + 1).max();
+        Ok(Self {
+            next: Mutex::new(used.unwrap_or_default().max(noted)),
+            file,
+        })
+    }
+
+    /// A number that no layer had.
+    pub(super) fn take(&self) -> io::Result<u64> {
+        let mut next = self.next.lock();
+        let number = *next;
+        // Mounts do not outlive the machine, so the page cache is enough.
+        let temporary = self.file.with_extension("tmp");
+        fs::write(&temporary, format!("{}\n", number + 1))?;
+        fs::rename(&temporary, &self.file)?;
+        *next = number + 1;
+        Ok(number)
+    }
+}
+
+/// Removes directories that were being made or deleted, and returns what the
+/// others hold.
+pub(super) fn tidy(layers: &Path) -> Result<Vec<Identity>, StartError> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(layers).map_err(failed(layers))? {
+        let path = entry.map_err(failed(layers))?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if name.starts_with(TEMPORARY) {
+            fs::remove_dir_all(&path).map_err(failed(&path))?;
+            continue;
+        }
+        // One bad layer is found out when it is opened.
+        if let Ok(identity) = LayerDir::identify(&path) {
+            found.push(identity);
+        }
+    }
+    Ok(found)
+}
+
+impl Node {
+    /// Opens the layers that a former process had mounted, so that their
+    /// readers find them when the mounts are served again. One that cannot be
+    /// opened fails alone.
+    pub(super) fn go_on(&self, layers: Vec<Identity>, left: &Left) -> Result<(), StartError> {
+        let root = &self.0.config.root;
+        let mut mounted: HashSet<PathBuf> = mount::mounts_below(&root.join(MOUNTS))?
+            .into_iter()
+            .map(|mount| mount.target)
+            .collect();
+        for identity in layers {
+            let target = root.join(MOUNTS).join(identity.number.to_string());
+            let erofs = mounted.remove(&target);
+            if !erofs && left.trees.is_none() {
+                continue;
+            }
+            let digest = identity.digest;
+            let dir = match LayerDir::open(&self.layer_path(digest), digest) {
+                Ok(dir) => dir,
+                Err(error) => {
+                    tracing::error!(layer = %digest, "its readers get an error: {error}");
+                    continue;
+                }
+            };
+            if let Err(error) = self.resume(dir, erofs.then_some(target), left.trees.is_some()) {
+                tracing::error!(layer = %digest, "its readers get an error: {error}");
+            }
+        }
+        // Layers that were removed while something used them.
+        for target in mounted {
+            mount::detach(&target)?;
+        }
+        Ok(())
+    }
+}
+
+/// Removes the empty mount points of a former process.
+pub(super) fn clear(root: &Path) -> Result<(), StartError> {
+    let directory = root.join(MOUNTS);
+    let mounts = mount::mounts_below(&directory)?;
+    for entry in fs::read_dir(&directory).map_err(failed(&directory))? {
+        let path = entry.map_err(failed(&directory))?.path();
+        if !mounts.iter().any(|mount| mount.target == path) {
+            fs::remove_dir(&path).map_err(failed(&path))?;
+        }
+    }
+    Ok(())
+}
+
+/// Has a fresh mount kept for the next process.
+pub(super) fn keep(keeper: &Keeper, mode: Mode, session: &mut Session) {
+    let name = name_of(mode);
+    match keeper.keep(name, session.kept()) {
+        Ok(true) => session.outlive(),
+        Ok(false) => {}
+        Err(error) => tracing::warn!(
+            "{} ends with this process, and breaks containers then: {error}",
+            session.mount_point().display()
+        ),
+    }
+}
+
+pub(super) fn name_of(mode: Mode) -> keeper::MountName {
+    match mode {
+        Mode::Erofs => keeper::BLOBS,
+        Mode::Fuse => keeper::TREES,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn regression_a_number_is_never_given_out_again() {
+        let root = tempfile::tempdir().unwrap();
+        let numbers = Numbers::load(root.path(), &[]).unwrap();
+        assert_eq!([numbers.take().unwrap(), numbers.take().unwrap()], [0, 1]);
+        // The layers are gone, the mount that showed them is not.
+        let next = Numbers::load(root.path(), &[]).unwrap();
+        assert_eq!(next.take().unwrap(), 2);
+        // A number that could not be noted is not given out.
+        fs::remove_dir_all(root.path()).unwrap();
+        assert!(next.take().is_err());
+        fs::create_dir(root.path()).unwrap();
+        assert_eq!(next.take().unwrap(), 3);
+    }
+}

@@ -1,0 +1,401 @@
+//! The daemon dies, is replaced or ends while containers' layers are read.
+
+use std::fs::{self, File};
+use std::io::Read as _;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use rustix::fs::Advice;
+use rustix::process::{Pid, Signal, kill_process};
+use sluice_tests::command::{attempt, run, wait_for};
+use sluice_tests::daemon::{Mode, Options};
+use sluice_tests::image::{self, Compression, LayoutWriter, Meta, Tarball};
+use sluice_tests::proxy::{Fault, Proxy};
+use sluice_tests::scratch::mount_points;
+use sluice_tests::{Containerd, Daemon, Registry, Scratch, programs};
+
+const SLUICE: &str = "sluice";
+/// What a process logs that goes on with the mount of another.
+const TAKEN_OVER: &str = "going on with the mount at";
+const LAYERS: usize = 3;
+const FILES: usize = 8;
+
+/// A lazily pulled image, mounted as a container's root would be.
+struct Mounted {
+    scratch: Scratch,
+    daemon: Daemon,
+    containerd: Containerd,
+    proxy: Proxy,
+    reference: String,
+    root: PathBuf,
+    files: Vec<(String, Vec<u8>)>,
+    _registry: Registry,
+}
+
+/// Bytes that differ everywhere and by seed.
+fn noise(len: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut bytes = Vec::with_capacity(len + 8);
+    while bytes.len() < len {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend_from_slice(&state.to_le_bytes());
+    }
+    bytes.truncate(len);
+    bytes
+}
+
+impl Mounted {
+    fn start(mode: Mode, format: &str, supervised: bool) -> Result<Self> {
+        Self::start_with(
+            format,
+            Options {
+                mode: Some(mode),
+                // Only what is read is fetched.
+                more: "[background]\nenabled = false\n[prefetch]\nenabled = false\n".to_owned(),
+                supervised,
+                ..Options::default()
+            },
+        )
+    }
+
+    fn start_with(format: &str, options: Options) -> Result<Self> {
+        let scratch = Scratch::new()?;
+        let registry = Registry::start(&scratch)?;
+        let layout = scratch.fresh_dir("layout")?;
+        let mut writer = LayoutWriter::new(&layout)?;
+        let mut files = Vec::new();
+        for layer in 0..LAYERS {
+            writer.layer(Compression::Gzip, |to| {
+                let mut tar = Tarball::new(to);
+                for file in 0..FILES {
+                    let seed = (layer * FILES + file) as u64;
+                    let content = noise(50_000 + file * file * 20_011, seed);
+                    let name = format!("{layer}-{file}");
+                    tar.file(&name, &Meta::mode(0o644), &content)?;
+                    files.push((name, content));
+                }
+                tar.finish()
+            })?;
+        }
+        writer.finish(image::TAG, &["/none"])?;
+        run(programs::sluice_command()?
+            .args(["convert", "--plain-http", "--format", format])
+            .args(["--chunk-size", "65536"])
+            .arg(format!("oci:{}:{}", layout.display(), image::TAG))
+            .arg(registry.reference("app:1")))?;
+        let proxy = Proxy::start(registry.host())?;
+        let reference = proxy.reference("app:1");
+        let daemon = Daemon::start(&scratch, &options)?;
+        let containerd = Containerd::start_with(&scratch, &[(SLUICE, &daemon)])?;
+        containerd.lazy_pull(&reference, SLUICE)?;
+        let root = containerd.mount(&reference, SLUICE)?;
+        Ok(Self {
+            scratch,
+            daemon,
+            containerd,
+            proxy,
+            reference,
+            root,
+            files,
+            _registry: registry,
+        })
+    }
+
+    /// Reads a file from where it comes from, and compares every byte.
+    fn check(&self, number: usize) -> Result<()> {
+        check(&self.root, &self.files[number])
+    }
+
+    fn check_all(&self) -> Result<()> {
+        (0..self.files.len()).try_for_each(|number| self.check(number))
+    }
+
+    /// How often the daemon has logged a text, over all its lives.
+    fn said(&self, text: &str) -> usize {
+        self.daemon.log().matches(text).count()
+    }
+
+    fn process(&self) -> Result<u32> {
+        self.daemon.serving().context("no process serves")
+    }
+
+    /// containerd takes a while to call again after its calls have failed.
+    fn containerd_is_back(&self) -> Result<()> {
+        wait_for("containerd to reach the daemon", || {
+            let usage = ["snapshots", "--snapshotter", SLUICE, "usage"];
+            let answer = attempt(self.containerd.ctr().args(usage))?;
+            Ok(answer.status.success().then_some(()))
+        })
+    }
+
+    /// Removes the image and ends everything in order; nothing may stay.
+    fn end(self) -> Result<()> {
+        self.containerd_is_back()?;
+        self.containerd.unmount(&self.root)?;
+        self.containerd.forget_images()?;
+        let layers = fs::read_dir(self.daemon.root().join("layers"))?.count();
+        ensure!(
+            layers == 0,
+            "{layers} layers are left: {}",
+            self.daemon.log()
+        );
+        self.daemon.stop()?;
+        let left = mount_points(&self.daemon.root());
+        ensure!(left.is_empty(), "{left:?} are still mounted");
+        Ok(())
+    }
+}
+
+fn check(root: &Path, (name, content): &(String, Vec<u8>)) -> Result<()> {
+    let path = root.join(name);
+    let failed = || format!("reading {}", path.display());
+    let mut file = File::open(&path).with_context(failed)?;
+    rustix::fs::fadvise(&file, 0, None, Advice::DontNeed)?;
+    let mut read = Vec::with_capacity(content.len());
+    file.read_to_end(&mut read).with_context(failed)?;
+    ensure!(read == *content, "{} is wrong", path.display());
+    Ok(())
+}
+
+fn signal(process: u32, signal: Signal) -> Result<()> {
+    let pid = Pid::from_raw(i32::try_from(process)?).context("no process")?;
+    Ok(kill_process(pid, signal)?)
+}
+
+/// Calls `disturb` while `readers` threads read and compare without a pause;
+/// returns how many files they read. No read may fail.
+fn under_load(
+    mounted: &Mounted,
+    readers: u64,
+    disturb: impl FnOnce(&AtomicU64) -> Result<()>,
+) -> Result<u64> {
+    let stop = AtomicBool::new(false);
+    let reads = AtomicU64::new(0);
+    std::thread::scope(|scope| -> Result<()> {
+        let threads: Vec<_> = (0..readers)
+            .map(|reader| {
+                let (stop, reads) = (&stop, &reads);
+                scope.spawn(move || -> Result<()> {
+                    let mut order = noise(1 << 14, 1000 + reader).into_iter().cycle();
+                    while !stop.load(Ordering::Relaxed) {
+                        let number = usize::from(order.next().unwrap_or(0));
+                        mounted.check(number % mounted.files.len())?;
+                        reads.fetch_add(1, Ordering::Relaxed);
+                    }
+                    Ok(())
+                })
+            })
+            .collect();
+        let disturbed = disturb(&reads);
+        stop.store(true, Ordering::Relaxed);
+        for thread in threads {
+            thread.join().expect("a reader panicked")?;
+        }
+        disturbed
+    })?;
+    Ok(reads.into_inner())
+}
+
+/// Waits until readers have read this much more.
+fn go_on(reads: &AtomicU64, more: u64) -> Result<()> {
+    let before = reads.load(Ordering::Relaxed);
+    wait_for("the readers to go on", || {
+        Ok((reads.load(Ordering::Relaxed) >= before + more).then_some(()))
+    })
+}
+
+fn reads_survive_kills(mode: Mode, format: &str) -> Result<()> {
+    const KILLS: usize = 22;
+    let mounted = Mounted::start(mode, format, true)?;
+    let mut pauses = noise(KILLS, 7).into_iter();
+    let read = under_load(&mounted, 4, |reads| {
+        let mut process = mounted.process()?;
+        for kill in 0..KILLS {
+            // Every other one must have come as far as to serve; the rest die
+            // whenever it hits them, while they start or under load.
+            if kill % 2 == 1 {
+                go_on(reads, 1)?;
+            }
+            let pause = u64::from(pauses.next().unwrap_or(0));
+            std::thread::sleep(Duration::from_millis(pause));
+            signal(process, Signal::KILL)?;
+            process = mounted.daemon.wait_for_next(process)?;
+        }
+        go_on(reads, 40)
+    })?;
+    ensure!(read >= 40, "only {read} files were read");
+    assert_eq!(mounted.said("killed by signal 9"), KILLS);
+    let taken_over = mounted.said(TAKEN_OVER);
+    ensure!((KILLS / 2..=KILLS).contains(&taken_over), "{taken_over}");
+    mounted.end()
+}
+
+#[test]
+fn reads_survive_kills_in_mode_erofs() -> Result<()> {
+    reads_survive_kills(Mode::Erofs, "zstd-chunked")
+}
+
+#[test]
+fn reads_survive_kills_in_mode_fuse() -> Result<()> {
+    reads_survive_kills(Mode::Fuse, "estargz")
+}
+
+fn waiting_reads_survive(mode: Mode) -> Result<()> {
+    let mounted = Mounted::start(mode, "estargz", true)?;
+    let Mounted { proxy, daemon, .. } = &mounted;
+    // The registry falls silent: every read of missing bytes waits.
+    proxy.forget();
+    proxy.fail_ranges("/blobs/", u64::MAX, Fault::Stall(0));
+    std::thread::scope(|scope| -> Result<()> {
+        let readers: Vec<_> = (0..mounted.files.len())
+            .map(|number| {
+                let mounted = &mounted;
+                scope.spawn(move || mounted.check(number))
+            })
+            .collect();
+        let all_wait = || -> Result<()> {
+            // One range for each layer at the least.
+            wait_for("reads to wait", || {
+                Ok((proxy.asked("/blobs/") >= LAYERS).then_some(()))
+            })?;
+            proxy.forget();
+            ensure!(readers.iter().all(|reader| !reader.is_finished()));
+            Ok(())
+        };
+        let mut process = mounted.process()?;
+        for _ in 0..3 {
+            all_wait()?;
+            signal(process, Signal::KILL)?;
+            process = daemon.wait_for_next(process)?;
+        }
+        // And an end in good order, whose unfinished answers are no failures.
+        all_wait()?;
+        proxy.heal();
+        daemon.process().signal(Signal::HUP)?;
+        daemon.wait_for_next(process)?;
+        for reader in readers {
+            reader.join().expect("a reader panicked")?;
+        }
+        Ok(())
+    })?;
+    mounted.end()
+}
+
+#[test]
+fn waiting_reads_survive_in_mode_erofs() -> Result<()> {
+    waiting_reads_survive(Mode::Erofs)
+}
+
+#[test]
+fn waiting_reads_survive_in_mode_fuse() -> Result<()> {
+    waiting_reads_survive(Mode::Fuse)
+}
+
+#[test]
+fn a_new_program_takes_over_under_load() -> Result<()> {
+    const UPGRADES: usize = 5;
+    let place = Scratch::new()?;
+    let program = place.path().join("sluice-snapshotter");
+    fs::copy(programs::snapshotter()?, &program)?;
+    let mounted = Mounted::start_with(
+        "zstd-chunked",
+        Options {
+            supervised: true,
+            program: Some(program.clone()),
+            ..Options::default()
+        },
+    )?;
+    let runs =
+        |process: u32| -> Result<u64> { Ok(fs::metadata(format!("/proc/{process}/exe"))?.ino()) };
+    under_load(&mounted, 4, |reads| {
+        let mut process = mounted.process()?;
+        for _ in 0..UPGRADES {
+            let next = place.path().join("next");
+            fs::copy(programs::snapshotter()?, &next)?;
+            let wanted = fs::metadata(&next)?.ino();
+            ensure!(runs(process)? != wanted);
+            fs::rename(&next, &program)?;
+            mounted.daemon.process().signal(Signal::HUP)?;
+            process = mounted.daemon.wait_for_next(process)?;
+            assert_eq!(runs(process)?, wanted);
+            go_on(reads, 10)?;
+        }
+        Ok(())
+    })?;
+    assert_eq!(mounted.said(TAKEN_OVER), UPGRADES);
+    mounted.end()
+}
+
+#[test]
+fn a_process_without_a_keeper_says_whom_its_end_has_hit() -> Result<()> {
+    for mode in Mode::ALL {
+        let mut mounted = Mounted::start(mode, "estargz", false)?;
+        mounted.check_all()?;
+        mounted.daemon.process().kill()?;
+        mounted.daemon.start_again()?;
+        let told = format!("the mount at {} stands on layers", mounted.root.display());
+        wait_for("the daemon to tell", || {
+            Ok((mounted.said(&told) > 0).then_some(()))
+        })?;
+        assert_eq!(mounted.said(&told), 1);
+        mounted.containerd_is_back()?;
+        // What is mounted from now on works.
+        let dead = mounted.root.clone();
+        mounted.root = mounted.containerd.mount(&mounted.reference, SLUICE)?;
+        mounted.check_all()?;
+        mounted.containerd.unmount(&dead)?;
+        mounted.end()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn cleanup_unmounts_and_says_who_is_in_the_way() -> Result<()> {
+    for mode in Mode::ALL {
+        let mounted = Mounted::start(mode, "estargz", false)?;
+        let cleanup = || -> Result<(bool, String)> {
+            let output = attempt(
+                Command::new(programs::snapshotter()?)
+                    .args(["cleanup", "--root"])
+                    .arg(mounted.daemon.root()),
+            )?;
+            let mut text = String::from_utf8(output.stdout)?;
+            text += &String::from_utf8(output.stderr)?;
+            Ok((output.status.success(), text))
+        };
+        let (done, said) = cleanup()?;
+        ensure!(!done && said.contains("in use by another daemon"), "{said}");
+
+        mounted.daemon.process().kill()?;
+        let before = mount_points(&mounted.daemon.root());
+        let (done, said) = cleanup()?;
+        ensure!(!done, "{said}");
+        let user = format!("used by the overlay at {}", mounted.root.display());
+        let stands_on = match mode {
+            Mode::Erofs => LAYERS,
+            Mode::Fuse => 1,
+        };
+        assert_eq!(said.matches(&user).count(), stands_on, "{said}");
+        let after = mount_points(&mounted.daemon.root());
+        ensure!(after.len() >= stands_on && after.len() <= before.len());
+
+        run(Command::new("umount").arg(&mounted.root))?;
+        let (done, said) = cleanup()?;
+        ensure!(done, "{said}");
+        assert_eq!(
+            said.matches("\nunmounted ").count() + 1,
+            after.len(),
+            "{said}"
+        );
+        assert_eq!(mount_points(&mounted.daemon.root()), [] as [PathBuf; 0]);
+        assert_eq!(cleanup()?, (true, "nothing is mounted\n".to_owned()));
+        drop(mounted.scratch);
+    }
+    Ok(())
+}
