@@ -21,6 +21,13 @@ const LOOK: Duration = Duration::from_millis(500);
 
 /// Runs it.
 pub(crate) async fn run(args: Mount) -> anyhow::Result<ExitCode> {
+    // What goes wrong while the image is mounted has no other way to be told.
+    tracing_subscriber::fmt()
+        .with_max_level(tracing_subscriber::filter::LevelFilter::WARN)
+        .with_writer(io::stderr)
+        .with_ansi(false)
+        .with_target(false)
+        .init();
     let mut stop = Stop::new()?;
     let image = tokio::select! {
         image = mount(&args) => image?,
