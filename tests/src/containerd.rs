@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context as _, Result, bail};
@@ -14,13 +15,14 @@ use crate::daemon::Daemon;
 use crate::scratch::{Process, Scratch};
 
 /// A running containerd.
+#[derive(Clone)]
 pub struct Containerd {
     dir: PathBuf,
     socket: PathBuf,
     namespace: String,
     process: Process,
     scratch: Scratch,
-    mounts: AtomicU32,
+    mounts: Arc<AtomicU32>,
 }
 
 impl Containerd {
@@ -69,7 +71,7 @@ impl Containerd {
                 .replace('.', "-"),
             process,
             scratch: scratch.clone(),
-            mounts: AtomicU32::new(0),
+            mounts: Arc::default(),
         };
         wait_for("containerd", || {
             if !containerd.process.is_running() {
@@ -89,6 +91,15 @@ impl Containerd {
     /// The namespace that the harness works in.
     pub fn namespace(&self) -> &str {
         &self.namespace
+    }
+
+    /// The same, working in a namespace of its own: two images with the same
+    /// chain IDs share no snapshots there.
+    pub fn in_namespace(&self, name: &str) -> Self {
+        Self {
+            namespace: format!("{}-{name}", self.namespace),
+            ..self.clone()
+        }
     }
 
     /// Its own directory.

@@ -14,6 +14,8 @@ use anyhow::{Context as _, Result, bail};
 pub enum Times {
     /// To the second: all that eStargz keeps.
     Seconds,
+    /// To the second, rounded as ctr-remote does.
+    RoundedSeconds,
     /// To the nanosecond.
     Nanoseconds,
 }
@@ -133,14 +135,15 @@ impl Comparison<'_> {
         self.check(path, "owner", &left.uid(), &right.uid());
         self.check(path, "group", &left.gid(), &right.gid());
         self.check(path, "links", &left.nlink(), &right.nlink());
-        let nanoseconds = |meta: &Metadata| match self.times {
-            Times::Seconds => 0,
-            Times::Nanoseconds => meta.mtime_nsec(),
+        let late = (right.mtime(), right.mtime_nsec());
+        let (early, late) = match self.times {
+            Times::Seconds => ((left.mtime(), 0), (late.0, 0)),
+            Times::RoundedSeconds => {
+                let up = i64::from(left.mtime_nsec() >= 500_000_000);
+                ((left.mtime() + up, 0), late)
+            }
+            Times::Nanoseconds => ((left.mtime(), left.mtime_nsec()), late),
         };
-        let (early, late) = (
-            (left.mtime(), nanoseconds(&left)),
-            (right.mtime(), nanoseconds(&right)),
-        );
         self.check(path, "modification time", &early, &late);
         let (left_xattrs, right_xattrs) = (xattrs(a)?, xattrs(b)?);
         self.summary.xattrs += left_xattrs.len() as u64;
