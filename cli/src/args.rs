@@ -82,7 +82,7 @@ pub(crate) struct Convert {
     /// a small read and a larger image [default: 4M].
     #[arg(long, value_name = "N", value_parser = chunk_size)]
     pub(crate) chunk_size: Option<u64>,
-    /// Compression level: 1 to 12 for estargz, 1 to 22 for zstd-chunked [default: 6 and 3].
+    /// Compression level: 1 to 12 for estargz, 1 to 22 for zstd-chunked [default: 5 and 3].
     #[arg(long, value_name = "N")]
     pub(crate) level: Option<i32>,
     /// File that lists, a path a line, what a container reads while it starts. These files come

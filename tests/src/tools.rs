@@ -84,17 +84,34 @@ pub fn convert_with_ctr_remote(
     run(containerd
         .ctr()
         .args(["content", "fetch", "--plain-http", source]))?;
-    let format = match target {
-        Target::Estargz => "--estargz",
-        Target::ZstdChunked => "--zstdchunked",
-    };
-    run(Command::new(ctr_remote()?)
-        .arg("--address")
-        .arg(containerd.socket())
-        .args(["--namespace", containerd.namespace()])
-        .args(["images", "convert", "--oci", format, source, destination]))?;
+    run(&mut ctr_remote_convert(
+        containerd,
+        source,
+        target,
+        destination,
+    )?)?;
     run(containerd
         .ctr()
         .args(["images", "push", "--plain-http", destination]))?;
     Ok(())
+}
+
+/// The conversion alone, of an image whose content containerd has.
+pub fn ctr_remote_convert(
+    containerd: &Containerd,
+    source: &str,
+    target: Target,
+    destination: &str,
+) -> Result<Command> {
+    let format = match target {
+        Target::Estargz => "--estargz",
+        Target::ZstdChunked => "--zstdchunked",
+    };
+    let mut command = Command::new(ctr_remote()?);
+    command
+        .arg("--address")
+        .arg(containerd.socket())
+        .args(["--namespace", containerd.namespace()])
+        .args(["images", "convert", "--oci", format, source, destination]);
+    Ok(command)
 }

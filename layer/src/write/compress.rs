@@ -10,7 +10,9 @@ use crate::Format;
 pub struct UnitCompressor(Kind);
 
 enum Kind {
-    Gzip(Compressor),
+    /// With room for the largest unit so far: fresh room for each would be
+    /// zeroed, and scattered over the heap.
+    Gzip(Compressor, Vec<u8>),
     Zstd(zstd::bulk::Compressor<'static>),
 }
 
@@ -33,7 +35,7 @@ impl UnitCompressor {
             Format::Estargz => {
                 let level = CompressionLvl::new(level)
                     .map_err(|cause| WriteError::Compression(format!("{cause:?}")))?;
-                Kind::Gzip(Compressor::new(level))
+                Kind::Gzip(Compressor::new(level), Vec::new())
             }
             Format::ZstdChunked => Kind::Zstd(zstd::bulk::Compressor::new(level).map_err(failed)?),
         }))
@@ -51,14 +53,15 @@ impl UnitCompressor {
     /// Compresses bytes on their own.
     pub(super) fn bytes(&mut self, raw: &[u8]) -> Result<Vec<u8>, WriteError> {
         match &mut self.0 {
-            Kind::Gzip(compressor) => {
-                let mut out = vec![0; compressor.gzip_compress_bound(raw.len())];
+            Kind::Gzip(compressor, room) => {
+                let bound = compressor.gzip_compress_bound(raw.len());
+                if room.len() < bound {
+                    room.resize(bound, 0);
+                }
                 let size = compressor
-                    .gzip_compress(raw, &mut out)
+                    .gzip_compress(raw, &mut room[..bound])
                     .map_err(|cause| WriteError::Compression(cause.to_string()))?;
-                out.truncate(size);
-                out.shrink_to_fit();
-                Ok(out)
+                Ok(room[..size].to_vec())
             }
             Kind::Zstd(compressor) => compressor.compress(raw).map_err(failed),
         }

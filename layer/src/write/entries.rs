@@ -87,12 +87,21 @@ impl Entries {
         let index = self.entries.len();
         if let Some(before) = self.live.insert(name.clone(), index) {
             let before = &self.entries[before].header;
-            let was_directory = before.kind == Kind::Directory;
-            if was_directory && header.kind == Kind::Directory {
-                header.keep_xattrs_of(before);
-            } else if was_directory {
-                let inside = format!("{name}/");
-                self.live.retain(|name, _| !name.starts_with(&inside));
+            match (before.kind, header.kind) {
+                // Unpacking goes on in the directory that is there.
+                (Kind::Directory, Kind::Directory) => {
+                    for (name, value) in &before.xattrs {
+                        header
+                            .xattrs
+                            .entry(name.clone())
+                            .or_insert_with(|| value.clone());
+                    }
+                }
+                (Kind::Directory, _) => {
+                    let inside = format!("{name}/");
+                    self.live.retain(|name, _| !name.starts_with(&inside));
+                }
+                _ => {}
             }
         }
         let end = self.chunks.len();

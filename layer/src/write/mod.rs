@@ -56,13 +56,14 @@ impl Options {
     /// Chunks of 4 MiB, as other writers make.
     pub const DEFAULT_CHUNK_SIZE: u64 = 4 << 20;
 
-    /// The default level and chunk size of a format.
+    /// The default level and chunk size of a format. The levels are the
+    /// fastest that give no larger layers than stargz-snapshotter's defaults.
     pub fn new(format: Format) -> Self {
         Self {
             format,
             chunk_size: Self::DEFAULT_CHUNK_SIZE,
             level: match format {
-                Format::Estargz => 6,
+                Format::Estargz => 5,
                 Format::ZstdChunked => 3,
             },
         }

@@ -376,6 +376,22 @@ fn the_last_of_a_name_wins_and_a_linked_file_lives_on() {
 }
 
 #[test]
+fn a_directory_twice_keeps_the_attributes_of_both() {
+    let with = |name: &str, value: &str| {
+        let mut directory = header("d", Kind::Directory, 0);
+        directory.xattrs.insert(name.into(), value.into());
+        encode(&directory)
+    };
+    let tar = archive(&[with("user.a", "1"), with("user.b", "2")]);
+    let (blob, tail) = write_layer(&tar, &Options::new(Format::ZstdChunked), &[]).unwrap();
+    let toc = toc(Format::ZstdChunked, &blob, &tail);
+    assert_eq!(toc["entries"].as_array().unwrap().len(), 1);
+    let xattrs = toc["entries"][0]["xattrs"].as_object().unwrap();
+    let names: Vec<&str> = xattrs.keys().map(String::as_str).collect();
+    assert_eq!(names, ["user.a", "user.b"]);
+}
+
+#[test]
 fn tar_split_rebuilds_the_tar() {
     let mut tar = archive(&[
         directory("d/"),
