@@ -21,6 +21,11 @@ const LOOK: Duration = Duration::from_millis(500);
 
 /// Runs it.
 pub(crate) async fn run(args: Mount) -> anyhow::Result<ExitCode> {
+    let mut stop = Stop::new()?;
+    let image = tokio::select! {
+        image = mount(&args) => image?,
+        () = stop.wanted() => bail!("interrupted; nothing is mounted"),
+    };
     // What goes wrong while the image is mounted has no other way to be told.
     tracing_subscriber::fmt()
         .with_max_level(tracing_subscriber::filter::LevelFilter::WARN)
@@ -28,11 +33,6 @@ pub(crate) async fn run(args: Mount) -> anyhow::Result<ExitCode> {
         .with_ansi(false)
         .with_target(false)
         .init();
-    let mut stop = Stop::new()?;
-    let image = tokio::select! {
-        image = mount(&args) => image?,
-        () = stop.wanted() => bail!("interrupted; nothing is mounted"),
-    };
     println!("mounted at {}; Ctrl-C unmounts", image.target().display());
     io::stdout().flush()?;
     let waited = wait(&image, &mut stop).await;
