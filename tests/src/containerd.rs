@@ -3,7 +3,6 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context as _, Result, bail};
@@ -15,14 +14,13 @@ use crate::daemon::Daemon;
 use crate::scratch::{Process, Scratch};
 
 /// A running containerd.
-#[derive(Clone)]
 pub struct Containerd {
     dir: PathBuf,
     socket: PathBuf,
     namespace: String,
     process: Process,
     scratch: Scratch,
-    mounts: Arc<AtomicU32>,
+    mounts: AtomicU32,
 }
 
 impl Containerd {
@@ -71,7 +69,7 @@ impl Containerd {
                 .replace('.', "-"),
             process,
             scratch: scratch.clone(),
-            mounts: Arc::default(),
+            mounts: AtomicU32::new(0),
         };
         wait_for("containerd", || {
             if !containerd.process.is_running() {
@@ -91,15 +89,6 @@ impl Containerd {
     /// The namespace that the harness works in.
     pub fn namespace(&self) -> &str {
         &self.namespace
-    }
-
-    /// The same, working in a namespace of its own: two images with the same
-    /// chain IDs share no snapshots there.
-    pub fn in_namespace(&self, name: &str) -> Self {
-        Self {
-            namespace: format!("{}-{name}", self.namespace),
-            ..self.clone()
-        }
     }
 
     /// Its own directory.

@@ -90,11 +90,7 @@ impl Node {
     /// Pulls lazily and makes sure that it was: with every layer unpacked as
     /// usual all else would hold, too, and prove nothing.
     pub fn pull_lazily(&self, reference: &str, mode: Mode) -> Result<()> {
-        self.pull_lazily_in(&self.containerd, reference, mode)
-    }
-
-    fn pull_lazily_in(&self, namespace: &Containerd, reference: &str, mode: Mode) -> Result<()> {
-        namespace.lazy_pull(reference, snapshotter(mode))?;
+        self.containerd.lazy_pull(reference, snapshotter(mode))?;
         let manifest = self.registry.manifest(reference)?;
         for layer in &manifest.layers {
             let dir = self.layer_dir(mode, &layer.digest.hex());
@@ -128,18 +124,8 @@ impl Node {
 
     /// Pulls lazily and mounts, read-only.
     pub fn mount_lazily(&self, reference: &str, mode: Mode) -> Result<PathBuf> {
-        self.mount_lazily_in(&self.containerd, reference, mode)
-    }
-
-    /// The same, in a namespace of containerd.
-    pub fn mount_lazily_in(
-        &self,
-        namespace: &Containerd,
-        reference: &str,
-        mode: Mode,
-    ) -> Result<PathBuf> {
-        self.pull_lazily_in(namespace, reference, mode)?;
-        namespace
+        self.pull_lazily(reference, mode)?;
+        self.containerd
             .mount(reference, snapshotter(mode))
             .with_context(|| format!("the daemon's log:\n{}", self.daemon(mode).log()))
     }
