@@ -38,6 +38,7 @@ demo: build ## Starts a 300 MB image over a 100 Mbit/s link, ordinarily and lazi
 .PHONY: bench
 bench: demo ## The demo and the benchmarks of benches/
 	cargo run --release --locked -p sluice-benches --bin warm_reads > target/warm_reads.json
+	cargo run --release --locked -p sluice-benches --bin mounting > target/mounting.json
 	cargo run --release --locked -p sluice-benches --bin conversion > target/conversion.json
 
 .PHONY: clean

@@ -1,10 +1,9 @@
 //! How long a layer of many files takes until it is mounted, how many
 //! requests that costs, and how much memory the daemon holds afterwards.
 //!
-//! `cargo build --release -p sluice-cli -p sluice-snapshotter && cargo run
-//! --release -p sluice-benches --bin mounting -- --help`; as root, on a machine
-//! that does nothing else. A table goes to standard error, JSON to standard
-//! output.
+//! `cargo run --release -p sluice-benches --bin mounting -- --help`; as root,
+//! on a machine that does nothing else. A table goes to standard error, JSON to
+//! standard output.
 
 use std::collections::HashMap;
 use std::path::Path;

@@ -48,6 +48,15 @@ impl SourceError {
             retry_after: None,
         }
     }
+
+    /// Nothing that could be used came in all that time.
+    pub(super) fn late(waited: Duration) -> Self {
+        Self {
+            message: format!("the registry did not deliver within {waited:?}"),
+            transient: true,
+            retry_after: None,
+        }
+    }
 }
 
 /// A blob in a registry.

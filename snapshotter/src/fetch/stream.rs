@@ -245,6 +245,17 @@ pub(super) async fn fetch_claimed(layer: &Arc<LazyLayer>, claims: Vec<Claim>, pr
     }
 }
 
+/// The client counts every byte as progress: a registry that breaks off again
+/// and again after a few of them must not hold a reader for ever.
+async fn within<T>(
+    limit: Duration,
+    arrival: impl Future<Output = Result<T, SourceError>>,
+) -> Result<T, SourceError> {
+    tokio::time::timeout(limit, arrival)
+        .await
+        .unwrap_or_else(|_| Err(SourceError::late(limit)))
+}
+
 /// One request for all that is pending. What has arrived is no longer pending,
 /// unless its bytes were wrong the first time.
 async fn attempt(
@@ -255,12 +266,15 @@ async fn attempt(
         return Ok(());
     };
     let end = last.unit().offset + last.unit().size;
-    let mut arriving = Arriving::request(layer, first.unit().offset, end).await?;
+    let limit = layer.engine().config().deadline;
+    let request = Arriving::request(layer, first.unit().offset, end);
+    let mut arriving = within(limit, request).await?;
     let mut decoding = Decoding::new(layer);
     let mut outcome = Ok(());
     while let Some((claim, _)) = pending.front() {
         let unit = claim.unit();
-        let bytes = match arriving.take(unit.offset, unit.offset + unit.size).await {
+        let take = arriving.take(unit.offset, unit.offset + unit.size);
+        let bytes = match within(limit, take).await {
             Ok(bytes) => bytes,
             Err(error) => {
                 outcome = Err(error);
