@@ -80,14 +80,19 @@ impl Claim {
 
     /// Tells everyone who waits. Of a success, the chunks are present already.
     pub(super) fn finish(self, outcome: Outcome) {
+        // Nobody may join a fetch that has ended: a read that follows a failed
+        // one tries again.
+        self.in_flight.0.lock().remove(&self.unit.offset);
         self.outcome.send_replace(Some(outcome));
-        // Dropping takes the unit out of the table.
     }
 }
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        self.in_flight.0.lock().remove(&self.unit.offset);
+        // Once finished, the unit may be somebody else's claim already.
+        if self.outcome.borrow().is_none() {
+            self.in_flight.0.lock().remove(&self.unit.offset);
+        }
     }
 }
 
