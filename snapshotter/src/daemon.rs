@@ -13,6 +13,7 @@ use tokio_util::task::TaskTracker;
 use tonic::transport::Server;
 
 use crate::config::{Config, MountMode};
+use crate::descriptors;
 use crate::fetch;
 use crate::keeper::Keeper;
 use crate::node::{self, Node};
@@ -66,6 +67,7 @@ pub async fn run(
     keeper: Arc<Keeper>,
     stop: impl Future<Output = Stop> + Send,
 ) -> Result<(), Error> {
+    let descriptors = descriptors::raise_limit();
     let root = Root::take(&config.root)?;
     let (socket, listener) = Socket::bind(&config.address)?;
     // Before anything is written: this refuses a root of a newer version.
@@ -80,7 +82,7 @@ pub async fn run(
         node::Mode::Erofs => "erofs",
         node::Mode::Fuse => "fuse",
     };
-    tracing::info!(mode, "layers can be mounted");
+    tracing::info!(mode, descriptors, "layers can be mounted");
     let result = serve_node(&config, &root, store, &node, listener, &keeper, stop).await;
     match result {
         Ok(Stop::End) => node.stop().await,

@@ -4,6 +4,7 @@
 pub mod cleanup;
 pub mod config;
 pub mod daemon;
+pub mod descriptors;
 pub mod erofs;
 pub mod fetch;
 pub mod fuse;

@@ -191,7 +191,7 @@ impl Containerd {
     }
 
     /// The name of an image's topmost snapshot: its chain ID.
-    fn top_snapshot(&self, reference: &str) -> Result<String> {
+    pub fn top_snapshot(&self, reference: &str) -> Result<String> {
         let list = self.ctr_text(&["images", "list", &format!("name=={reference}")])?;
         let digest = list
             .split_whitespace()

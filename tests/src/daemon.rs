@@ -45,6 +45,8 @@ pub struct Options {
     pub supervised: bool,
     /// The program, when it is not the one just built.
     pub program: Option<PathBuf>,
+    /// Its limit of file descriptors, soft and hard, when it is not our own.
+    pub descriptors: Option<(u64, u64)>,
 }
 
 /// A daemon with its own root and socket.
@@ -75,7 +77,14 @@ impl Daemon {
             Some(program) => program.clone(),
             None => crate::programs::snapshotter()?,
         };
-        let mut command = Command::new(program);
+        let mut command = match options.descriptors {
+            Some((soft, hard)) => {
+                let mut limited = Command::new("prlimit");
+                limited.arg(format!("--nofile={soft}:{hard}")).arg(program);
+                limited
+            }
+            None => Command::new(program),
+        };
         if options.supervised {
             command.args(["supervise", "--"]);
         }

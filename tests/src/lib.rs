@@ -9,13 +9,16 @@
 pub mod command;
 pub mod containerd;
 pub mod daemon;
+pub mod figures;
 pub mod image;
 pub mod link;
 pub mod node;
 pub mod programs;
 pub mod proxy;
 pub mod registry;
+pub mod runc;
 pub mod scratch;
+pub mod snapshots;
 pub mod tools;
 pub mod tree;
 
@@ -24,4 +27,6 @@ pub use daemon::Daemon;
 pub use link::Link;
 pub use node::Node;
 pub use registry::Registry;
+pub use runc::Runc;
 pub use scratch::{Process, Scratch};
+pub use snapshots::Snapshots;

@@ -1,5 +1,6 @@
 //! A private registry: Debian's docker-registry.
 
+use std::ffi::OsString;
 use std::fs;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
@@ -25,6 +26,9 @@ pub struct Registry {
     host: String,
     storage: PathBuf,
     process: Process,
+    scratch: Scratch,
+    /// What started it, program first.
+    words: Vec<OsString>,
 }
 
 impl Registry {
@@ -86,19 +90,23 @@ impl Registry {
         let config_file = dir.join("config.yml");
         fs::write(&config_file, config)?;
         command.arg("serve").arg(&config_file);
-        let name = dir.file_name().unwrap_or_default().to_string_lossy();
-        let process = scratch.spawn(&name, command)?;
-        wait_for("the registry", || {
-            if !process.is_running() {
-                bail!("docker-registry ended: {}", process.log());
-            }
-            Ok(TcpStream::connect((address, port)).ok())
-        })?;
+        let words = std::iter::once(command.get_program()).chain(command.get_args());
+        let words = words.map(OsString::from).collect();
         Ok(Self {
+            process: launch(scratch, command, &host)?,
             host,
             storage,
-            process,
+            scratch: scratch.clone(),
+            words,
         })
+    }
+
+    /// Starts it again after a kill, with everything that it had.
+    pub fn start_again(&mut self) -> Result<()> {
+        let mut command = Command::new(&self.words[0]);
+        command.args(&self.words[1..]);
+        self.process = launch(&self.scratch, command, &self.host)?;
+        Ok(())
     }
 
     /// Host and port, as references name it.
@@ -147,6 +155,17 @@ impl Registry {
             .arg(format!("docker://{reference}")))?;
         Ok(reference)
     }
+}
+
+fn launch(scratch: &Scratch, command: Command, host: &str) -> Result<Process> {
+    let process = scratch.spawn(&format!("registry-{}", host.replace(':', "-")), command)?;
+    wait_for("the registry", || {
+        if !process.is_running() {
+            bail!("docker-registry ended: {}", process.log());
+        }
+        Ok(TcpStream::connect(host).ok())
+    })?;
+    Ok(process)
 }
 
 /// A loopback port that was free a moment ago.

@@ -261,13 +261,7 @@ impl Process {
 
     /// Its resident memory in bytes.
     pub fn resident_bytes(&self) -> Result<u64> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.pid))?;
-        let line = status
-            .lines()
-            .find_map(|line| line.strip_prefix("VmRSS:"))
-            .with_context(|| format!("{} has no VmRSS", self.name))?;
-        let kib: u64 = line.trim().trim_end_matches(" kB").trim().parse()?;
-        Ok(kib * 1024)
+        crate::figures::memory(self.pid, "VmRSS")
     }
 
     /// Ends it one way or the other.

@@ -5,9 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// What each crate may depend on within the workspace. `tests` and `benches`
-/// may use anything and nothing uses them, but that benches stand on the
-/// harness.
+/// What each crate may depend on within the workspace. `tests`, `interleavings`
+/// and `benches` may use anything and nothing uses them, but that benches stand
+/// on the harness.
 const CRATES: &[(&str, &[&str])] = &[
     ("oci", &[]),
     ("proto", &[]),
@@ -37,6 +37,8 @@ const CRATES: &[(&str, &[&str])] = &[
             "proto",
         ],
     ),
+    // Compiles the fetch engine anew, with other locks.
+    ("interleavings", &["oci", "layer", "registry", "snapshotter"]),
     (
         "benches",
         &[
@@ -72,9 +74,11 @@ const MODULES: &[(&str, &[&str])] = &[
             "remote",
             "service",
             "keeper",
+            "descriptors",
         ],
     ),
     ("keeper", &["fuse"]),
+    ("descriptors", &[]),
     ("service", &[]),
     ("socket", &[]),
     (
@@ -85,6 +89,7 @@ const MODULES: &[(&str, &[&str])] = &[
         "daemon",
         &[
             "config",
+            "descriptors",
             "keeper",
             "socket",
             "service",

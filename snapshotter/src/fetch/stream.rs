@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
-use tokio::task::JoinSet;
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
+use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::decode::{Arrived, decode_all};
 use super::inflight::Claim;
@@ -111,7 +113,7 @@ pub(super) struct Decoding<'a> {
     layer: &'a Arc<LazyLayer>,
     batch: Vec<Arrived>,
     bytes: usize,
-    jobs: JoinSet<Vec<Claim>>,
+    jobs: FuturesUnordered<JoinHandle<Vec<Claim>>>,
 }
 
 impl<'a> Decoding<'a> {
@@ -120,7 +122,7 @@ impl<'a> Decoding<'a> {
             layer,
             batch: Vec::new(),
             bytes: 0,
-            jobs: JoinSet::new(),
+            jobs: FuturesUnordered::new(),
         }
     }
 
@@ -144,17 +146,17 @@ impl<'a> Decoding<'a> {
         let batch = std::mem::take(&mut self.batch);
         self.bytes = 0;
         let layer = Arc::clone(self.layer);
-        self.jobs.spawn_blocking(move || {
+        self.jobs.push(spawn_blocking(move || {
             let _core = core;
             decode_all(&layer, batch)
-        });
+        }));
     }
 
     /// Waits for all, and returns the units whose bytes were wrong.
     pub(super) async fn finish(mut self) -> Vec<Claim> {
         self.flush().await;
         let mut wrong = Vec::new();
-        while let Some(done) = self.jobs.join_next().await {
+        while let Some(done) = self.jobs.next().await {
             // A job that panicked has dropped its claims, and their waiters
             // try anew.
             wrong.extend(done.unwrap_or_default());

@@ -13,6 +13,7 @@ use super::compile::compile;
 use super::paths::path_of;
 use super::start::{BLOBS, MOUNTS, TREES};
 use super::{Mode, Node, source};
+use crate::descriptors::Seat;
 use crate::erofs::Image;
 use crate::fetch::{Handle, LazyLayer};
 use crate::fuse::blobs::BlobTable;
@@ -33,6 +34,7 @@ pub(super) struct Open {
     mounted: Option<PathBuf>,
     prefetch: Option<Handle>,
     download: Option<Handle>,
+    _seat: Seat,
 }
 
 impl Node {
@@ -48,17 +50,12 @@ impl Node {
         let not_lazy = |reason: String| NotLazy::new(digest, reason);
         let slot = self.slot(digest);
         let mut place = slot.0.lock().await;
-        if place.is_none() {
-            *place = self.load(digest).await.map_err(not_lazy)?;
-        }
-        if place.is_none() {
-            self.make(reference, digest, known)
-                .await
-                .map_err(not_lazy)?;
-            *place = self.load(digest).await.map_err(not_lazy)?;
-        }
-        let Some(open) = place.as_mut() else {
-            return Err(not_lazy("its directory is gone again".to_owned()));
+        let open = match place.take() {
+            Some(open) => place.insert(open),
+            None => {
+                let opened = self.load_or_make(reference, digest, known).await;
+                place.insert(opened.map_err(not_lazy)?)
+            }
         };
         let identity = open.layer.dir().identity();
         if !known.vouches_for(identity.trust, identity.compressed_toc) {
@@ -71,6 +68,35 @@ impl Node {
             open.prefetch = open.layer.prefetch();
         }
         Ok(())
+    }
+
+    async fn load_or_make(
+        &self,
+        reference: &Reference,
+        digest: Digest,
+        known: &Known,
+    ) -> Result<Open, String> {
+        // Before anything is made that could then not be opened.
+        let seat = self.0.seats.take().map_err(|full| full.to_string())?;
+        if let Some(dir) = self.load(digest).await? {
+            return Ok(self.adopt(dir, seat));
+        }
+        self.make(reference, digest, known).await?;
+        let reason = match self.load(digest).await {
+            Ok(Some(dir)) => return Ok(self.adopt(dir, seat)),
+            Ok(None) => "its directory is gone again".to_owned(),
+            Err(error) => error,
+        };
+        // No snapshot refers to it, so that nothing else would remove it.
+        let path = self.layer_path(digest);
+        if let Err(error) = spawn_blocking(move || delete(&path))
+            .await
+            .map_err(io::Error::other)
+            .flatten()
+        {
+            tracing::warn!(layer = %digest, "its directory stays until the next start: {error}");
+        }
+        Err(reason)
     }
 
     async fn make(
@@ -105,7 +131,7 @@ impl Node {
 
     /// Opens the layer's directory, if there is one. A damaged one is removed,
     /// to be made again.
-    async fn load(&self, digest: Digest) -> Result<Option<Open>, String> {
+    async fn load(&self, digest: Digest) -> Result<Option<LayerDir>, String> {
         let path = self.layer_path(digest);
         let opened = spawn_blocking(move || match LayerDir::open(&path, digest) {
             Ok(dir) => Ok(Some(dir)),
@@ -116,11 +142,10 @@ impl Node {
             }
             Err(error) => Err(error.to_string()),
         });
-        let dir = opened.await.map_err(|error| error.to_string())??;
-        Ok(dir.map(|dir| self.adopt(dir)))
+        opened.await.map_err(|error| error.to_string())?
     }
 
-    fn adopt(&self, dir: LayerDir) -> Open {
+    fn adopt(&self, dir: LayerDir, seat: Seat) -> Open {
         let identity = dir.identity().clone();
         let source = source(&self.0.remote, &identity.reference, identity.digest);
         let meta = dir.meta_path();
@@ -137,6 +162,7 @@ impl Node {
             mounted: None,
             prefetch: None,
             download: None,
+            _seat: seat,
         }
     }
 
@@ -145,10 +171,11 @@ impl Node {
         let slot = self.slot(digest);
         let mut place = slot.0.lock().await;
         if place.is_none() {
-            *place = self
-                .load(digest)
-                .await
-                .map_err(|error| MountError::failed(digest, error))?;
+            let seat = self.0.seats.take();
+            let seat = seat.map_err(|full| MountError::failed(digest, full))?;
+            let dir = self.load(digest).await;
+            let dir = dir.map_err(|error| MountError::failed(digest, error))?;
+            *place = dir.map(|dir| self.adopt(dir, seat));
         }
         let Some(open) = place.as_mut() else {
             drop(place);
@@ -184,13 +211,14 @@ impl Node {
     /// which it may have shown the tree.
     pub(super) fn resume(
         &self,
-        dir: LayerDir,
+        digest: Digest,
         mounted: Option<PathBuf>,
         tree: bool,
-    ) -> Result<(), crate::erofs::Error> {
-        let digest = dir.identity().digest;
+    ) -> Result<(), Box<dyn std::error::Error>> {
+        let seat = self.0.seats.take()?;
+        let dir = LayerDir::open(&self.layer_path(digest), digest)?;
         let meta = dir.meta_path();
-        let mut open = self.adopt(dir);
+        let mut open = self.adopt(dir, seat);
         if tree {
             self.insert_tree(&open.layer, Image::open(&meta)?);
         }

@@ -170,14 +170,8 @@ impl Node {
                 continue;
             }
             let digest = identity.digest;
-            let dir = match LayerDir::open(&self.layer_path(digest), digest) {
-                Ok(dir) => dir,
-                Err(error) => {
-                    tracing::error!(layer = %digest, "its readers get an error: {error}");
-                    continue;
-                }
-            };
-            if let Err(error) = self.resume(dir, erofs.then_some(target), left.trees.is_some()) {
+            let mounted = erofs.then_some(target);
+            if let Err(error) = self.resume(digest, mounted, left.trees.is_some()) {
                 tracing::error!(layer = %digest, "its readers get an error: {error}");
             }
         }

@@ -28,6 +28,7 @@ use parking_lot::Mutex;
 use sluice_oci::{Digest, Reference};
 use tokio::sync::Semaphore;
 
+use crate::descriptors::Seats;
 use crate::fetch::{self, Engine};
 use crate::fuse::blobs::BlobTable;
 use crate::fuse::{self, SessionError, TreeTable};
@@ -119,6 +120,7 @@ struct Inner {
     /// The node's own, and one that a process in the other mode left.
     sessions: Mutex<Vec<(Mode, fuse::Session)>>,
     numbers: Numbers,
+    seats: Seats,
     opening: Semaphore,
 }
 

@@ -14,6 +14,7 @@ use tokio::sync::Semaphore;
 
 use super::left::{self, Left, Numbers, clear, tidy};
 use super::{Config, Inner, Mode, Node, StartError, memory};
+use crate::descriptors::Seats;
 use crate::fetch::Engine;
 use crate::fuse::blobs::{BlobTable, Blobs};
 use crate::fuse::tree::Trees;
@@ -75,6 +76,7 @@ impl Node {
             slots: Mutex::new(HashMap::new()),
             sessions: Mutex::default(),
             numbers: Numbers::load(root, &layers)?,
+            seats: Seats::new(config.fetch.connections),
             opening: Semaphore::new(config.opening.max(1)),
             mode,
             blobs: BlobTable::new(),
