@@ -69,6 +69,14 @@ impl Known {
         })
     }
 
+    /// Of a layer whose TOC was verified against `trust` before.
+    pub fn trusted(trust: TocTrust) -> Self {
+        Self {
+            annotations: LayerAnnotations::trusting(trust),
+            size: None,
+        }
+    }
+
     /// What the TOC has to match. The digest of the uncompressed TOC goes
     /// first, for it is the one that containerd's labels carry: the layer is
     /// then known by the same digest however it is asked for.
