@@ -19,6 +19,7 @@ pub mod registry;
 pub mod runc;
 pub mod scratch;
 pub mod snapshots;
+pub mod soak;
 pub mod tools;
 pub mod tree;
 

@@ -2,9 +2,11 @@
 
 use std::collections::HashMap;
 use std::ffi::CString;
+use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context as _, Result, bail, ensure};
+use futures_util::{TryStreamExt as _, stream};
 use hyper_util::rt::TokioIo;
 use rustix::mount::MountFlags;
 use sluice_oci::Descriptor;
@@ -52,8 +54,26 @@ impl Snapshots {
         Ok(answer.into_inner().mounts)
     }
 
-    /// Has a layer served lazily under `name`, as the lowest of its image.
-    pub async fn serve(&self, name: &str, reference: &str, layer: &Descriptor) -> Result<()> {
+    /// Writable snapshots over one parent, their numbers as keys: many at once,
+    /// which share the daemon's transactions.
+    pub async fn prepare_many(&self, parent: &str, numbers: Range<usize>) -> Result<()> {
+        stream::iter(numbers.map(Ok))
+            .try_for_each_concurrent(256, |number| async move {
+                self.prepare(&number.to_string(), parent).await?;
+                Ok(())
+            })
+            .await
+    }
+
+    /// Has a layer served lazily under `name`, over a committed snapshot or
+    /// over nothing ("").
+    pub async fn serve(
+        &self,
+        name: &str,
+        parent: &str,
+        reference: &str,
+        layer: &Descriptor,
+    ) -> Result<()> {
         let digest = layer.digest.to_string();
         let mut labels = HashMap::from([
             (format!("{PREFIX}.ref"), name.to_owned()),
@@ -66,6 +86,7 @@ impl Snapshots {
         labels.extend(passed_on.map(|(name, value)| (name.clone(), value.clone())));
         let request = PrepareSnapshotRequest {
             key: format!("extract {name}"),
+            parent: parent.to_owned(),
             labels,
             ..Default::default()
         };

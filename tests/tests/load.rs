@@ -236,7 +236,7 @@ fn thousands_of_readers_wait_within_the_memory_budget_and_all_are_answered() -> 
         runtime.block_on(async {
             let client = Snapshots::connect(&daemon).await?;
             client
-                .serve("layer", &proxy.reference("many:1"), &layer)
+                .serve("layer", "", &proxy.reference("many:1"), &layer)
                 .await?;
             snapshots::mount(&client.prepare("container", "layer").await?, &dir)
         })?;
@@ -342,18 +342,7 @@ async fn cost_among(
     process: u32,
     numbers: std::ops::Range<usize>,
 ) -> Result<Work> {
-    // Many at once share transactions.
-    let mut made = tokio::task::JoinSet::new();
-    for number in numbers {
-        let client = client.clone();
-        made.spawn(async move { client.prepare(&format!("{number}"), "parent").await });
-        if made.len() == 256 {
-            made.join_next().await.context("there are some")???;
-        }
-    }
-    while let Some(done) = made.join_next().await {
-        done??;
-    }
+    client.prepare_many("parent", numbers).await?;
     let mut least: Option<Work> = None;
     for round in 0..ROUNDS {
         let before = Work::of(process)?;
@@ -410,7 +399,7 @@ fn at_the_limit_of_descriptors_the_next_layer_is_refused_and_all_others_work() -
         let mut opened = Vec::new();
         for (number, layer) in layers.iter().enumerate() {
             let name = format!("layer-{number}");
-            match client.serve(&name, &reference, layer).await {
+            match client.serve(&name, "", &reference, layer).await {
                 Ok(()) => served = number + 1,
                 Err(_) => break,
             }
@@ -448,7 +437,9 @@ fn at_the_limit_of_descriptors_the_next_layer_is_refused_and_all_others_work() -
         rustix::mount::unmount(&dir, rustix::mount::UnmountFlags::empty())?;
         client.remove("use-0").await?;
         client.remove("layer-0").await?;
-        client.serve("again", &reference, &layers[served]).await?;
+        client
+            .serve("again", "", &reference, &layers[served])
+            .await?;
         ensure!(on_disk()? == served, "{} layers are there", on_disk()?);
         Ok(())
     })
