@@ -212,6 +212,7 @@ impl LayerDir {
         let _storing = self.storing.read();
         self.data.write_all_at(bytes, record.data_offset)?;
         self.present.insert(chunk);
+        self.claimed.remove(chunk);
         Ok(())
     }
 
