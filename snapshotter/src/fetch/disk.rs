@@ -63,6 +63,10 @@ impl LazyLayer {
 
     /// The disk has not given back a part of `data`: it is fetched again.
     pub(super) fn unreadable(&self, offset: u64, len: u64, error: &io::Error) {
+        // Of a file that was cut short, more than this is gone.
+        if error.kind() == io::ErrorKind::UnexpectedEof && self.dir.restore().is_ok() {
+            return;
+        }
         let mut first = false;
         for chunk in self.dir.chunks().overlapping(offset, len) {
             self.dir.take_back(chunk);
