@@ -11,6 +11,7 @@ pub mod containerd;
 pub mod daemon;
 pub mod figures;
 pub mod image;
+pub mod kernel;
 pub mod link;
 pub mod node;
 pub mod programs;

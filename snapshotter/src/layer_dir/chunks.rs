@@ -34,6 +34,11 @@ pub(super) const STARTS_FILE: u32 = 1;
 pub struct ChunkId(pub(super) u32);
 
 impl ChunkId {
+    #[cfg(test)]
+    pub(crate) fn at(position: u32) -> Self {
+        Self(position)
+    }
+
     /// The position.
     pub fn index(self) -> usize {
         self.0 as usize

@@ -18,6 +18,10 @@ pub(super) enum Error {
     Toc(#[from] remote::Error),
     #[error("{0}")]
     Directory(#[from] layer_dir::Error),
+    #[error("cannot note its number: {0}")]
+    Number(#[source] io::Error),
+    #[error("compiling its table of contents failed; see the log")]
+    Panicked,
 }
 
 /// Verifies and parses the TOC and makes the layer's directory. Blocks, and

@@ -55,6 +55,8 @@ impl Node {
                 make_directory(&path)?;
             }
         }
+        // Also where no attempt follows.
+        mount::erofs::clear_probe(root).map_err(failed(&root.join(mount::erofs::PROBE)))?;
         let mode = match config.mode {
             Some(Mode::Fuse) => Mode::Fuse,
             wanted => match mount::erofs::probe(root) {

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use sluice_layer::annotations::AnnotationError;
 use sluice_layer::{FooterError, LayerAnnotations, Limits, TocError, TocTrust};
 use sluice_oci::{Digest, Reference};
-use sluice_registry::Client;
+use sluice_registry::{Client, ErrorKind};
 
 pub use images::{ImageLayer, Images};
 pub use toc::FetchedToc;
@@ -40,6 +40,27 @@ pub enum Error {
     /// The registry told no size.
     #[error("the registry does not tell the blob's size")]
     NoSize,
+}
+
+impl Error {
+    /// Whether this is what comes of an annotation that says where the TOC is
+    /// and is wrong.
+    pub fn is_misplaced(&self) -> bool {
+        match self {
+            Self::Registry(error) => matches!(
+                error.kind(),
+                ErrorKind::RangeNotSatisfiable | ErrorKind::Protocol
+            ),
+            Self::Toc(error) => matches!(
+                error,
+                TocError::Digest { .. }
+                    | TocError::Size { .. }
+                    | TocError::Compression { .. }
+                    | TocError::TooLarge { .. }
+            ),
+            _ => false,
+        }
+    }
 }
 
 /// The registry side of the node: manifests and TOCs.
@@ -75,6 +96,16 @@ impl Known {
             annotations: LayerAnnotations::trusting(trust),
             size: None,
         }
+    }
+
+    /// The same without anything that says where the TOC is, so that the
+    /// footer is read; none if nothing says.
+    pub fn without_position(&self) -> Option<Self> {
+        let annotations = self.annotations.without_position();
+        (annotations != self.annotations).then_some(Self {
+            annotations,
+            size: self.size,
+        })
     }
 
     /// What the TOC has to match. The digest of the uncompressed TOC goes
