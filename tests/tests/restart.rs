@@ -193,9 +193,9 @@ fn a_hundred_layers_are_served_again_without_the_registry_and_bad_ones_fail_alon
         )?;
         let log = mounted.daemon.log().split_off(logged);
         for &layer in &bad {
-            let digest = layers[layer].digest.to_string();
-            let said = log.lines().any(|line| line.contains(&digest));
-            ensure!(said, "nothing was said of layer {layer}, {digest}:\n{log}");
+            let hex = layers[layer].digest.hex();
+            let said = log.lines().any(|line| line.contains(&hex));
+            ensure!(said, "nothing was said of layer {layer}, {hex}:\n{log}");
         }
         // What nobody has read yet cannot come, and says so.
         let read = mounted.read(1, UNREAD);

@@ -299,10 +299,14 @@ impl Node {
         let meta = layer.dir().meta_path();
         spawn_blocking(move || {
             match fs::create_dir(&target) {
+                Ok(()) => {}
                 Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
                     return Err(error.into());
                 }
-                _ => {}
+                // A layer that could not be opened when a former process was
+                // gone on with, and was mended: its mount works again.
+                Err(_) if is_mounted(&target)? => return Ok(target),
+                Err(_) => {}
             }
             mount::erofs::mount(&meta, &data, &target, options)?;
             Ok(target)
@@ -462,6 +466,11 @@ impl Open {
             persist(self.layer).await;
         }
     }
+}
+
+fn is_mounted(target: &Path) -> Result<bool, mount::Error> {
+    let mounts = mount::mounts_below(target)?;
+    Ok(mounts.iter().any(|mount| mount.target == target))
 }
 
 /// Unmounts a layer's mount point and removes it. A mount that something

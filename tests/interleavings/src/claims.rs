@@ -6,7 +6,7 @@ use parking_lot::Mutex;
 use sluice_layer::Unit;
 use tokio::task::JoinHandle;
 
-use crate::fetch::FetchError;
+use crate::fetch::{FetchError, Unstored};
 
 #[path = "../../../snapshotter/src/fetch/inflight.rs"]
 #[allow(dead_code, reason = "not everything of it is wanted here")]
@@ -44,7 +44,7 @@ impl World {
         assert!(!self.has(unit), "fetched though it is present");
         self.fetched.lock().push(unit.offset);
         self.present.lock().push(unit.offset);
-        claim.finish(Ok(()));
+        claim.finish(Ok(Unstored::default()));
     }
 
     /// Reads until everything is there. `give_up` says which claims are
@@ -66,7 +66,7 @@ impl World {
             }
             for waiter in waiters {
                 match waiter.wait().await {
-                    Ok(outcome) => outcome.expect("nothing fails"),
+                    Ok(outcome) => drop(outcome.expect("nothing fails")),
                     Err(Abandoned) => {}
                 }
             }

@@ -194,7 +194,7 @@ impl Origin {
         };
         for (file, reader) in readers {
             match reader.await.expect("no reader panics") {
-                Ok(()) => self.check(&run.layer, file),
+                Ok(_) => self.check(&run.layer, file),
                 Err(FetchError::Closed) => {}
                 Err(error) => panic!("{error}"),
             }

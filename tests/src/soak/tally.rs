@@ -40,6 +40,13 @@ impl Tally {
         self.next_id.fetch_add(1, Ordering::Relaxed)
     }
 
+    /// What the proxy has done so far, and further times that it was away.
+    pub(super) fn note_faults(&self, struck: &BTreeMap<&'static str, u64>, outages: u64) {
+        let mut faults = self.faults.lock().unwrap_or_else(PoisonError::into_inner);
+        faults.extend(struck);
+        *faults.entry("outage").or_default() += outages;
+    }
+
     pub(super) fn fail(&self, what: String) {
         let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
         failures.push(what);

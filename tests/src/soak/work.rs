@@ -145,6 +145,7 @@ impl Soak {
     /// One fault of the network after the other, with good times in between.
     pub(super) fn break_the_network(&self) -> Result<()> {
         let mut chance = Chance(0x5eed);
+        let mut outages = 0;
         while self.goes_on() {
             let times = 1 + chance.below(3);
             let fault = match chance.below(8) {
@@ -159,24 +160,17 @@ impl Soak {
                     self.proxy.down();
                     std::thread::sleep(chance.pause(100, 1_000));
                     self.proxy.up()?;
+                    outages += 1;
                     continue;
                 }
             };
             self.proxy
                 .schedule(Rule::new(fault).on("/blobs/").ranged().times(times));
             std::thread::sleep(chance.pause(200, 1_500));
-            self.note_faults();
             self.proxy.heal();
         }
-        self.note_faults();
+        self.tally.note_faults(&self.proxy.struck(), outages);
         Ok(())
-    }
-
-    fn note_faults(&self) {
-        let mut faults = self.tally.faults.lock().expect("no worker panics");
-        for (name, times) in self.proxy.struck() {
-            faults.insert(name, times);
-        }
     }
 
     /// Kills a daemon again and again, or has it replaced in good order.
