@@ -90,16 +90,37 @@ impl Node {
             .numbers
             .take()
             .map_err(|error| format!("cannot note its number: {error}"))?;
-        let node = self.clone();
-        let reference = reference.clone();
-        let compiled = spawn_blocking(move || {
-            let layers = node.layers_dir();
-            compile(&layers, &node.0.remote, fetched, digest, &reference, number)
-        });
-        match compiled.await {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) => Err(error.to_string()),
-            Err(_) => Err("compiling its table of contents failed; see the log".to_owned()),
+        let fetched = Arc::new(fetched);
+        let budget = self.0.remote.budget();
+        let mut wanted = fetched.likely_memory();
+        loop {
+            let memory = budget
+                .read(wanted)
+                .await
+                .map_err(|error| error.to_string())?;
+            let whole = memory.is_whole();
+            let (node, fetched) = (self.clone(), Arc::clone(&fetched));
+            let reference = reference.clone();
+            let compiled = spawn_blocking(move || {
+                let (layers, remote) = (node.layers_dir(), &node.0.remote);
+                // Held to the end, also when nobody waits for it any more.
+                let memory = memory;
+                compile(
+                    &layers, remote, &fetched, &memory, digest, &reference, number,
+                )
+            });
+            return match compiled.await {
+                Ok(Ok(())) => Ok(()),
+                Ok(Err(error)) if error.needs_more_memory() && !whole => {
+                    wanted = u64::MAX;
+                    continue;
+                }
+                Ok(Err(error)) if error.needs_more_memory() => {
+                    Err(format!("{error}; raise toc_memory_mib in section [fetch]"))
+                }
+                Ok(Err(error)) => Err(error.to_string()),
+                Err(_) => Err("compiling its table of contents failed; see the log".to_owned()),
+            };
         }
     }
 
