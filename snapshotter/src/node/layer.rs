@@ -93,7 +93,10 @@ impl Node {
             }
             made => made,
         };
-        made.map_err(|error| error.to_string())
+        made.map_err(|error| match error.needs_more_memory() {
+            true => format!("{error}; raise toc_memory_mib in section [fetch]"),
+            false => error.to_string(),
+        })
     }
 
     async fn make_once(
@@ -104,15 +107,27 @@ impl Node {
     ) -> Result<(), compile::Error> {
         let fetched = self.0.remote.fetch_toc(reference, digest, known).await?;
         let number = self.0.numbers.take().map_err(compile::Error::Number)?;
-        let node = self.clone();
-        let reference = reference.clone();
-        let compiled = spawn_blocking(move || {
-            let layers = node.layers_dir();
-            compile(&layers, &node.0.remote, fetched, digest, &reference, number)
-        });
-        compiled
-            .await
-            .unwrap_or(Err(compile::Error::Panicked))
+        let fetched = Arc::new(fetched);
+        let budget = self.0.remote.budget();
+        let mut wanted = fetched.likely_memory();
+        loop {
+            let memory = budget.read(wanted).await?;
+            let whole = memory.is_whole();
+            let (node, fetched) = (self.clone(), Arc::clone(&fetched));
+            let reference = reference.clone();
+            let compiled = spawn_blocking(move || {
+                let (layers, remote) = (node.layers_dir(), &node.0.remote);
+                // Held to the end, also when nobody waits for it any more.
+                let memory = memory;
+                compile(
+                    &layers, remote, &fetched, &memory, digest, &reference, number,
+                )
+            });
+            match compiled.await.unwrap_or(Err(compile::Error::Panicked)) {
+                Err(error) if error.needs_more_memory() && !whole => wanted = u64::MAX,
+                done => return done,
+            }
+        }
     }
 
     /// Opens the layer's directory, if there is one. A damaged one is removed,
