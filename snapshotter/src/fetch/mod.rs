@@ -23,7 +23,7 @@ use std::sync::Arc;
 use sluice_oci::Digest;
 
 pub use admission::{Admission, Permit, Priority};
-pub use ahead::Handle;
+pub use ahead::{Handle, Plan};
 pub use engine::{Config, Engine};
 pub use layer::{LazyLayer, PathOf};
 pub use link::Link;

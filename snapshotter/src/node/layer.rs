@@ -14,7 +14,7 @@ use super::paths::path_of;
 use super::start::{BLOBS, MOUNTS, TREES};
 use super::{Mode, Node, source};
 use crate::erofs::Image;
-use crate::fetch::{Handle, LazyLayer};
+use crate::fetch::{Handle, LazyLayer, Plan};
 use crate::fuse::blobs::BlobTable;
 use crate::fuse::{Content, Tree, TreeTable};
 use crate::layer_dir::{LayerDir, TEMPORARY};
@@ -68,7 +68,7 @@ impl Node {
             ));
         }
         if self.0.config.prefetch && open.prefetch.is_none() && !open.layer.dir().is_complete() {
-            open.prefetch = open.layer.prefetch();
+            open.prefetch = open.layer.prefetch(Plan::Landmark);
         }
         Ok(())
     }
@@ -172,7 +172,7 @@ impl Node {
     fn fetch_ahead(&self, open: &mut Open) {
         if !open.layer.dir().is_complete() {
             if self.0.config.prefetch && open.prefetch.is_none() {
-                open.prefetch = open.layer.prefetch();
+                open.prefetch = open.layer.prefetch(Plan::Landmark);
             }
             if let (Some(delay), None) = (self.0.config.background, &open.download) {
                 open.download = Some(open.layer.download(delay));
