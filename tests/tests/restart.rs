@@ -11,7 +11,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use sluice_oci::Descriptor;
 use sluice_tests::command::{run, wait_for};
 use sluice_tests::daemon::{Mode, Options};
-use sluice_tests::figures::{self, Figures};
+use sluice_tests::figures::Figures;
 use sluice_tests::image::{self, Compression, LayoutWriter, Meta, Noise, Tarball};
 use sluice_tests::{Daemon, Registry, Scratch, Snapshots, programs, snapshots};
 

@@ -32,6 +32,7 @@ struct FakeState {
     requests: Vec<LayerRequest>,
     /// What the last call to make room was told.
     in_use: Option<HashSet<Digest>>,
+    starts: Vec<ImageUse>,
 }
 
 impl Fake {
@@ -94,6 +95,10 @@ impl LazyLayers for Fake {
         let directory = self.directory(layer);
         fs::create_dir_all(&directory).unwrap();
         Ok(directory)
+    }
+
+    async fn starts(&self, image: ImageUse) {
+        self.state.lock().starts.push(image);
     }
 
     async fn remove(&self, layer: Digest) -> Result<(), MountError> {

@@ -7,13 +7,16 @@
 //! schedules. It panics when something is wrong, and shuttle does when nobody
 //! can go on.
 
+// The tests within the engine's sources are for tokio.
+#![cfg(not(test))]
+
 pub mod budget;
 pub mod claims;
 #[path = "../../../snapshotter/src/fetch/mod.rs"]
 pub mod fetch;
 pub mod layers;
 #[path = "../../../snapshotter/src/sample/mod.rs"]
-#[allow(dead_code, reason = "not everything of it is wanted here")]
+#[allow(dead_code, unused_imports, reason = "not everything of it is wanted here")]
 mod sample;
 
 // What the engine uses of the rest of the crate is the real thing.
