@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
+use rustix::fs::Advice;
 use rustix::process::{Pid, Signal, kill_process};
 use sluice_oci::Descriptor;
 use sluice_tests::command::{run, wait_for};
@@ -78,6 +79,8 @@ impl Mounted {
         let failed = || format!("reading {}; {}", path.display(), self.daemon.log());
         let mut read = Vec::new();
         let mut open = File::open(&path).with_context(failed)?;
+        // From the daemon, not from what the kernel has of it.
+        rustix::fs::fadvise(&open, 0, None, Advice::DontNeed).with_context(failed)?;
         open.read_to_end(&mut read).with_context(failed)?;
         ensure!(read == content(layer, file)?, "{} is wrong", path.display());
         Ok(())
@@ -104,12 +107,14 @@ impl Mounted {
             )?,
         }
         self.daemon.wait_for_next(process)?;
-        let ready = clock.elapsed();
+        let mut first = None;
         for layer in layers {
             self.read(layer, READ)?;
+            first.get_or_insert_with(|| clock.elapsed());
         }
         println!(
-            "{signal:?}: ready after {ready:.0?}, all read after {:.0?}",
+            "{signal:?}: the first layer answers after {:.0?}, all have after {:.0?}",
+            first.unwrap_or_default(),
             clock.elapsed()
         );
         Ok(())
@@ -135,10 +140,12 @@ fn a_hundred_layers_are_served_again_without_the_registry_and_bad_ones_fail_alon
             daemon: Daemon::start(&scratch, &options)?,
             roots: Vec::new(),
         };
+        let client = runtime.block_on(Snapshots::connect(&mounted.daemon))?;
+        // Once it has answered something, it has started.
+        runtime.block_on(client.prepare("first", ""))?;
         let idle = mounted.figures()?;
         println!("idle: {idle}");
         ensure!(idle.memory <= MEMORY_IDLE, "{idle}");
-        let client = runtime.block_on(Snapshots::connect(&mounted.daemon))?;
         let reference = registry.reference("layers:1");
         for (number, part) in layers.chunks(LAYERS_A_MOUNT).enumerate() {
             let root = scratch.dir(&format!("{}-{number}", mode.name()))?;
@@ -162,7 +169,7 @@ fn a_hundred_layers_are_served_again_without_the_registry_and_bad_ones_fail_alon
         let memory = full.memory.saturating_sub(idle.memory) / LAYERS as u64;
         ensure!(memory <= MEMORY_A_LAYER, "{memory} bytes a layer");
         // And the connections to containerd and to the registry.
-        let descriptors = full.descriptors.saturating_sub(idle.descriptors + 24) / LAYERS;
+        let descriptors = full.descriptors.saturating_sub(idle.descriptors + 16) / LAYERS;
         ensure!(descriptors <= DESCRIPTORS_A_LAYER, "{full}");
 
         registry.process().kill()?;
@@ -171,10 +178,7 @@ fn a_hundred_layers_are_served_again_without_the_registry_and_bad_ones_fail_alon
         mounted.restart(Signal::KILL, 0..LAYERS)?;
         let again = mounted.figures()?;
         println!("mounted again: {again}");
-        ensure!(
-            again.mounts == full.mounts && again.inodes == full.inodes,
-            "{again}, not {full}"
-        );
+        ensure!(again.mounts == full.mounts, "{again}, not {full}");
 
         // One layer of each mount damaged, each in another file.
         let files = ["chunks", "meta.erofs", "data", "present"];

@@ -217,6 +217,15 @@ impl Soak {
                 self.discard(id, snapshotter(mode))?;
             }
         }
+        for mode in Mode::ALL {
+            // Views whose mount was interrupted; they keep their layers.
+            let list = ["snapshots", "--snapshotter", snapshotter(mode), "list"];
+            let list = self.containerd.ctr_text(&list)?;
+            let keys = list.lines().filter_map(|line| line.split(' ').next());
+            for key in keys.filter(|key| key.starts_with('/')) {
+                self.discard(key, snapshotter(mode))?;
+            }
+        }
         wait_for("nothing to be left", || {
             // Every removal makes containerd look for what is left over.
             let _ = self.containerd.forget_images();
