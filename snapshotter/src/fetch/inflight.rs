@@ -55,6 +55,11 @@ impl InFlight {
         (claims, waiters)
     }
 
+    /// Whether anybody fetches the unit.
+    pub(super) fn contains(&self, unit: Unit) -> bool {
+        self.0.lock().contains_key(&unit.offset)
+    }
+
     /// Takes on a unit that is neither present nor being fetched.
     pub(super) fn claim(&self, unit: Unit, present: impl Fn(Unit) -> bool) -> Option<Claim> {
         let mut map = self.0.lock();
@@ -76,6 +81,12 @@ impl InFlight {
 impl Claim {
     pub(super) fn unit(&self) -> Unit {
         self.unit
+    }
+
+    /// Whether anybody waits for it.
+    pub(super) fn is_awaited(&self) -> bool {
+        // One receiver is the table's.
+        self.outcome.receiver_count() > 1
     }
 
     /// Tells everyone who waits. Of a success, the chunks are present already.

@@ -12,8 +12,11 @@ mod engine;
 mod inflight;
 mod layer;
 mod link;
+mod pace;
 mod plan;
+mod prefetch;
 mod readahead;
+mod reads;
 mod source;
 mod stream;
 
@@ -23,10 +26,11 @@ use std::sync::Arc;
 use sluice_oci::Digest;
 
 pub use admission::{Admission, Permit, Priority};
-pub use ahead::{Handle, Plan};
+pub use ahead::Handle;
 pub use engine::{Config, Engine};
 pub use layer::{LazyLayer, PathOf};
 pub use link::Link;
+pub use prefetch::Plan;
 pub use source::{RangeBody, RangeSource, RegistryBlob, SourceError};
 
 /// Why missing bytes could not be made present.
