@@ -38,7 +38,7 @@ const SLACK: Duration = Duration::from_millis(10);
 const LEAST_OUTSTANDING: u64 = 128 << 10;
 
 /// Round-trip time and bandwidth to one host.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Link {
     state: Mutex<State>,
     pace: Pace,
@@ -61,15 +61,6 @@ struct State {
 struct Sample {
     since: Instant,
     bytes: u64,
-}
-
-impl Default for Link {
-    fn default() -> Self {
-        Self {
-            state: Mutex::default(),
-            pace: Pace::default(),
-        }
-    }
 }
 
 impl Link {
