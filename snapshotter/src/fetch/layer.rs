@@ -333,7 +333,13 @@ impl Content for LazyLayer {
         if !complete && !self.dir.has(offset, buffer.len() as u64) {
             return Ok(false);
         }
-        self.dir.read_at(buffer, offset)?;
+        match self.dir.read_at(buffer, offset) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                self.dir.restore()?;
+                return Ok(false);
+            }
+            read => read?,
+        }
         if !complete {
             self.note_read(offset, buffer.len() as u64);
         }
