@@ -62,7 +62,10 @@ async fn manifest(args: &Mount, client: &Client) -> anyhow::Result<Manifest> {
     if !document.is_index() {
         return Ok(document.manifest()?);
     }
-    let platform = args.platform.clone().unwrap_or_else(Platform::of_this_machine);
+    let platform = args
+        .platform
+        .clone()
+        .unwrap_or_else(Platform::of_this_machine);
     let index = document.index()?;
     let chosen = choose(&args.image, &index, &platform)?;
     let reference = args.image.with_digest(chosen.digest);

@@ -60,7 +60,10 @@ async fn interruption() -> anyhow::Result<()> {
 async fn pull(args: &Pull, client: &Client, node: &Arc<Node>) -> anyhow::Result<()> {
     let started = Instant::now();
     node.check_snapshotter(&args.snapshotter).await?;
-    let platform = args.platform.clone().unwrap_or_else(Platform::of_this_machine);
+    let platform = args
+        .platform
+        .clone()
+        .unwrap_or_else(Platform::of_this_machine);
     let image = image::fetch(node, client, &args.image, &platform).await?;
     let image = Arc::new(image);
     let report = Report::default();

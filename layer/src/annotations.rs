@@ -205,7 +205,9 @@ pub(crate) fn toc_position(format: Format, offset: u64, compressed: usize, size:
 fn toc_hint(value: &str) -> Option<TocLocation> {
     HINTED.iter().find_map(|(format, prefix)| {
         let [offset, compressed_size, size] = numbers(value.strip_prefix(prefix)?)?;
-        offset.checked_add(compressed_size).filter(|_| compressed_size > 0)?;
+        offset
+            .checked_add(compressed_size)
+            .filter(|_| compressed_size > 0)?;
         Some(TocLocation {
             format: *format,
             offset,

@@ -139,7 +139,13 @@ mod tests {
             assert_eq!(platform(text).to_string(), text);
         }
         let bad = [
-            "", "linux", "linux/", "/amd64", "a/b/", "a/b/c/d", "linux/am d64",
+            "",
+            "linux",
+            "linux/",
+            "/amd64",
+            "a/b/",
+            "a/b/c/d",
+            "linux/am d64",
         ];
         for text in bad {
             let error = text.parse::<Platform>().unwrap_err().to_string();

@@ -61,7 +61,8 @@ pub fn refusal_in_one_line(command: &mut Command, parts: &[&str]) -> Result<Stri
         "{shown} ended with {}:\n{said}",
         output.status
     );
-    let is_error = |line: &&str| line.starts_with("sluice: ") || line.starts_with("sluice-snapshotter: ");
+    let is_error =
+        |line: &&str| line.starts_with("sluice: ") || line.starts_with("sluice-snapshotter: ");
     let line = said.lines().next_back().unwrap_or_default();
     ensure!(
         is_error(&line) && said.lines().filter(is_error).count() == 1,

@@ -193,7 +193,10 @@ fn a_machine_without_fuse_or_file_backed_erofs() -> Result<()> {
     let rooted: &[&str] = &["--root", &root.display().to_string()];
     let before = mounts_below(rig.scratch.path())?;
     let clean = || -> Result<()> {
-        ensure!(mounts_below(rig.scratch.path())? == before, "a mount is left");
+        ensure!(
+            mounts_below(rig.scratch.path())? == before,
+            "a mount is left"
+        );
         ensure!(is_empty(&root.join("layers"))?);
         ensure!(!root.join("probe").exists());
         Ok(())
@@ -202,7 +205,12 @@ fn a_machine_without_fuse_or_file_backed_erofs() -> Result<()> {
     refusal_in_one_line(&mut without_fuse(&rig.mount(&target, rooted)?), &fuse)?;
     clean()?;
 
-    let remedy: &[&str] = &["erofs", "block devices only", "Linux 6.12", "mode auto or fuse"];
+    let remedy: &[&str] = &[
+        "erofs",
+        "block devices only",
+        "Linux 6.12",
+        "mode auto or fuse",
+    ];
     let by_force = [rooted, &["--mode", "erofs"]].concat();
     let mut command = rig.mount(&target, &by_force)?;
     refusal_in_one_line(without_file_backed_erofs(&mut command), remedy)?;
@@ -230,7 +238,10 @@ fn a_machine_without_fuse_or_file_backed_erofs() -> Result<()> {
         Ok(daemon.log().contains("serving").then_some(()))
     })?;
     let log = daemon.log();
-    ensure!(log.contains("FUSE alone: the kernel mounts EROFS from block"), "{log}");
+    ensure!(
+        log.contains("FUSE alone: the kernel mounts EROFS from block"),
+        "{log}"
+    );
     ensure!(log.contains("mode=\"fuse\""), "{log}");
     daemon.stop()?;
     Ok(())
@@ -257,7 +268,11 @@ fn a_root_that_another_uses_or_a_newer_version_wrote() -> Result<()> {
     let before = fs::read(&chunks)?;
     refusal_in_one_line(
         &mut rig.mount(&target, rooted)?,
-        &[&chunks.display().to_string(), "newer version of Sluice", "remove"],
+        &[
+            &chunks.display().to_string(),
+            "newer version of Sluice",
+            "remove",
+        ],
     )?;
     ensure!(fs::read(&chunks)? == before, "it was touched");
     Ok(())

@@ -75,7 +75,10 @@ fn read_blob(blob: &[u8], annotations: &BTreeMap<String, String>) -> Listing {
         assert_eq!(stated, location);
     }
     if let Some(hint) = annotations.toc_hint() {
-        assert_eq!((hint.format, hint.range()), (location.format, location.range()));
+        assert_eq!(
+            (hint.format, hint.range()),
+            (location.format, location.range())
+        );
     }
     let compressed = location.slice_of(blob, size).unwrap();
     let limits = Limits::default();

@@ -187,9 +187,15 @@ fn regression_what_a_shortened_file_has_lost_is_not_present() {
             dir.restore().unwrap();
         }
         let kept = present(&dir);
-        assert!(!kept.is_empty() && kept.iter().all(|end| *end <= left), "{kept:?}");
+        assert!(
+            !kept.is_empty() && kept.iter().all(|end| *end <= left),
+            "{kept:?}"
+        );
         assert!(!dir.is_complete());
-        assert_eq!(fs::metadata(dir.data_path()).unwrap().len(), dir.identity().data_size);
+        assert_eq!(
+            fs::metadata(dir.data_path()).unwrap().len(),
+            dir.identity().data_size
+        );
         // The machine may crash now.
         drop(dir);
         assert_eq!(present(&open()), kept);

@@ -110,9 +110,7 @@ impl Node {
             let layers = node.layers_dir();
             compile(&layers, &node.0.remote, fetched, digest, &reference, number)
         });
-        compiled
-            .await
-            .unwrap_or(Err(compile::Error::Panicked))
+        compiled.await.unwrap_or(Err(compile::Error::Panicked))
     }
 
     /// Opens the layer's directory, if there is one. A damaged one is removed,

@@ -408,7 +408,10 @@ async fn a_hint_saves_requests_and_is_never_trusted() {
             // One for what the hint says, then the end, and what of the TOC
             // is not in it.
             (format!("{name}:{}:{compressed}:{size}", toc.0 - 1), 3),
-            (format!("{name}:{offset}:{}:{size}", number(compressed) - 1), 3),
+            (
+                format!("{name}:{offset}:{}:{size}", number(compressed) - 1),
+                3,
+            ),
             (format!("{name}:{end}:{compressed}:{size}"), 3),
             (format!("{name}:{}:{compressed}:{size}", end - 9), 3),
             (format!("{name}:{offset}:{compressed}:{}", 1u64 << 40), 2),
