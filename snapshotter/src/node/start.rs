@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use parking_lot::Mutex;
 use sluice_registry::Client;
 use tokio::runtime::Handle;
@@ -130,9 +131,8 @@ impl Node {
     /// something still uses is detached, and fails when its bytes are missing.
     pub async fn stop(&self) {
         let slots: Vec<_> = self.0.slots.lock().drain().collect();
-        for (_, slot) in slots {
-            slot.close(self).await;
-        }
+        // All at once, for each may wait a moment for its users to go.
+        join_all(slots.iter().map(|(_, slot)| slot.close(self))).await;
         let sessions = std::mem::take(&mut *self.0.sessions.lock());
         for (mode, session) in sessions {
             self.0.config.keeper.forget(left::name_of(mode));
