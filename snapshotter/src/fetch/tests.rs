@@ -13,6 +13,8 @@ use parking_lot::Mutex;
 use tempfile::TempDir;
 use tokio::sync::watch;
 
+mod disk;
+
 use super::*;
 use crate::fuse::Content as _;
 use crate::layer_dir::LayerDir;
@@ -151,7 +153,7 @@ fn refusal() -> Fault {
 }
 
 struct Setup {
-    _root: TempDir,
+    _root: Option<TempDir>,
     sample: Sample,
     source: Source,
     engine: Engine,
@@ -172,6 +174,13 @@ fn setup_with(sample: Sample, config: Config) -> Setup {
     let root = tempfile::tempdir().unwrap();
     let path = make(root.path(), &sample).unwrap();
     let dir = LayerDir::open(&path, sample.digest()).unwrap();
+    Setup {
+        _root: Some(root),
+        ..setup_of(dir, sample, config)
+    }
+}
+
+fn setup_of(dir: LayerDir, sample: Sample, config: Config) -> Setup {
     let placement = crate::layer_dir::placement::Placement::new(&sample.toc());
     // Samples have their files in the order of the blob.
     let mut starts = Vec::new();
@@ -190,7 +199,7 @@ fn setup_with(sample: Sample, config: Config) -> Setup {
         Box::new(|_| Some(PathBuf::from("/some/file"))),
     );
     Setup {
-        _root: root,
+        _root: None,
         sample,
         source,
         engine,
@@ -199,8 +208,12 @@ fn setup_with(sample: Sample, config: Config) -> Setup {
     }
 }
 
-/// Twelve files of 60 kB, each in two chunks, and one of 2 MB.
 fn setup() -> Setup {
+    setup_with(sample(), config())
+}
+
+/// Twelve files of 60 kB, each in two chunks, and one of 2 MB.
+fn sample() -> Sample {
     let mut all = files(12, 60_000);
     all.push(SampleFile {
         name: "large".to_owned(),
@@ -211,7 +224,7 @@ fn setup() -> Setup {
         prioritized: 4,
         ..Layout::default()
     };
-    setup_with(Sample::new(all, &layout), config())
+    Sample::new(all, &layout)
 }
 
 impl Setup {
@@ -424,7 +437,10 @@ async fn random_readers_are_not_read_ahead_for() {
 async fn prefetch_takes_the_prioritized_files_and_nothing_else() {
     let s = setup();
     let end = s.layer.dir().identity().prefetch_end.unwrap();
-    let handle = s.layer.prefetch().expect("there is a landmark");
+    let handle = s
+        .layer
+        .prefetch(Plan::Landmark)
+        .expect("there is a landmark");
     until(|| s.layer.dir().present().count() == 8).await;
     for file in 0..4 {
         s.read(file).await.unwrap();
@@ -434,6 +450,22 @@ async fn prefetch_takes_the_prioritized_files_and_nothing_else() {
     assert!(requests[0].1 <= end);
     drop(handle);
     until(|| s.nothing_is_held()).await;
+}
+
+#[tokio::test]
+async fn prefetch_follows_an_order() {
+    let s = setup();
+    assert!(s.layer.prefetch(Plan::Order(Arc::default())).is_none());
+    let table = s.layer.dir().chunks();
+    let order: Vec<_> = [9, 2]
+        .into_iter()
+        .flat_map(|file| table.overlapping(s.starts[file], 60_000))
+        .collect();
+    let _handle = s.layer.prefetch(Plan::Order(order.into()));
+    until(|| s.layer.dir().present().count() == 4).await;
+    s.read(9).await.unwrap();
+    s.read(2).await.unwrap();
+    assert!(s.source.take_requests().len() <= 2);
 }
 
 #[tokio::test]
