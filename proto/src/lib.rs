@@ -20,3 +20,12 @@ pub mod containerd {
         }
     }
 }
+
+/// Sluice's own, for its operator.
+pub mod sluice {
+    pub mod control {
+        pub mod v1 {
+            tonic::include_proto!("sluice.control.v1");
+        }
+    }
+}

@@ -16,6 +16,7 @@ use crate::config::{Config, MountMode};
 use crate::fetch;
 use crate::keeper::Keeper;
 use crate::node::{self, Node};
+use crate::scrub;
 use crate::service::{self, LazyLayers, OverlayOptions, Snapshots, Store};
 use crate::socket::{self, Root, Socket};
 
@@ -111,7 +112,23 @@ async fn serve_node(
     let snapshots = Snapshots::start(root.path(), store, layers, overlay).await?;
     let snapshots = Arc::new(snapshots);
     let _room = AbortOnDropHandle::new(tokio::spawn(keep_room(Arc::clone(&snapshots))));
-    let served = serve(config, Arc::clone(&snapshots), listener, keeper, stop).await;
+    let timer = node.clone();
+    let interval = Duration::from_secs(config.scrub.interval_hours.saturating_mul(3600));
+    let _scrub = AbortOnDropHandle::new(tokio::spawn(async move {
+        if !interval.is_zero() {
+            timer.scrub_every(interval).await;
+        }
+    }));
+    let scrubber = Arc::new(node.clone());
+    let served = serve(
+        config,
+        Arc::clone(&snapshots),
+        scrubber,
+        listener,
+        keeper,
+        stop,
+    )
+    .await;
     snapshots.close().await;
     served
 }
@@ -127,6 +144,7 @@ async fn keep_room<L: LazyLayers>(snapshots: Arc<Snapshots<L>>) {
 async fn serve<L: LazyLayers>(
     config: &Config,
     snapshots: Arc<Snapshots<L>>,
+    scrubber: Arc<Node>,
     listener: std::os::unix::net::UnixListener,
     keeper: &Keeper,
     stop: impl Future<Output = Stop> + Send,
@@ -143,6 +161,7 @@ async fn serve<L: LazyLayers>(
     let (drain, drained) = tokio::sync::oneshot::channel::<()>();
     let server = Server::builder()
         .add_service(service::server(snapshots, calls.clone()))
+        .add_service(scrub::server(scrubber))
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async {
             let _ = drained.await;
         });
@@ -202,6 +221,7 @@ fn node_config(config: &Config, root: &Path) -> node::Config {
             limit: (config.cache.limit_mib > 0).then(|| mebibytes(config.cache.limit_mib)),
             min_free: mebibytes(config.cache.min_free_mib),
         },
+        scrub_rate: mebibytes(config.scrub.mib_per_second.get()),
         ..node::Config::new(root)
     }
 }

@@ -14,6 +14,7 @@ pub mod node;
 pub mod remote;
 #[cfg(test)]
 mod sample;
+pub mod scrub;
 pub mod service;
 pub mod socket;
 pub mod standalone;

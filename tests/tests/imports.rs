@@ -72,8 +72,10 @@ const MODULES: &[(&str, &[&str])] = &[
             "remote",
             "service",
             "keeper",
+            "scrub",
         ],
     ),
+    ("scrub", &["layer_dir"]),
     ("keeper", &["fuse"]),
     ("service", &[]),
     ("socket", &[]),
@@ -94,13 +96,17 @@ const MODULES: &[(&str, &[&str])] = &[
             "fetch",
             "remote",
             "layer_dir",
+            "scrub",
         ],
     ),
     // The other composition root: an image without containerd.
     ("standalone", &["mount", "node", "service", "socket"]),
     // The program: arguments in, exit status out.
     ("cleanup", &["mount", "socket"]),
-    ("main", &["daemon", "config", "keeper", "cleanup"]),
+    (
+        "main",
+        &["daemon", "config", "keeper", "cleanup", "scrub", "socket"],
+    ),
 ];
 
 fn workspace() -> PathBuf {

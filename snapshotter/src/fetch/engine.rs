@@ -141,7 +141,7 @@ impl Engine {
     }
 
     /// Returns when no reader has waited for a while.
-    pub(super) async fn idle(&self) {
+    pub async fn idle(&self) {
         let demand = &self.0.demand;
         loop {
             let none = demand.none.notified();

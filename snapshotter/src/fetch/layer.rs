@@ -42,6 +42,7 @@ pub struct LazyLayer {
     fetched: AtomicU64,
     /// Chunks that the disk did not give back, and how often.
     pub(super) unreadable: Mutex<HashMap<ChunkId, u32>>,
+    mended: Mutex<Option<String>>,
 }
 
 impl std::fmt::Debug for LazyLayer {
@@ -70,6 +71,7 @@ impl LazyLayer {
             closed: CancellationToken::new(),
             fetched: AtomicU64::new(0),
             unreadable: Mutex::default(),
+            mended: Mutex::default(),
             path_of,
             source,
             dir,
@@ -100,6 +102,21 @@ impl LazyLayer {
 
     pub(super) fn closed(&self) -> &CancellationToken {
         &self.closed
+    }
+
+    /// Fetches chunks that nobody reads now, soon.
+    pub fn fetch_again(self: &Arc<Self>, chunks: &[ChunkId]) {
+        self.start(self.claim_chunks(chunks, &BTreeSet::new()), |_| false);
+    }
+
+    /// What was wrong with the directory when it was opened, and is mended.
+    pub fn mended(&self) -> Option<String> {
+        self.mended.lock().clone()
+    }
+
+    /// Notes what was wrong with the directory.
+    pub fn was_mended(&self, what: String) {
+        *self.mended.lock() = Some(what);
     }
 
     /// Compressed bytes of units that were decoded since the layer was opened.

@@ -16,9 +16,12 @@ mod evict;
 mod images;
 mod layer;
 mod left;
+mod marker;
 mod memory;
 mod mend;
 mod paths;
+mod revive;
+mod scrub;
 mod start;
 
 use std::collections::{HashMap, HashSet};
@@ -42,6 +45,7 @@ use crate::service::{InUse, LayerRequest, LazyLayers, MountError, NotLazy, Usage
 pub use evict::Quota;
 use layer::Slot;
 use left::Numbers;
+use marker::Marker;
 
 /// How layers are mounted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,6 +71,8 @@ pub struct Config {
     pub background: Option<Duration>,
     /// How much the layers may take on disk.
     pub quota: Quota,
+    /// Bytes a second that are read to verify what is kept.
+    pub scrub_rate: u64,
     /// Layers of one image whose TOCs are fetched and compiled at once.
     pub opening: usize,
     /// Who keeps the node's FUSE mounts for the next process.
@@ -83,6 +89,7 @@ impl Config {
             prefetch: true,
             background: Some(Duration::from_secs(10)),
             quota: Quota::default(),
+            scrub_rate: 50 << 20,
             opening: 8,
             keeper: Arc::default(),
         }
@@ -129,6 +136,13 @@ struct Inner {
     opening: Semaphore,
     /// Whether it was told that there is more in use than there may be.
     overfull: AtomicBool,
+    marker: Marker,
+    /// Whether the machine went down and not everything was verified since.
+    doubted: AtomicBool,
+    /// Layers whose state could not be made durable, and why.
+    unpersisted: Mutex<HashMap<Digest, String>>,
+    /// Held while all layers are verified.
+    scrubbing: tokio::sync::Mutex<()>,
 }
 
 impl Node {
