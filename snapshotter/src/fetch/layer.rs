@@ -56,6 +56,7 @@ pub struct LazyLayer {
     pub(super) unreadable: Mutex<HashMap<ChunkId, u32>>,
     counters: Counters,
     trace: Trace,
+    mended: Mutex<Option<String>>,
 }
 
 impl std::fmt::Debug for LazyLayer {
@@ -86,6 +87,7 @@ impl LazyLayer {
             unreadable: Mutex::default(),
             counters: Counters::default(),
             trace: Trace::new(dir.chunks().len()),
+            mended: Mutex::default(),
             path_of,
             source,
             dir,
@@ -120,6 +122,21 @@ impl LazyLayer {
 
     pub(super) fn closed(&self) -> &CancellationToken {
         &self.closed
+    }
+
+    /// Fetches chunks that nobody reads now, soon.
+    pub fn fetch_again(self: &Arc<Self>, chunks: &[ChunkId]) {
+        self.start(self.claim_chunks(chunks, &BTreeSet::new()), |_| false);
+    }
+
+    /// What was wrong with the directory when it was opened, and is mended.
+    pub fn mended(&self) -> Option<String> {
+        self.mended.lock().clone()
+    }
+
+    /// Notes what was wrong with the directory.
+    pub fn was_mended(&self, what: String) {
+        *self.mended.lock() = Some(what);
     }
 
     /// Compressed bytes of units that were decoded since the layer was opened.

@@ -17,11 +17,14 @@ mod evict;
 mod images;
 mod layer;
 mod left;
+mod marker;
 mod memory;
 mod mend;
 mod paths;
 mod plans;
 mod recording;
+mod revive;
+mod scrub;
 mod start;
 mod status;
 
@@ -47,6 +50,7 @@ use crate::service::{ImageUse, InUse, LayerRequest, LazyLayers, MountError, NotL
 pub use evict::Quota;
 use layer::Slot;
 use left::Numbers;
+use marker::Marker;
 pub use plans::ProfileSource;
 pub use recording::Recorded;
 use recording::Recordings;
@@ -78,6 +82,8 @@ pub struct Config {
     pub background: Option<Duration>,
     /// How much the layers may take on disk.
     pub quota: Quota,
+    /// Bytes a second that are read to verify what is kept.
+    pub scrub_rate: u64,
     /// Layers of one image whose TOCs are fetched and compiled at once.
     pub opening: usize,
     /// Bytes of memory for all TOCs that are fetched and compiled at once.
@@ -97,6 +103,7 @@ impl Config {
             profiles: ProfileConfig::default(),
             background: Some(Duration::from_secs(10)),
             quota: Quota::default(),
+            scrub_rate: 50 << 20,
             opening: 8,
             toc_memory: 160 << 20,
             keeper: Arc::default(),
@@ -175,6 +182,13 @@ struct Inner {
     overfull: AtomicBool,
     profiles: Arc<Profiles>,
     recordings: Recordings,
+    marker: Marker,
+    /// Whether the machine went down and not everything was verified since.
+    doubted: AtomicBool,
+    /// Layers whose state could not be made durable, and why.
+    unpersisted: Mutex<HashMap<Digest, String>>,
+    /// Held while all layers are verified.
+    scrubbing: tokio::sync::Mutex<()>,
 }
 
 impl Node {

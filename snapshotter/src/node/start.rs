@@ -5,7 +5,7 @@ use std::fs;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures_util::future::join_all;
@@ -15,6 +15,7 @@ use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
 use super::left::{self, Left, Numbers, clear, tidy};
+use super::marker::{Before, Marker};
 use super::recording::Recordings;
 use super::{Config, Inner, Mode, Node, StartError, memory};
 use crate::fetch::Engine;
@@ -75,6 +76,7 @@ impl Node {
                 }
             },
         };
+        let (marker, before) = Marker::set(root)?;
         let layers = tidy(&root.join(LAYERS))?;
         clear(root)?;
         let profiles = Profiles::open(root.join(PROFILES), config.profiles.images)?;
@@ -92,10 +94,29 @@ impl Node {
             blobs: BlobTable::new(),
             trees: TreeTable::new(),
             overfull: AtomicBool::new(false),
+            marker,
+            doubted: AtomicBool::new(before == Before::PowerLoss),
+            unpersisted: Mutex::default(),
+            scrubbing: tokio::sync::Mutex::default(),
             config,
         }));
-        node.go_on(layers, &left)?;
+        node.go_on(layers, &left, before)?;
         node.serve(left)?;
+        if before != Before::InOrder {
+            tracing::warn!(
+                "the last process did not end in order{}: what it left is verified",
+                match before {
+                    Before::PowerLoss => ", nor did the machine",
+                    _ => "",
+                }
+            );
+            let inner = Arc::downgrade(&node.0);
+            runtime.spawn(async move {
+                if let Some(inner) = inner.upgrade() {
+                    Self(inner).verify_all().await;
+                }
+            });
+        }
         let inner = Arc::downgrade(&node.0);
         runtime.spawn(async move {
             loop {
@@ -152,6 +173,15 @@ impl Node {
                 tracing::warn!("unmounting: {error}");
             }
         }
+        self.end_in_order();
+    }
+
+    /// The next process need not verify what was made durable.
+    fn end_in_order(&self) {
+        let durable = self.0.unpersisted.lock().is_empty();
+        if durable && !self.0.doubted.load(Ordering::Relaxed) {
+            self.0.marker.clear();
+        }
     }
 
     /// Ends for the sake of the next process: what is present is made durable,
@@ -166,6 +196,7 @@ impl Node {
         for (_, session) in std::mem::take(&mut *self.0.sessions.lock()) {
             session.leave();
         }
+        self.end_in_order();
     }
 }
 
