@@ -27,6 +27,9 @@ pub type PathOf = Box<dyn Fn(u64) -> Option<PathBuf> + Send + Sync>;
 /// How often a read takes over fetches that others gave up.
 const ATTEMPTS: usize = 16;
 
+/// Causes of trouble that are told until bytes come again.
+const CAUSES: usize = 32;
+
 /// A layer's directory and where its missing bytes come from.
 pub struct LazyLayer {
     me: Weak<Self>,
@@ -223,11 +226,15 @@ impl LazyLayer {
         }
     }
 
-    /// Says what is wrong, once for each cause until bytes come again.
+    /// Says what is wrong and what that means, once for each cause until bytes
+    /// come again.
     pub(super) fn report(&self, cause: &str, unit: Unit, outlook: &str) {
-        if !self.trouble.lock().insert(cause.to_owned()) {
+        let mut trouble = self.trouble.lock();
+        // A registry can word every refusal in a new way.
+        if trouble.len() >= CAUSES || !trouble.insert(format!("{cause}; {outlook}")) {
             return;
         }
+        drop(trouble);
         let path = self
             .dir
             .chunks()

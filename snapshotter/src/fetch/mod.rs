@@ -27,7 +27,7 @@ pub use ahead::Handle;
 pub use engine::{Config, Engine};
 pub use layer::{LazyLayer, PathOf};
 pub use link::Link;
-pub use source::{RangeBody, RangeSource, RegistryBlob, SourceError};
+pub use source::{Blame, RangeBody, RangeSource, RegistryBlob, SourceError};
 
 /// Why missing bytes could not be made present.
 #[derive(Debug, Clone, thiserror::Error)]

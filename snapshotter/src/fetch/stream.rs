@@ -10,7 +10,7 @@ use tokio::task::JoinSet;
 use super::decode::{Arrived, decode_all};
 use super::inflight::Claim;
 use super::layer::LazyLayer;
-use super::{FetchError, Link, Priority, RangeBody, SourceError};
+use super::{Blame, FetchError, Link, Priority, RangeBody, SourceError};
 
 /// A request holds at most this much of its range in memory, unless one unit
 /// is larger.
@@ -49,6 +49,11 @@ impl<'a> Arriving<'a> {
             buffered: Bytes::new(),
             position: start,
         })
+    }
+
+    /// What to call when the bytes are wrong.
+    fn blame(&self) -> Blame {
+        self.body.blame()
     }
 
     async fn more(&mut self) -> Result<(), SourceError> {
@@ -186,6 +191,12 @@ impl Patience {
         }
     }
 
+    /// A request is sent: how long it may take until something comes.
+    pub(super) fn begin(&mut self) -> Duration {
+        let since = *self.since.get_or_insert_with(Instant::now);
+        self.deadline.saturating_sub(since.elapsed())
+    }
+
     /// Bytes came.
     pub(super) fn renew(&mut self) {
         self.since = None;
@@ -220,7 +231,7 @@ pub(super) async fn fetch_claimed(layer: &Arc<LazyLayer>, claims: Vec<Claim>, pr
         let bytes = window(range, largest.unwrap_or(0));
         let permit = layer.engine().admission().admit(priority, bytes).await;
         let before = pending.len();
-        let attempt = attempt(layer, &mut pending).await;
+        let attempt = attempt(layer, &mut pending, patience.begin()).await;
         drop(permit);
         if pending.len() < before {
             patience.renew();
@@ -249,33 +260,39 @@ pub(super) async fn fetch_claimed(layer: &Arc<LazyLayer>, claims: Vec<Claim>, pr
 /// and again after a few of them must not hold a reader for ever.
 async fn within<T>(
     limit: Duration,
+    deadline: Duration,
     arrival: impl Future<Output = Result<T, SourceError>>,
 ) -> Result<T, SourceError> {
     tokio::time::timeout(limit, arrival)
         .await
-        .unwrap_or_else(|_| Err(SourceError::late(limit)))
+        .unwrap_or_else(|_| Err(SourceError::late(deadline)))
 }
 
-/// One request for all that is pending. What has arrived is no longer pending,
-/// unless its bytes were wrong the first time.
+/// One request for all that is pending, which has `limit` until the first unit
+/// is here. What has arrived is no longer pending, unless its bytes were wrong
+/// the first time.
 async fn attempt(
     layer: &Arc<LazyLayer>,
     pending: &mut VecDeque<(Claim, bool)>,
+    mut limit: Duration,
 ) -> Result<(), SourceError> {
     let (Some((first, _)), Some((last, _))) = (pending.front(), pending.back()) else {
         return Ok(());
     };
     let end = last.unit().offset + last.unit().size;
-    let limit = layer.engine().config().deadline;
+    let deadline = layer.engine().config().deadline;
     let request = Arriving::request(layer, first.unit().offset, end);
-    let mut arriving = within(limit, request).await?;
+    let mut arriving = within(limit, deadline, request).await?;
     let mut decoding = Decoding::new(layer);
     let mut outcome = Ok(());
     while let Some((claim, _)) = pending.front() {
         let unit = claim.unit();
         let take = arriving.take(unit.offset, unit.offset + unit.size);
-        let bytes = match within(limit, take).await {
-            Ok(bytes) => bytes,
+        let bytes = match within(limit, deadline, take).await {
+            Ok(bytes) => {
+                limit = deadline;
+                bytes
+            }
             Err(error) => {
                 outcome = Err(error);
                 break;
@@ -296,8 +313,12 @@ async fn attempt(
         decoding.push(arrived, more).await;
     }
     // The connection is free for others while the last units are decoded.
+    let blame = arriving.blame();
     drop(arriving);
     let wrong = decoding.finish().await;
+    if !wrong.is_empty() {
+        blame();
+    }
     pending.extend(wrong.into_iter().map(|claim| (claim, true)));
     pending
         .make_contiguous()

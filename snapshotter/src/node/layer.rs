@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use sluice_oci::{Digest, Reference};
+use sluice_registry::Senders;
 use tokio::task::spawn_blocking;
 
-use super::compile::compile;
+use super::compile::{self, compile};
 use super::paths::path_of;
 use super::start::{BLOBS, MOUNTS, TREES};
 use super::{Mode, Node, source};
@@ -73,23 +74,43 @@ impl Node {
         Ok(())
     }
 
+    /// Makes the layer's directory. A TOC that is not what the image promises
+    /// is fetched once more if another host has the blob.
     async fn make(
         &self,
         reference: &Reference,
         digest: Digest,
         known: &Known,
     ) -> Result<(), String> {
+        match self.make_once(reference, digest, known).await {
+            Err((_, senders)) if senders.iter().any(Senders::distrust) => {
+                let made = self.make_once(reference, digest, known).await;
+                made.map_err(|(why, _)| why)
+            }
+            made => made.map_err(|(why, _)| why),
+        }
+    }
+
+    /// Fails with the reason, and with who sent what was wrong.
+    async fn make_once(
+        &self,
+        reference: &Reference,
+        digest: Digest,
+        known: &Known,
+    ) -> Result<(), (String, Vec<Senders>)> {
+        let other = |why: String| (why, Vec::new());
         let fetched = self
             .0
             .remote
             .fetch_toc(reference, digest, known)
             .await
-            .map_err(|error| error.to_string())?;
+            .map_err(|error| other(error.to_string()))?;
+        let senders = fetched.senders();
         let number = self
             .0
             .numbers
             .take()
-            .map_err(|error| format!("cannot note its number: {error}"))?;
+            .map_err(|error| other(format!("cannot note its number: {error}")))?;
         let node = self.clone();
         let reference = reference.clone();
         let compiled = spawn_blocking(move || {
@@ -98,8 +119,11 @@ impl Node {
         });
         match compiled.await {
             Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) => Err(error.to_string()),
-            Err(_) => Err("compiling its table of contents failed; see the log".to_owned()),
+            Ok(Err(error @ compile::Error::Toc(_))) => Err((error.to_string(), senders)),
+            Ok(Err(error)) => Err(other(error.to_string())),
+            Err(_) => Err(other(
+                "compiling its table of contents failed; see the log".to_owned(),
+            )),
         }
     }
 

@@ -4,6 +4,7 @@ mod images;
 mod toc;
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use sluice_layer::annotations::AnnotationError;
 use sluice_layer::{FooterError, LayerAnnotations, Limits, TocError, TocTrust};
@@ -37,6 +38,12 @@ pub enum Error {
     /// The TOC is refused.
     #[error("{0}")]
     Toc(#[from] TocError),
+    /// The registry took too long.
+    #[error(
+        "the registry did not deliver it within {} s",
+        .0.as_secs_f32()
+    )]
+    Late(Duration),
     /// The registry told no size.
     #[error("the registry does not tell the blob's size")]
     NoSize,
@@ -47,6 +54,7 @@ pub struct Remote {
     client: Client,
     images: Images,
     limits: Limits,
+    patience: Duration,
 }
 
 /// What is known of a layer before any of it was fetched.
@@ -89,10 +97,12 @@ impl Known {
 }
 
 impl Remote {
-    /// All requests go through `client`.
-    pub fn new(client: Client) -> Self {
+    /// All requests go through `client`. A manifest, and a TOC, may take as
+    /// long as `patience`: who asks for them can do without.
+    pub fn new(client: Client, patience: Duration) -> Self {
         Self {
             client,
+            patience,
             images: Images::new(),
             limits: Limits::default(),
         }
@@ -111,8 +121,13 @@ impl Remote {
         manifest: Option<Digest>,
         layer: Digest,
     ) -> Result<Vec<ImageLayer>, Error> {
-        self.images
-            .layers(&self.client, reference, manifest, layer)
+        let layers = (self.images).layers(&self.client, reference, manifest, layer);
+        self.in_time(layers).await
+    }
+
+    async fn in_time<T>(&self, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+        tokio::time::timeout(self.patience, work)
             .await
+            .unwrap_or(Err(Error::Late(self.patience)))
     }
 }

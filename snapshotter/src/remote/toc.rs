@@ -3,7 +3,7 @@
 use bytes::{Bytes, BytesMut};
 use sluice_layer::{FOOTER_MAX, LayerAnnotations, TocLocation, TocTrust, locate_toc, read_toc};
 use sluice_oci::{Digest, Reference};
-use sluice_registry::{Blob, ByteRange};
+use sluice_registry::{Blob, ByteRange, Senders};
 
 use super::{Error, Known, Remote};
 
@@ -21,6 +21,7 @@ pub struct FetchedToc {
     compressed: Bytes,
     trust: TocTrust,
     blob_size: u64,
+    senders: Vec<Senders>,
 }
 
 impl Remote {
@@ -34,10 +35,13 @@ impl Remote {
     ) -> Result<FetchedToc, Error> {
         let trust = known.trust().ok_or(Error::NoTrust)?;
         let blob = self.client().blob(reference, digest);
-        match known.annotations.toc_location() {
-            Some(location) => self.at(&blob, location, trust, known.size).await,
-            None => self.in_tail(&blob, trust, known).await,
-        }
+        self.in_time(async {
+            match known.annotations.toc_location() {
+                Some(location) => self.at(&blob, location, trust, known.size).await,
+                None => self.in_tail(&blob, trust, known, false).await,
+            }
+        })
+        .await
     }
 
     async fn at(
@@ -56,6 +60,7 @@ impl Remote {
         let blob_size = body.blob_size.or(size).ok_or(Error::NoSize)?;
         let limit = location.compressed_size as usize;
         Ok(FetchedToc {
+            senders: vec![body.senders()],
             compressed: body.collect(limit).await?,
             location,
             trust,
@@ -68,15 +73,23 @@ impl Remote {
         blob: &Blob,
         trust: TocTrust,
         known: &Known,
+        again: bool,
     ) -> Result<FetchedToc, Error> {
         let guess = guess(&known.annotations, known.size);
         let body = blob.range(ByteRange::Suffix(guess)).await?;
         let blob_size = body.blob_size.unwrap_or(body.offset + body.len);
+        let mut senders = vec![body.senders()];
         let tail = body.collect(guess as usize).await?;
         let start = blob_size
             .checked_sub(tail.len() as u64)
             .ok_or(Error::NoSize)?;
-        let location = locate_toc(&tail, blob_size)?;
+        let location = match locate_toc(&tail, blob_size) {
+            // Another host may have the right end.
+            Err(_) if !again && senders[0].distrust() => {
+                return Box::pin(self.in_tail(blob, trust, known, true)).await;
+            }
+            location => location?,
+        };
         location.check(&self.limits)?;
         let compressed = match location.slice_of(&tail, blob_size) {
             Some(compressed) => tail.slice_ref(compressed),
@@ -88,6 +101,7 @@ impl Remote {
                     len: wanted.end.min(start).saturating_sub(wanted.start),
                 };
                 let mut body = blob.range(range).await?;
+                senders.push(body.senders());
                 let mut whole = BytesMut::with_capacity(location.compressed_size as usize);
                 while let Some(bytes) = body.next().await? {
                     whole.extend_from_slice(&bytes);
@@ -102,6 +116,7 @@ impl Remote {
             compressed,
             trust,
             blob_size,
+            senders,
         })
     }
 }
@@ -120,6 +135,11 @@ impl FetchedToc {
     /// Size of the blob.
     pub fn blob_size(&self) -> u64 {
         self.blob_size
+    }
+
+    /// The hosts that sent it.
+    pub fn senders(&self) -> Vec<Senders> {
+        self.senders.clone()
     }
 
     /// What the TOC is to match.
