@@ -30,8 +30,14 @@ pub struct Config {
     pub fetch: Fetch,
     /// Fetching what an image says it will need.
     pub prefetch: Prefetch,
+    /// Recording what images read while they start.
+    pub profiles: Profiles,
     /// Fetching the rest when nothing else is wanted.
     pub background: Background,
+    /// How much may be kept.
+    pub cache: Cache,
+    /// Reading what is kept, to see whether it still is what it was.
+    pub scrub: Scrub,
 }
 
 /// Section `[registry]`.
@@ -85,6 +91,10 @@ pub enum MountMode {
 pub struct Fetch {
     /// Memory for everything in flight, in MiB. Default 64.
     pub memory_mib: NonZeroU64,
+    /// Memory for tables of contents that are being read, in MiB. Default 160,
+    /// which is enough for a layer of some 350,000 files. One that needs more
+    /// is unpacked.
+    pub toc_memory_mib: NonZeroU64,
     /// Requests to registries at once. Default 16.
     pub connections: NonZeroU64,
     /// How far ahead of a sequential reader is fetched at most, in MiB.
@@ -103,6 +113,23 @@ pub struct Prefetch {
     pub enabled: bool,
 }
 
+/// Section `[profiles]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Profiles {
+    /// Whether starts are recorded. Default true. Recorded profiles are used
+    /// when `[prefetch]` is enabled.
+    pub record: bool,
+    /// How long a start is recorded at most. Default 120.
+    pub seconds: NonZeroU64,
+    /// A start is over when nothing new was read for so long, in seconds.
+    /// Default 10.
+    pub idle_seconds: NonZeroU64,
+    /// Images whose profiles are kept; those least recently used go first.
+    /// Default 256.
+    pub images: NonZeroU64,
+}
+
 /// Section `[background]`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -112,6 +139,29 @@ pub struct Background {
     /// How long after its mount the rest of a layer is fetched, in seconds.
     /// Default 10: the start of a container comes first.
     pub delay_seconds: u64,
+}
+
+/// Section `[cache]`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Cache {
+    /// What lazily mounted layers may take on disk, in MiB, before content
+    /// that nothing mounts is evicted. Default 0: any amount.
+    pub limit_mib: u64,
+    /// What is to stay free on their file system, in MiB, in the same way.
+    /// Default 0.
+    pub min_free_mib: u64,
+}
+
+/// Section `[scrub]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Scrub {
+    /// Hours between the end of one check of all layers and the next. Default
+    /// 168, a week; 0 turns it off.
+    pub interval_hours: u64,
+    /// How fast it reads, in MiB a second. Default 50.
+    pub mib_per_second: NonZeroU64,
 }
 
 impl Default for Config {
@@ -124,7 +174,10 @@ impl Default for Config {
             mount: Mount::default(),
             fetch: Fetch::default(),
             prefetch: Prefetch::default(),
+            profiles: Profiles::default(),
             background: Background::default(),
+            cache: Cache::default(),
+            scrub: Scrub::default(),
         }
     }
 }
@@ -171,6 +224,7 @@ impl Default for Fetch {
     fn default() -> Self {
         Self {
             memory_mib: nonzero(64),
+            toc_memory_mib: nonzero(160),
             connections: nonzero(16),
             read_ahead_mib: 16,
             deadline_seconds: nonzero(300),
@@ -184,11 +238,31 @@ impl Default for Prefetch {
     }
 }
 
+impl Default for Profiles {
+    fn default() -> Self {
+        Self {
+            record: true,
+            seconds: nonzero(120),
+            idle_seconds: nonzero(10),
+            images: nonzero(256),
+        }
+    }
+}
+
 impl Default for Background {
     fn default() -> Self {
         Self {
             enabled: true,
             delay_seconds: 10,
+        }
+    }
+}
+
+impl Default for Scrub {
+    fn default() -> Self {
+        Self {
+            interval_hours: 168,
+            mib_per_second: nonzero(50),
         }
     }
 }
@@ -262,7 +336,10 @@ mod tests {
              ca_certificates = ['/ca.pem']\nconfig_path = '/a:/b'\n\
              [mount]\nmode = 'fuse'\n\
              [fetch]\nmemory_mib = 32\nconnections = 4\nread_ahead_mib = 0\ndeadline_seconds = 9\n\
-             [prefetch]\nenabled = false\n[background]\nenabled = false\n",
+             [prefetch]\nenabled = false\n[profiles]\nrecord = false\nidle_seconds = 3\n\
+             [background]\nenabled = false\n\
+             [cache]\nlimit_mib = 7\nmin_free_mib = 8\n\
+             [scrub]\ninterval_hours = 0\nmib_per_second = 9\n",
         )
         .unwrap();
         assert_eq!(config.root, Path::new("/r"));
@@ -275,7 +352,10 @@ mod tests {
         assert!(none.registry.hosts_dirs.is_empty());
         assert_eq!(config.mount.mode, MountMode::Fuse);
         assert_eq!(config.fetch.deadline_seconds.get(), 9);
-        assert!(!config.background.enabled);
+        assert!(!config.background.enabled && !config.profiles.record);
+        assert_eq!(config.profiles.idle_seconds.get(), 3);
+        assert_eq!((config.cache.limit_mib, config.cache.min_free_mib), (7, 8));
+        assert_eq!(config.scrub.interval_hours, 0);
     }
 
     #[test]
@@ -323,11 +403,20 @@ mod tests {
             "config_path",
             "mode",
             "memory_mib",
+            "toc_memory_mib",
             "connections",
             "read_ahead_mib",
             "deadline_seconds",
             "enabled",
             "delay_seconds",
+            "limit_mib",
+            "min_free_mib",
+            "interval_hours",
+            "mib_per_second",
+            "record",
+            "seconds",
+            "idle_seconds",
+            "images",
         ] {
             assert!(text.contains(&format!("\n{key} = ")), "{key}");
         }

@@ -140,6 +140,33 @@ impl Registry {
         serde_json::from_str(&text).with_context(|| format!("{reference} has no plain manifest"))
     }
 
+    /// Gives an image of this registry a second name, with another manifest
+    /// over the same blobs.
+    pub fn push_changed(
+        &self,
+        scratch: &Scratch,
+        reference: &str,
+        image: &str,
+        change: impl FnOnce(&mut Manifest),
+    ) -> Result<String> {
+        let dir = scratch.fresh_dir("changed")?;
+        let changed = self.reference(image);
+        let place = format!("dir:{}", dir.display());
+        let copy = |from: &str, to: &str| {
+            run(Command::new("skopeo")
+                .args(["--insecure-policy", "copy", "--quiet"])
+                .args(["--src-tls-verify=false", "--dest-tls-verify=false"])
+                .args(["--preserve-digests", from, to]))
+        };
+        copy(&format!("docker://{reference}"), &place)?;
+        let file = dir.join("manifest.json");
+        let mut manifest: Manifest = serde_json::from_slice(&fs::read(&file)?)?;
+        change(&mut manifest);
+        fs::write(&file, serde_json::to_vec(&manifest)?)?;
+        copy(&place, &format!("docker://{changed}"))?;
+        Ok(changed)
+    }
+
     /// Pushes an image of an OCI layout as it is, without any tool under test.
     pub fn push(&self, layout: &Path, tag: &str, image: &str) -> Result<String> {
         let reference = self.reference(image);

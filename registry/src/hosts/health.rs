@@ -2,9 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
-
-use tokio::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::rest;
 use crate::endpoint::Endpoint;
@@ -55,22 +53,26 @@ pub(super) enum Readiness {
 impl Health {
     /// Whether to ask a host now, for a blob if it is about one. Of several
     /// that ask when its time has come, one is let through to try.
-    pub(super) fn ask(&self, endpoint: &Endpoint, blob: Option<&Key>) -> Readiness {
-        let readiness = self.readiness(endpoint, blob);
+    pub(super) fn ask(&self, endpoint: &Endpoint, blob: Option<&Key>, now: Instant) -> Readiness {
+        let readiness = self.readiness(endpoint, blob, now);
         if matches!(readiness, Readiness::Ready) {
-            self.tries(endpoint);
+            self.tries(endpoint, now);
         }
         readiness
     }
 
     /// The same, without asking for leave to try.
-    pub(super) fn readiness(&self, endpoint: &Endpoint, blob: Option<&Key>) -> Readiness {
+    pub(super) fn readiness(
+        &self,
+        endpoint: &Endpoint,
+        blob: Option<&Key>,
+        now: Instant,
+    ) -> Readiness {
         let state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let of_host = state.hosts.get(endpoint.origin()).map(|rest| (rest, true));
         let of_blob = blob
             .and_then(|key| state.blobs.get(key))
             .map(|rest| (rest, false));
-        let now = Instant::now();
         let resting = |(failed, _): &(&Rest, bool)| failed.until > now;
         match of_host.filter(resting).or_else(|| of_blob.filter(resting)) {
             Some((failed, down)) => Readiness::Resting {
@@ -83,25 +85,31 @@ impl Health {
     }
 
     /// Somebody tries a host that failed; others leave it alone meanwhile.
-    pub(super) fn tries(&self, endpoint: &Endpoint) {
+    pub(super) fn tries(&self, endpoint: &Endpoint, now: Instant) {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(failed) = state.hosts.get_mut(endpoint.origin()) {
-            failed.until = Instant::now() + rest(DOWN.0, DOWN.1, failed.failures);
+            failed.until = now + rest(DOWN.0, DOWN.1, failed.failures);
             failed.tried = true;
         }
     }
 
     /// A host has failed.
-    pub(super) fn failed(&self, endpoint: &Endpoint, blob: Option<&Key>, error: &Error) {
+    pub(super) fn failed(
+        &self,
+        endpoint: &Endpoint,
+        blob: Option<&Key>,
+        error: &Error,
+        now: Instant,
+    ) {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let State { hosts, blobs } = &mut *state;
         let down = error.kind().is_transient()
             || matches!(error.kind(), ErrorKind::Tls | ErrorKind::Credentials);
         let failures = if down {
             let asked = error.retry_after().unwrap_or_default().min(LACKS.1);
-            note(hosts, endpoint.origin().to_owned(), DOWN, asked, error)
+            note(hosts, endpoint.origin().to_owned(), DOWN, asked, error, now)
         } else if let Some(key) = blob {
-            note(blobs, key.clone(), LACKS, Duration::ZERO, error)
+            note(blobs, key.clone(), LACKS, Duration::ZERO, error, now)
         } else {
             return;
         };
@@ -136,8 +144,8 @@ fn note<K: Eq + std::hash::Hash>(
     (first, longest): (Duration, Duration),
     asked: Duration,
     error: &Error,
+    now: Instant,
 ) -> u32 {
-    let now = Instant::now();
     if map.len() >= CAPACITY {
         map.clear();
     }
@@ -173,6 +181,7 @@ mod tests {
         health: Health,
         endpoint: Endpoint,
         context: Context,
+        now: Instant,
     }
 
     impl World {
@@ -188,53 +197,59 @@ mod tests {
                 health: Health::default(),
                 endpoint: Endpoint::new(host, "app"),
                 context,
+                now: Instant::now(),
             }
+        }
+
+        fn advance(&mut self, millis: u64) {
+            self.now += Duration::from_millis(millis);
         }
 
         fn fail(&self, kind: ErrorKind, blob: Option<&Key>) {
             let error = self.context.error(kind, "so");
-            self.health.failed(&self.endpoint, blob, &error);
+            self.health.failed(&self.endpoint, blob, &error, self.now);
         }
 
         fn ready(&self, blob: Option<&Key>) -> bool {
-            matches!(self.health.ask(&self.endpoint, blob), Readiness::Ready)
+            let answer = self.health.ask(&self.endpoint, blob, self.now);
+            matches!(answer, Readiness::Ready)
         }
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn a_host_rests_longer_with_each_failure_up_to_a_limit() {
-        let world = World::new();
+    #[test]
+    fn a_host_rests_longer_with_each_failure_up_to_a_limit() {
+        let mut world = World::new();
         for seconds in [1, 2, 4, 8, 16, 30, 30] {
             assert!(world.ready(None));
             // Requests that were under way together fail together.
             for _ in 0..5 {
                 world.fail(ErrorKind::Connect, None);
             }
-            tokio::time::advance(Duration::from_secs(seconds) - Duration::from_millis(1)).await;
+            world.advance(seconds * 1000 - 1);
             assert!(!world.ready(None), "{seconds}");
-            tokio::time::advance(Duration::from_millis(2)).await;
+            world.advance(2);
         }
         assert!(world.ready(None), "one may try");
         assert!(!world.ready(None), "and no other meanwhile");
         world.health.delivered(&world.endpoint, None);
         assert!(world.ready(None) && world.ready(None));
         world.fail(ErrorKind::Server, None);
-        tokio::time::advance(Duration::from_millis(1001)).await;
+        world.advance(1001);
         assert!(world.ready(None), "it starts from the beginning");
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn what_is_wrong_with_a_blob_is_about_that_blob() {
-        let world = World::new();
+    #[test]
+    fn what_is_wrong_with_a_blob_is_about_that_blob() {
+        let mut world = World::new();
         let [one, other] =
             ["one", "other"].map(|text| world.endpoint.key(Digest::of(text.as_bytes())));
         world.fail(ErrorKind::NotFound, Some(&one));
         assert!(!world.ready(Some(&one)));
         assert!(world.ready(Some(&other)) && world.ready(None));
-        tokio::time::advance(Duration::from_secs(11)).await;
+        world.advance(11_000);
         assert!(world.ready(Some(&one)));
         world.fail(ErrorKind::DigestMismatch, Some(&one));
-        tokio::time::advance(Duration::from_secs(11)).await;
+        world.advance(11_000);
         assert!(!world.ready(Some(&one)), "longer the second time");
     }
 }

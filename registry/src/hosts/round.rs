@@ -3,9 +3,9 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use sluice_oci::Digest;
-use tokio::time::Instant;
 
 use super::health::{Health, Readiness};
 use crate::blob::Blob;
@@ -52,7 +52,7 @@ impl<'a> Round<'a> {
                 return Some(endpoint);
             }
             let key = self.key(&endpoint);
-            match self.health.ask(&endpoint, key.as_ref()) {
+            match self.health.ask(&endpoint, key.as_ref(), Instant::now()) {
                 Readiness::Ready => {
                     self.asked = true;
                     return Some(endpoint);
@@ -82,7 +82,7 @@ impl<'a> Round<'a> {
         }
         let soonest = (0..self.resting.len()).min_by_key(|&at| self.resting[at].until)?;
         let Rester { endpoint, .. } = self.resting.swap_remove(soonest);
-        self.health.tries(&endpoint);
+        self.health.tries(&endpoint, Instant::now());
         Some(endpoint)
     }
 
@@ -91,7 +91,7 @@ impl<'a> Round<'a> {
         self.several
             && self.waiting.iter().any(|endpoint| {
                 let key = self.key(endpoint);
-                let readiness = self.health.readiness(endpoint, key.as_ref());
+                let readiness = (self.health).readiness(endpoint, key.as_ref(), Instant::now());
                 matches!(readiness, Readiness::Ready)
             })
     }
@@ -99,7 +99,7 @@ impl<'a> Round<'a> {
     pub(crate) fn failed(&mut self, endpoint: &Endpoint, error: Error) {
         if self.several {
             let key = self.key(endpoint);
-            self.health.failed(endpoint, key.as_ref(), &error);
+            (self.health).failed(endpoint, key.as_ref(), &error, Instant::now());
         }
         self.errors.push(error);
     }

@@ -10,30 +10,37 @@ use sluice_oci::{Digest, Reference};
 use sluice_registry::Senders;
 use tokio::task::spawn_blocking;
 
-use super::compile::{self, compile};
+use super::compile;
 use super::paths::path_of;
+use super::plans::ProfileSource;
 use super::start::{BLOBS, MOUNTS, TREES};
+use super::status::LayerStatus;
 use super::{Mode, Node, source};
 use crate::erofs::Image;
-use crate::fetch::{Handle, LazyLayer};
+use crate::fetch::{Handle, LazyLayer, Plan};
 use crate::fuse::blobs::BlobTable;
 use crate::fuse::{Content, Tree, TreeTable};
-use crate::layer_dir::{LayerDir, TEMPORARY};
+use crate::layer_dir::{self, LayerDir, TEMPORARY};
 use crate::mount;
-use crate::remote::Known;
-use crate::service::{MountError, NotLazy, Usage};
+use crate::profiles::ImageId;
+use crate::remote::{FetchedToc, Known};
+use crate::service::{LayerRequest, MountError, NotLazy, Usage};
 
 /// The place of a layer, whether it is there or not. The lock is held while
 /// the layer is being opened, mounted or removed.
 #[derive(Default)]
-pub(super) struct Slot(tokio::sync::Mutex<Option<Open>>);
+pub(super) struct Slot(pub(super) tokio::sync::Mutex<Option<Open>>);
 
 /// A layer that is open.
 pub(super) struct Open {
-    layer: Arc<LazyLayer>,
-    mounted: Option<PathBuf>,
-    prefetch: Option<Handle>,
+    pub(super) layer: Arc<LazyLayer>,
+    pub(super) mounted: Option<PathBuf>,
+    prefetch: Option<(ProfileSource, Handle)>,
     download: Option<Handle>,
+    /// Whether a snapshot was mounted from it, and nobody noted that yet.
+    used: bool,
+    /// A former process mounted it: what was read before is not known.
+    resumed: bool,
 }
 
 impl Node {
@@ -42,7 +49,7 @@ impl Node {
     /// another image, which claimed other content for the same layer.
     pub(super) async fn open_layer(
         &self,
-        reference: &Reference,
+        request: &LayerRequest,
         digest: Digest,
         known: &Known,
     ) -> Result<(), NotLazy> {
@@ -53,7 +60,7 @@ impl Node {
             *place = self.load(digest).await.map_err(not_lazy)?;
         }
         if place.is_none() {
-            self.make(reference, digest, known)
+            self.make(&request.reference, digest, known)
                 .await
                 .map_err(not_lazy)?;
             *place = self.load(digest).await.map_err(not_lazy)?;
@@ -68,80 +75,120 @@ impl Node {
                     .to_owned(),
             ));
         }
-        if self.0.config.prefetch && open.prefetch.is_none() && !open.layer.dir().is_complete() {
-            open.prefetch = open.layer.prefetch();
-        }
+        let image = ImageId {
+            reference: Some(request.reference.to_string()),
+            manifest: request.manifest_digest,
+            layers: request.image_layers.clone(),
+        };
+        self.prefetch(open, &image).await;
         Ok(())
     }
 
-    /// Makes the layer's directory. A TOC that is not what the image promises
-    /// is fetched once more if another host has the blob.
+    /// Makes the layer's directory. A table of contents that is not where the
+    /// image's annotations say is looked for by the footer.
     async fn make(
         &self,
         reference: &Reference,
         digest: Digest,
         known: &Known,
     ) -> Result<(), String> {
-        match self.make_once(reference, digest, known).await {
-            Err((_, senders)) if senders.iter().any(Senders::distrust) => {
-                let made = self.make_once(reference, digest, known).await;
-                made.map_err(|(why, _)| why)
+        let made = match self.make_once(reference, digest, known).await {
+            Err(compile::Error::Toc(error)) if error.is_misplaced() => {
+                match known.without_position() {
+                    Some(known) => {
+                        tracing::debug!(layer = %digest, "looked for by the footer: {error}");
+                        self.make_once(reference, digest, &known).await
+                    }
+                    None => Err(error.into()),
+                }
             }
-            made => made.map_err(|(why, _)| why),
-        }
+            made => made,
+        };
+        made.map_err(|error| match error.needs_more_memory() {
+            true => format!("{error}; raise toc_memory_mib in section [fetch]"),
+            false => error.to_string(),
+        })
     }
 
-    /// Fails with the reason, and with who sent what was wrong.
+    /// One that is not what the image promises is fetched once more if another
+    /// host has the blob.
     async fn make_once(
         &self,
         reference: &Reference,
         digest: Digest,
         known: &Known,
-    ) -> Result<(), (String, Vec<Senders>)> {
-        let other = |why: String| (why, Vec::new());
-        let fetched = self
-            .0
-            .remote
-            .fetch_toc(reference, digest, known)
-            .await
-            .map_err(|error| other(error.to_string()))?;
+    ) -> Result<(), compile::Error> {
+        let fetch = || self.0.remote.fetch_toc(reference, digest, known);
+        let fetched = fetch().await?;
         let senders = fetched.senders();
-        let number = self
-            .0
-            .numbers
-            .take()
-            .map_err(|error| other(format!("cannot note its number: {error}")))?;
-        let node = self.clone();
-        let reference = reference.clone();
-        let compiled = spawn_blocking(move || {
-            let layers = node.layers_dir();
-            compile(&layers, &node.0.remote, fetched, digest, &reference, number)
-        });
-        match compiled.await {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(error @ compile::Error::Toc(_))) => Err((error.to_string(), senders)),
-            Ok(Err(error)) => Err(other(error.to_string())),
-            Err(_) => Err(other(
-                "compiling its table of contents failed; see the log".to_owned(),
-            )),
+        match self.make_of(fetched, reference, digest).await {
+            Err(compile::Error::Toc(error)) => {
+                // The annotation may be what is wrong.
+                let elsewhere = error.is_misplaced() && known.without_position().is_some();
+                if elsewhere || !distrust(&senders) {
+                    return Err(error.into());
+                }
+                self.make_of(fetch().await?, reference, digest).await
+            }
+            made => made,
         }
     }
 
-    /// Opens the layer's directory, if there is one. A damaged one is removed,
-    /// to be made again.
-    async fn load(&self, digest: Digest) -> Result<Option<Open>, String> {
-        let path = self.layer_path(digest);
-        let opened = spawn_blocking(move || match LayerDir::open(&path, digest) {
-            Ok(dir) => Ok(Some(dir)),
-            Err(_) if !path.exists() => Ok(None),
-            Err(error) if error.is_damage() => {
-                tracing::warn!(layer = %digest, "{error}; it is removed");
-                delete(&path).map(|()| None).map_err(|e| e.to_string())
-            }
-            Err(error) => Err(error.to_string()),
-        });
-        let dir = opened.await.map_err(|error| error.to_string())??;
+    async fn make_of(
+        &self,
+        fetched: FetchedToc,
+        reference: &Reference,
+        digest: Digest,
+    ) -> Result<(), compile::Error> {
+        let number = self.0.numbers.take().map_err(compile::Error::Number)?;
+        let layers = self.layers_dir();
+        self.compile(layers, fetched, digest, reference, number)
+            .await
+    }
+
+    /// Opens the layer's directory, if there is one, and checks all of it but
+    /// the content. A damaged one is mended; one that cannot be is removed, to
+    /// be made again.
+    pub(super) async fn load(&self, digest: Digest) -> Result<Option<Open>, String> {
+        let error = match self.open_checked(digest).await? {
+            Ok(dir) => return Ok(dir.map(|dir| self.adopt(dir))),
+            Err(error) if error.is_damage() => error,
+            Err(error) => return Err(error.to_string()),
+        };
+        let mended = self.mend(digest).await;
+        if !mended.map_err(|why| format!("{error}; it cannot be mended now: {why}"))? {
+            tracing::warn!(layer = %digest, "{error}; it is removed, to be made again");
+            let path = self.layer_path(digest);
+            let deleted = spawn_blocking(move || delete(&path)).await;
+            deleted
+                .map_err(io::Error::other)
+                .flatten()
+                .map_err(|error| error.to_string())?;
+            return Ok(None);
+        }
+        tracing::warn!(layer = %digest, "{error}; it has been mended");
+        let dir = self.open_checked(digest).await?;
+        let dir = dir.map_err(|error| error.to_string())?;
         Ok(dir.map(|dir| self.adopt(dir)))
+    }
+
+    async fn open_checked(
+        &self,
+        digest: Digest,
+    ) -> Result<Result<Option<LayerDir>, layer_dir::Error>, String> {
+        let path = self.layer_path(digest);
+        let opened = spawn_blocking(move || {
+            let opened = LayerDir::open(&path, digest).and_then(|dir| {
+                dir.check_meta()?;
+                Ok(dir)
+            });
+            match opened {
+                Ok(dir) => Ok(Some(dir)),
+                Err(_) if !path.exists() => Ok(None),
+                Err(error) => Err(error),
+            }
+        });
+        opened.await.map_err(|error| error.to_string())
     }
 
     fn adopt(&self, dir: LayerDir) -> Open {
@@ -161,6 +208,8 @@ impl Node {
             mounted: None,
             prefetch: None,
             download: None,
+            used: false,
+            resumed: false,
         }
     }
 
@@ -179,6 +228,7 @@ impl Node {
             self.forget(digest, &slot);
             return Err(MountError::Unknown(digest));
         };
+        open.used = true;
         if let Some(path) = &open.mounted {
             return Ok(path.clone());
         }
@@ -188,16 +238,51 @@ impl Node {
         }
         .map_err(|error| MountError::failed(digest, error))?;
         open.mounted = Some(path.clone());
-        self.fetch_ahead(open);
+        self.download(open);
         Ok(path)
     }
 
-    /// Starts to fetch what a mounted layer lacks.
-    fn fetch_ahead(&self, open: &mut Open) {
+    /// Starts to fetch what `image` will need of the layer, if anything says
+    /// what that is and it was not started before.
+    async fn prefetch(&self, open: &mut Open, image: &ImageId) {
+        if !self.0.config.prefetch || open.prefetch.is_some() || open.layer.dir().is_complete() {
+            return;
+        }
+        if let Some((source, plan)) = self.plan(&open.layer, image).await {
+            open.prefetch = open.layer.prefetch(plan).map(|handle| (source, handle));
+        }
+    }
+
+    /// A container of `image` is about to start. Returns its layers, and
+    /// whether nothing was read of them before that was not seen.
+    pub(super) async fn starting(&self, image: &ImageId) -> (Vec<Arc<LazyLayer>>, bool) {
+        let mut layers = Vec::new();
+        let mut whole = true;
+        for &digest in &image.layers {
+            let slot = self.0.slots.lock().get(&digest).cloned();
+            let Some(slot) = slot else {
+                whole = false;
+                continue;
+            };
+            let mut place = slot.0.lock().await;
+            let Some(open) = place.as_mut() else {
+                whole = false;
+                continue;
+            };
+            // Of a layer whose content is all here, the kernel reads it alone.
+            let dir = open.layer.dir();
+            let activity = open.layer.activity();
+            let unread = activity.reads == 0 && activity.waited == 0;
+            whole &= dir.chunks().is_empty() || (unread && !open.resumed && !dir.is_complete());
+            self.prefetch(open, image).await;
+            layers.push(Arc::clone(&open.layer));
+        }
+        (layers, whole)
+    }
+
+    /// Starts to download what a mounted layer lacks.
+    fn download(&self, open: &mut Open) {
         if !open.layer.dir().is_complete() {
-            if self.0.config.prefetch && open.prefetch.is_none() {
-                open.prefetch = open.layer.prefetch();
-            }
             if let (Some(delay), None) = (self.0.config.background, &open.download) {
                 open.download = Some(open.layer.download(delay));
             }
@@ -218,9 +303,14 @@ impl Node {
         if tree {
             self.insert_tree(&open.layer, Image::open(&meta)?);
         }
+        open.resumed = true;
         if mounted.is_some() {
             open.mounted = mounted;
-            self.fetch_ahead(&mut open);
+            if self.0.config.prefetch {
+                let landmark = open.layer.prefetch(Plan::Landmark);
+                open.prefetch = landmark.map(|handle| (ProfileSource::Image, handle));
+            }
+            self.download(&mut open);
         }
         // Nobody else knows the slot yet.
         if let Ok(mut place) = self.slot(digest).0.try_lock() {
@@ -264,7 +354,7 @@ impl Node {
         .await?
     }
 
-    async fn show_tree(
+    pub(super) async fn show_tree(
         &self,
         layer: &Arc<LazyLayer>,
     ) -> Result<PathBuf, Box<dyn std::error::Error + Send + Sync>> {
@@ -284,6 +374,8 @@ impl Node {
 
     /// Unmounts and deletes the layer.
     pub(super) async fn remove_layer(&self, digest: Digest) -> Result<(), MountError> {
+        // Their files could not be named later.
+        self.end_recordings(|recording| recording.of(digest)).await;
         let slot = self.slot(digest);
         let mut place = slot.0.lock().await;
         let failed = |error: io::Error| MountError::failed(digest, error);
@@ -301,8 +393,19 @@ impl Node {
         Ok(())
     }
 
+    /// The layers that snapshots were mounted from since this was last asked.
+    pub(super) fn recently_used(&self) -> Vec<Digest> {
+        let slots: Vec<_> = self.0.slots.lock().clone().into_iter().collect();
+        let used = slots.into_iter().filter_map(|(digest, slot)| {
+            let mut place = slot.0.try_lock().ok()?;
+            let open = place.as_mut()?;
+            std::mem::take(&mut open.used).then_some(digest)
+        });
+        used.collect()
+    }
+
     /// Takes an empty slot out of the table, unless somebody else waits for it.
-    fn forget(&self, digest: Digest, slot: &Arc<Slot>) {
+    pub(super) fn forget(&self, digest: Digest, slot: &Arc<Slot>) {
         let mut slots = self.0.slots.lock();
         // One for the table and one for the caller.
         if Arc::strong_count(slot) == 2 && slot.0.try_lock().is_ok_and(|place| place.is_none()) {
@@ -350,6 +453,18 @@ impl Node {
         first_failure
     }
 
+    /// What each open layer is and does, by digest.
+    pub(super) fn layer_statuses(&self) -> Vec<LayerStatus> {
+        let slots: Vec<Arc<Slot>> = self.0.slots.lock().values().cloned().collect();
+        let mut statuses: Vec<LayerStatus> = slots
+            .iter()
+            // One that is being opened or removed is not there.
+            .filter_map(|slot| Some(slot.0.try_lock().ok()?.as_ref()?.status()))
+            .collect();
+        statuses.sort_by_key(|status| status.digest);
+        statuses
+    }
+
     /// Makes what has become present durable.
     pub(super) async fn persist(&self) {
         let slots: Vec<Arc<Slot>> = self.0.slots.lock().values().cloned().collect();
@@ -363,6 +478,13 @@ impl Node {
             }
         }
     }
+}
+
+/// Tells that what these sent is wrong. Whether there is another host to ask.
+fn distrust(senders: &[Senders]) -> bool {
+    // All of them, not up to the first that says so.
+    let told: Vec<bool> = senders.iter().map(Senders::distrust).collect();
+    told.contains(&true)
 }
 
 async fn persist(layer: Arc<LazyLayer>) {
@@ -382,6 +504,26 @@ impl Slot {
 }
 
 impl Open {
+    /// Ends all fetches, and leaves the layer to the caller.
+    pub(super) fn end(self) -> Arc<LazyLayer> {
+        self.layer.close();
+        self.layer
+    }
+
+    fn status(&self) -> LayerStatus {
+        let dir = self.layer.dir();
+        LayerStatus {
+            digest: self.layer.digest(),
+            image: dir.identity().reference.to_string(),
+            mounted: self.mounted.is_some(),
+            blob_size: dir.identity().blob_size,
+            chunks: dir.chunks().len(),
+            present: dir.present().count(),
+            activity: self.layer.activity(),
+            profile: self.prefetch.as_ref().map(|(source, _)| *source),
+        }
+    }
+
     async fn close(self, node: &Node, keep: bool) {
         self.layer.close();
         let number = self.layer.dir().identity().number;
@@ -411,6 +553,19 @@ fn unmount(target: &Path) -> io::Result<()> {
     fs::remove_dir(target)
 }
 
+/// The same, unless something uses it: says whether it is unmounted.
+pub(super) fn unmount_unused(target: &Path) -> io::Result<bool> {
+    match mount::unmount(target) {
+        Ok(()) => fs::remove_dir(target).map(|()| true),
+        Err(mount::Error::Unmount { source, .. })
+            if source.kind() == io::ErrorKind::ResourceBusy =>
+        {
+            Ok(false)
+        }
+        Err(error) => Err(io::Error::other(error)),
+    }
+}
+
 /// Deletes a layer's directory, which has no name any more when that begins.
 fn delete(path: &Path) -> io::Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -424,7 +579,7 @@ fn delete(path: &Path) -> io::Result<()> {
 }
 
 /// The layers on disk.
-fn list(layers: &Path) -> io::Result<Vec<Digest>> {
+pub(super) fn list(layers: &Path) -> io::Result<Vec<Digest>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(layers)? {
         let name = entry?.file_name();
