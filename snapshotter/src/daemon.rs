@@ -232,11 +232,17 @@ fn mebibytes(count: u64) -> u64 {
 }
 
 fn registry_config(config: &Config) -> sluice_registry::Config {
+    let patience = Duration::from_secs(config.fetch.deadline_seconds.get());
     let config = config.registry.clone();
+    let default = sluice_registry::Config::default();
     sluice_registry::Config {
+        // A dead host must leave a read time to ask others.
+        connect_timeout: default.connect_timeout.min(patience / 4),
+        stall_timeout: default.stall_timeout.min(patience / 4),
+        hosts_dirs: config.hosts_dirs,
         plain_http: config.plain_http,
         docker_configs: config.docker_configs,
         ca_certificates: config.ca_certificates,
-        ..sluice_registry::Config::default()
+        ..default
     }
 }

@@ -39,6 +39,9 @@ const LEAST_WINDOW: u64 = 8 << 20;
 /// How often a read takes over fetches that others gave up.
 const ATTEMPTS: usize = 16;
 
+/// Causes of trouble that are told until bytes come again.
+const CAUSES: usize = 32;
+
 /// A layer's directory and where its missing bytes come from.
 pub struct LazyLayer {
     me: Weak<Self>,
@@ -338,11 +341,15 @@ impl LazyLayer {
         }
     }
 
-    /// Says what is wrong, once for each cause until bytes come again.
+    /// Says what is wrong and what that means, once for each cause until bytes
+    /// come again.
     pub(super) fn report(&self, cause: &str, unit: Unit, outlook: &str) {
-        if !self.trouble.lock().insert(cause.to_owned()) {
+        let mut trouble = self.trouble.lock();
+        // A registry can word every refusal in a new way.
+        if trouble.len() >= CAUSES || !trouble.insert(format!("{cause}; {outlook}")) {
             return;
         }
+        drop(trouble);
         let chunk = self.dir.chunks().of_unit(unit.offset).next();
         let path = chunk.map(|chunk| self.path_at(self.dir.chunks().get(chunk).data_offset));
         let path = path.unwrap_or_else(|| "?".into());

@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use sluice_oci::{Digest, Reference};
+use sluice_registry::Senders;
 use tokio::task::spawn_blocking;
 
 use super::compile;
@@ -24,7 +25,7 @@ use crate::fuse::{Content, Tree, TreeTable};
 use crate::layer_dir::{self, LayerDir, TEMPORARY};
 use crate::mount;
 use crate::profiles::ImageId;
-use crate::remote::Known;
+use crate::remote::{FetchedToc, Known};
 use crate::service::{LayerRequest, MountError, NotLazy, Usage};
 
 /// The place of a layer, whether it is there or not. The lock is held while
@@ -113,13 +114,36 @@ impl Node {
         })
     }
 
+    /// One that is not what the image promises is fetched once more if another
+    /// host has the blob.
     async fn make_once(
         &self,
         reference: &Reference,
         digest: Digest,
         known: &Known,
     ) -> Result<(), compile::Error> {
-        let fetched = self.0.remote.fetch_toc(reference, digest, known).await?;
+        let fetch = || self.0.remote.fetch_toc(reference, digest, known);
+        let fetched = fetch().await?;
+        let senders = fetched.senders();
+        match self.make_of(fetched, reference, digest).await {
+            Err(compile::Error::Toc(error)) => {
+                // The annotation may be what is wrong.
+                let elsewhere = error.is_misplaced() && known.without_position().is_some();
+                if elsewhere || !distrust(&senders) {
+                    return Err(error.into());
+                }
+                self.make_of(fetch().await?, reference, digest).await
+            }
+            made => made,
+        }
+    }
+
+    async fn make_of(
+        &self,
+        fetched: FetchedToc,
+        reference: &Reference,
+        digest: Digest,
+    ) -> Result<(), compile::Error> {
         let number = self.0.numbers.take().map_err(compile::Error::Number)?;
         let layers = self.layers_dir();
         self.compile(layers, fetched, digest, reference, number)
@@ -496,6 +520,13 @@ impl Node {
             }
         }
     }
+}
+
+/// Tells that what these sent is wrong. Whether there is another host to ask.
+fn distrust(senders: &[Senders]) -> bool {
+    // All of them, not up to the first that says so.
+    let told: Vec<bool> = senders.iter().map(Senders::distrust).collect();
+    told.contains(&true)
 }
 
 impl Slot {

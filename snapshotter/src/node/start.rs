@@ -41,6 +41,10 @@ pub(super) const PROFILES: &str = "profiles";
 /// How often what has become present is made durable.
 const PERSIST: Duration = Duration::from_secs(30);
 
+/// A manifest or a TOC that takes longer is not waited for: containerd waits
+/// for the answer, and unpacking the layer is one, too.
+const UNPACK_INSTEAD: Duration = Duration::from_secs(60);
+
 impl Node {
     /// Starts the node below `config.root`: goes on with the mounts that were
     /// kept, detaches those that were not, removes what a former process left
@@ -83,7 +87,11 @@ impl Node {
         let runtime = Handle::current();
         let node = Self(Arc::new(Inner {
             engine: Engine::new(config.fetch.clone(), runtime.clone()),
-            remote: Remote::new(client, TocBudget::new(config.toc_memory)),
+            remote: Remote::new(
+                client,
+                TocBudget::new(config.toc_memory),
+                config.fetch.deadline.min(UNPACK_INSTEAD),
+            ),
             slots: Mutex::new(HashMap::new()),
             sessions: Mutex::default(),
             numbers: Numbers::load(root, &layers)?,
