@@ -20,6 +20,8 @@ mod content_range;
 mod document;
 mod endpoint;
 mod error;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod http_client;
 mod redirect;
 mod retry;
