@@ -30,8 +30,14 @@ pub struct Config {
     pub fetch: Fetch,
     /// Fetching what an image says it will need.
     pub prefetch: Prefetch,
+    /// Recording what images read while they start.
+    pub profiles: Profiles,
     /// Fetching the rest when nothing else is wanted.
     pub background: Background,
+    /// How much may be kept.
+    pub cache: Cache,
+    /// Reading what is kept, to see whether it still is what it was.
+    pub scrub: Scrub,
 }
 
 /// Section `[registry]`.
@@ -58,6 +64,9 @@ pub struct Registry {
 pub struct Mount {
     /// `auto` (default), `erofs` or `fuse`.
     pub mode: MountMode,
+    /// Places from which images are mounted lazily: `host[:port]`, or that and
+    /// the beginning of a repository. Default: none, which is all.
+    pub lazy_from: Vec<String>,
 }
 
 /// How a layer becomes a directory.
@@ -101,6 +110,23 @@ pub struct Prefetch {
     pub enabled: bool,
 }
 
+/// Section `[profiles]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Profiles {
+    /// Whether starts are recorded. Default true. Recorded profiles are used
+    /// when `[prefetch]` is enabled.
+    pub record: bool,
+    /// How long a start is recorded at most. Default 120.
+    pub seconds: NonZeroU64,
+    /// A start is over when nothing new was read for so long, in seconds.
+    /// Default 10.
+    pub idle_seconds: NonZeroU64,
+    /// Images whose profiles are kept; those least recently used go first.
+    /// Default 256.
+    pub images: NonZeroU64,
+}
+
 /// Section `[background]`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -110,6 +136,29 @@ pub struct Background {
     /// How long after its mount the rest of a layer is fetched, in seconds.
     /// Default 10: the start of a container comes first.
     pub delay_seconds: u64,
+}
+
+/// Section `[cache]`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Cache {
+    /// What lazily mounted layers may take on disk, in MiB, before content
+    /// that nothing mounts is evicted. Default 0: any amount.
+    pub limit_mib: u64,
+    /// What is to stay free on their file system, in MiB, in the same way.
+    /// Default 0.
+    pub min_free_mib: u64,
+}
+
+/// Section `[scrub]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Scrub {
+    /// Hours between the end of one check of all layers and the next. Default
+    /// 168, a week; 0 turns it off.
+    pub interval_hours: u64,
+    /// How fast it reads, in MiB a second. Default 50.
+    pub mib_per_second: NonZeroU64,
 }
 
 impl Default for Config {
@@ -122,7 +171,10 @@ impl Default for Config {
             mount: Mount::default(),
             fetch: Fetch::default(),
             prefetch: Prefetch::default(),
+            profiles: Profiles::default(),
             background: Background::default(),
+            cache: Cache::default(),
+            scrub: Scrub::default(),
         }
     }
 }
@@ -165,11 +217,31 @@ impl Default for Prefetch {
     }
 }
 
+impl Default for Profiles {
+    fn default() -> Self {
+        Self {
+            record: true,
+            seconds: nonzero(120),
+            idle_seconds: nonzero(10),
+            images: nonzero(256),
+        }
+    }
+}
+
 impl Default for Background {
     fn default() -> Self {
         Self {
             enabled: true,
             delay_seconds: 10,
+        }
+    }
+}
+
+impl Default for Scrub {
+    fn default() -> Self {
+        Self {
+            interval_hours: 168,
+            mib_per_second: nonzero(50),
         }
     }
 }
@@ -241,16 +313,23 @@ mod tests {
             "root = '/r'\naddress = '/s'\nlog_level = 'debug'\n\
              [registry]\nplain_http = ['10.0.0.1:5000']\ndocker_config = '/d.json'\n\
              ca_certificates = ['/ca.pem']\n\
-             [mount]\nmode = 'fuse'\n\
+             [mount]\nmode = 'fuse'\nlazy_from = ['r.io/team']\n\
              [fetch]\nmemory_mib = 32\nconnections = 4\nread_ahead_mib = 0\ndeadline_seconds = 9\n\
-             [prefetch]\nenabled = false\n[background]\nenabled = false\n",
+             [prefetch]\nenabled = false\n[profiles]\nrecord = false\nidle_seconds = 3\n\
+             [background]\nenabled = false\n\
+             [cache]\nlimit_mib = 7\nmin_free_mib = 8\n\
+             [scrub]\ninterval_hours = 0\nmib_per_second = 9\n",
         )
         .unwrap();
         assert_eq!(config.root, Path::new("/r"));
         assert_eq!(config.registry.plain_http, ["10.0.0.1:5000"]);
         assert_eq!(config.mount.mode, MountMode::Fuse);
+        assert_eq!(config.mount.lazy_from, ["r.io/team"]);
         assert_eq!(config.fetch.deadline_seconds.get(), 9);
-        assert!(!config.background.enabled);
+        assert!(!config.background.enabled && !config.profiles.record);
+        assert_eq!(config.profiles.idle_seconds.get(), 3);
+        assert_eq!((config.cache.limit_mib, config.cache.min_free_mib), (7, 8));
+        assert_eq!(config.scrub.interval_hours, 0);
     }
 
     #[test]
@@ -296,6 +375,7 @@ mod tests {
             "docker_config",
             "ca_certificates",
             "mode",
+            "lazy_from",
             "memory_mib",
             "toc_memory_mib",
             "connections",
@@ -303,6 +383,14 @@ mod tests {
             "deadline_seconds",
             "enabled",
             "delay_seconds",
+            "limit_mib",
+            "min_free_mib",
+            "interval_hours",
+            "mib_per_second",
+            "record",
+            "seconds",
+            "idle_seconds",
+            "images",
         ] {
             assert!(text.contains(&format!("\n{key} = ")), "{key}");
         }

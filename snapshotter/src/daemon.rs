@@ -9,13 +9,14 @@ use std::time::Duration;
 use sluice_registry::Client;
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
-use tokio_util::task::TaskTracker;
+use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 use tonic::transport::Server;
 
 use crate::config::{Config, MountMode};
+use crate::control::{self, Control};
 use crate::fetch;
 use crate::keeper::Keeper;
-use crate::node::{self, Node};
+use crate::node::{self, LazyFrom, Node};
 use crate::service::{self, LazyLayers, OverlayOptions, Snapshots, Store};
 use crate::socket::{self, Root, Socket};
 
@@ -25,6 +26,10 @@ const DRAIN: Duration = Duration::from_secs(10);
 /// How long a client may take to let go of its connection after that. One that
 /// hangs is no reason to be killed by the service manager.
 const LET_GO: Duration = Duration::from_secs(1);
+
+/// How often it is looked whether the layers take more of the disk than they
+/// may.
+const ROOM: Duration = Duration::from_secs(10);
 
 /// Why the daemon does not run.
 #[derive(Debug, thiserror::Error)]
@@ -106,14 +111,25 @@ async fn serve_node(
     let layers = Arc::new(node.clone());
     let snapshots = Snapshots::start(root.path(), store, layers, overlay).await?;
     let snapshots = Arc::new(snapshots);
-    let served = serve(config, Arc::clone(&snapshots), listener, keeper, stop).await;
+    let _room = AbortOnDropHandle::new(tokio::spawn(keep_room(Arc::clone(&snapshots))));
+    let control = Control::new(Arc::clone(&snapshots), node.clone());
+    let snapshots_and = (Arc::clone(&snapshots), control);
+    let served = serve(config, snapshots_and, listener, keeper, stop).await;
     snapshots.close().await;
     served
 }
 
-async fn serve<L: LazyLayers>(
+/// Keeps the layers within their quota.
+async fn keep_room<L: LazyLayers>(snapshots: Arc<Snapshots<L>>) {
+    loop {
+        snapshots.make_room().await;
+        tokio::time::sleep(ROOM).await;
+    }
+}
+
+async fn serve(
     config: &Config,
-    snapshots: Arc<Snapshots<L>>,
+    (snapshots, control): (Arc<Snapshots<Node>>, Control),
     listener: std::os::unix::net::UnixListener,
     keeper: &Keeper,
     stop: impl Future<Output = Stop> + Send,
@@ -130,6 +146,7 @@ async fn serve<L: LazyLayers>(
     let (drain, drained) = tokio::sync::oneshot::channel::<()>();
     let server = Server::builder()
         .add_service(service::server(snapshots, calls.clone()))
+        .add_service(control::server(control))
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async {
             let _ = drained.await;
         });
@@ -180,12 +197,23 @@ fn node_config(config: &Config, root: &Path) -> node::Config {
             deadline: Duration::from_secs(config.fetch.deadline_seconds.get()),
             ..fetch::Config::default()
         },
+        lazy_from: LazyFrom::new(config.mount.lazy_from.clone()),
         toc_memory: mebibytes(config.fetch.toc_memory_mib.get()),
         prefetch: config.prefetch.enabled,
+        profiles: node::ProfileConfig {
+            record: config.profiles.record,
+            longest: Duration::from_secs(config.profiles.seconds.get()),
+            idle: Duration::from_secs(config.profiles.idle_seconds.get()),
+            images: config.profiles.images.get() as usize,
+        },
         background: config
             .background
             .enabled
             .then(|| Duration::from_secs(config.background.delay_seconds)),
+        quota: node::Quota {
+            limit: (config.cache.limit_mib > 0).then(|| mebibytes(config.cache.limit_mib)),
+            min_free: mebibytes(config.cache.min_free_mib),
+        },
         ..node::Config::new(root)
     }
 }

@@ -1,9 +1,8 @@
 //! One layer that is fetched as it is read.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use futures_util::future::BoxFuture;
@@ -12,12 +11,14 @@ use sluice_layer::Unit;
 use sluice_oci::Digest;
 use tokio_util::sync::CancellationToken;
 
+use super::activity::{Activity, Counters};
 use super::engine::Engine;
-use super::inflight::{Claim, InFlight};
+use super::inflight::{Abandoned, Claim, InFlight};
 use super::plan::{self, Planned};
 use super::readahead::ReadAhead;
 use super::stream;
-use super::{FetchError, Link, Priority, RangeSource};
+use super::trace::{Recording, Trace};
+use super::{FetchError, Link, Priority, RangeSource, Unstored};
 use crate::fuse::Content;
 use crate::layer_dir::{ChunkId, LayerDir};
 
@@ -30,16 +31,19 @@ const ATTEMPTS: usize = 16;
 /// A layer's directory and where its missing bytes come from.
 pub struct LazyLayer {
     me: Weak<Self>,
-    dir: LayerDir,
+    pub(super) dir: LayerDir,
     source: Box<dyn RangeSource>,
-    engine: Engine,
+    pub(super) engine: Engine,
     link: Arc<Link>,
     in_flight: InFlight,
     read_ahead: ReadAhead,
     path_of: PathOf,
     trouble: Mutex<HashSet<String>>,
     closed: CancellationToken,
-    fetched: AtomicU64,
+    /// Chunks that the disk did not give back, and how often.
+    pub(super) unreadable: Mutex<HashMap<ChunkId, u32>>,
+    counters: Counters,
+    trace: Trace,
 }
 
 impl std::fmt::Debug for LazyLayer {
@@ -66,7 +70,9 @@ impl LazyLayer {
             in_flight: InFlight::default(),
             trouble: Mutex::default(),
             closed: CancellationToken::new(),
-            fetched: AtomicU64::new(0),
+            unreadable: Mutex::default(),
+            counters: Counters::default(),
+            trace: Trace::new(dir.chunks().len()),
             path_of,
             source,
             dir,
@@ -101,11 +107,25 @@ impl LazyLayer {
 
     /// Compressed bytes of units that were decoded since the layer was opened.
     pub fn fetched_bytes(&self) -> u64 {
-        self.fetched.load(Ordering::Relaxed)
+        self.activity().fetched.iter().sum()
     }
 
-    pub(super) fn count_decoded(&self, bytes: u64) {
-        self.fetched.fetch_add(bytes, Ordering::Relaxed);
+    /// What happened to it since it was opened.
+    pub fn activity(&self) -> Activity {
+        self.counters.get()
+    }
+
+    pub(super) fn count_decoded(&self, priority: Priority, bytes: u64) {
+        self.counters.fetched(priority, bytes);
+    }
+
+    /// Records what is read of it from now on.
+    pub fn record(self: &Arc<Self>) -> Recording {
+        Recording::begin(Arc::clone(self))
+    }
+
+    pub(super) fn trace(&self) -> &Trace {
+        &self.trace
     }
 
     /// Ends all fetches; readers that wait get an error.
@@ -113,33 +133,38 @@ impl LazyLayer {
         self.closed.cancel();
     }
 
-    /// Whether all chunks of a unit are present.
+    /// Whether no chunk of a unit has to be fetched, as far as is known.
     pub(super) fn has_unit(&self, unit: Unit) -> bool {
+        let (present, claimed) = (self.dir.present(), self.dir.claimed());
         self.dir.is_complete()
             || self
                 .dir
                 .chunks()
                 .of_unit(unit.offset)
-                .all(|chunk| self.dir.present().contains(chunk))
+                .all(|chunk| present.contains(chunk) || claimed.contains(chunk))
     }
 
     pub(super) fn claim(&self, unit: Unit) -> Option<Claim> {
         self.in_flight.claim(unit, |unit| self.has_unit(unit))
     }
 
-    /// Returns when `offset..offset + len` of `data` is present.
-    pub async fn fetch(self: &Arc<Self>, offset: u64, len: u64) -> Result<(), FetchError> {
+    /// Returns when `offset..offset + len` of `data` is present, but for what
+    /// it returns.
+    pub async fn fetch(self: &Arc<Self>, offset: u64, len: u64) -> Result<Unstored, FetchError> {
         let _demand = self.engine.demand();
+        self.settle(offset, len).await;
+        let mut unstored = self.kept_unstored(offset, len);
         let mut failure = None;
         for attempt in 0..ATTEMPTS {
             let table = self.dir.chunks();
             let missing: Vec<ChunkId> = table
                 .overlapping(offset, len)
                 .filter(|&chunk| !self.dir.present().contains(chunk))
+                .filter(|&chunk| unstored.get(chunk).is_none())
                 .collect();
             let (Some(&first), Some(&last)) = (missing.first(), missing.last()) else {
                 // Perhaps the fetch failed only for what lies beside.
-                return Ok(());
+                return Ok(unstored);
             };
             if let Some(failure) = failure {
                 return Err(failure);
@@ -151,15 +176,17 @@ impl LazyLayer {
             let (mut claims, waiters) = self
                 .in_flight
                 .join(units.iter().copied(), |u| self.has_unit(u));
-            if attempt == 0 {
+            if attempt == 0 && !self.engine.storage().is_failing() {
                 let further = self.read_ahead.advance(table, first, last, false);
                 claims.extend(self.claim_chunks(&further, &units));
             }
             self.start(claims, |claim| units.contains(&claim.unit()));
             for waiter in waiters {
-                // One that was abandoned is taken over in the next round.
-                if let Ok(Err(error)) = waiter.wait().await {
-                    failure = Some(error);
+                match waiter.wait().await {
+                    Ok(Ok(more)) => unstored.extend(more, table, offset, len),
+                    Ok(Err(error)) => failure = Some(error),
+                    // One that was abandoned is taken over in the next round.
+                    Err(Abandoned) => {}
                 }
             }
         }
@@ -228,18 +255,19 @@ impl LazyLayer {
         if !self.trouble.lock().insert(cause.to_owned()) {
             return;
         }
-        let path = self
-            .dir
-            .chunks()
-            .of_unit(unit.offset)
-            .next()
-            .and_then(|chunk| (self.path_of)(self.dir.chunks().get(chunk).data_offset));
-        let path = path.as_deref().unwrap_or("?".as_ref());
+        let chunk = self.dir.chunks().of_unit(unit.offset).next();
+        let path = chunk.map(|chunk| self.path_at(self.dir.chunks().get(chunk).data_offset));
+        let path = path.unwrap_or_else(|| "?".into());
         tracing::warn!(
             layer = %self.digest(),
             path = %path.display(),
             "cannot fetch content: {cause}; {outlook}"
         );
+    }
+
+    /// The file that an offset of `data` belongs to, for messages.
+    pub(super) fn path_at(&self, offset: u64) -> PathBuf {
+        (self.path_of)(offset).unwrap_or_else(|| "?".into())
     }
 
     /// Bytes have come.
@@ -258,28 +286,43 @@ impl Content for LazyLayer {
     }
 
     fn try_read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<bool> {
-        if !self.dir.has(offset, buffer.len() as u64) {
+        if self.trace.is_active() {
+            let chunks = self.dir.chunks().overlapping(offset, buffer.len() as u64);
+            self.trace.note(chunks);
+        }
+        let len = buffer.len() as u64;
+        if !self.dir.has(offset, len) {
             return Ok(false);
         }
-        self.dir.read_at(buffer, offset)?;
+        if let Err(error) = self.dir.read_at(buffer, offset) {
+            // What the disk does not give, the registry does.
+            self.unreadable(offset, len, &error);
+            return Ok(false);
+        }
+        self.counters.read();
         if self.read_ahead.is_active() {
             self.read_on(offset, buffer.len() as u64);
         }
         Ok(true)
     }
 
-    fn make_present(self: Arc<Self>, offset: u64, len: u64) -> BoxFuture<'static, io::Result<()>> {
+    fn read_missing(
+        self: Arc<Self>,
+        offset: u64,
+        len: usize,
+    ) -> BoxFuture<'static, io::Result<Vec<u8>>> {
+        self.counters.waits();
         Box::pin(async move {
-            self.fetch(offset, len).await.map_err(|error| {
-                if let FetchError::Corrupt { .. } | FetchError::Disk { .. } = &error {
-                    let unit = self.dir.chunks().overlapping(offset, len).next();
-                    if let Some(chunk) = unit {
+            let read = self.fetch_and_read(offset, len).await;
+            Ok(read.inspect_err(|error| {
+                if let FetchError::Corrupt { .. } | FetchError::Disk { .. } = error {
+                    let chunk = self.dir.chunks().overlapping(offset, len as u64).next();
+                    if let Some(chunk) = chunk {
                         let unit = self.dir.chunks().get(chunk).unit;
                         self.report(&error.to_string(), unit, "the reader gets EIO");
                     }
                 }
-                error.into()
-            })
+            })?)
         })
     }
 }

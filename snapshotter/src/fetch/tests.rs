@@ -13,6 +13,8 @@ use parking_lot::Mutex;
 use tempfile::TempDir;
 use tokio::sync::watch;
 
+mod disk;
+
 use super::*;
 use crate::fuse::Content as _;
 use crate::layer_dir::LayerDir;
@@ -151,7 +153,7 @@ fn refusal() -> Fault {
 }
 
 struct Setup {
-    _root: TempDir,
+    _root: Option<TempDir>,
     sample: Sample,
     source: Source,
     engine: Engine,
@@ -172,6 +174,13 @@ fn setup_with(sample: Sample, config: Config) -> Setup {
     let root = tempfile::tempdir().unwrap();
     let path = make(root.path(), &sample).unwrap();
     let dir = LayerDir::open(&path, sample.digest()).unwrap();
+    Setup {
+        _root: Some(root),
+        ..setup_of(dir, sample, config)
+    }
+}
+
+fn setup_of(dir: LayerDir, sample: Sample, config: Config) -> Setup {
     let placement = crate::layer_dir::placement::Placement::new(&sample.toc());
     // Samples have their files in the order of the blob.
     let mut starts = Vec::new();
@@ -190,7 +199,7 @@ fn setup_with(sample: Sample, config: Config) -> Setup {
         Box::new(|_| Some(PathBuf::from("/some/file"))),
     );
     Setup {
-        _root: root,
+        _root: None,
         sample,
         source,
         engine,
@@ -199,8 +208,12 @@ fn setup_with(sample: Sample, config: Config) -> Setup {
     }
 }
 
-/// Twelve files of 60 kB, each in two chunks, and one of 2 MB.
 fn setup() -> Setup {
+    setup_with(sample(), config())
+}
+
+/// Twelve files of 60 kB, each in two chunks, and one of 2 MB.
+fn sample() -> Sample {
     let mut all = files(12, 60_000);
     all.push(SampleFile {
         name: "large".to_owned(),
@@ -211,7 +224,7 @@ fn setup() -> Setup {
         prioritized: 4,
         ..Layout::default()
     };
-    setup_with(Sample::new(all, &layout), config())
+    Sample::new(all, &layout)
 }
 
 impl Setup {
@@ -424,7 +437,10 @@ async fn random_readers_are_not_read_ahead_for() {
 async fn prefetch_takes_the_prioritized_files_and_nothing_else() {
     let s = setup();
     let end = s.layer.dir().identity().prefetch_end.unwrap();
-    let handle = s.layer.prefetch().expect("there is a landmark");
+    let handle = s
+        .layer
+        .prefetch(Plan::Landmark)
+        .expect("there is a landmark");
     until(|| s.layer.dir().present().count() == 8).await;
     for file in 0..4 {
         s.read(file).await.unwrap();
@@ -434,6 +450,22 @@ async fn prefetch_takes_the_prioritized_files_and_nothing_else() {
     assert!(requests[0].1 <= end);
     drop(handle);
     until(|| s.nothing_is_held()).await;
+}
+
+#[tokio::test]
+async fn prefetch_follows_an_order() {
+    let s = setup();
+    assert!(s.layer.prefetch(Plan::Order(Arc::default())).is_none());
+    let table = s.layer.dir().chunks();
+    let order: Vec<_> = [9, 2]
+        .into_iter()
+        .flat_map(|file| table.overlapping(s.starts[file], 60_000))
+        .collect();
+    let _handle = s.layer.prefetch(Plan::Order(order.into()));
+    until(|| s.layer.dir().present().count() == 4).await;
+    s.read(9).await.unwrap();
+    s.read(2).await.unwrap();
+    assert!(s.source.take_requests().len() <= 2);
 }
 
 #[tokio::test]
@@ -539,4 +571,25 @@ async fn memory_and_connections_stay_within_the_budget() {
     let peak = *peak.lock();
     assert!(peak.0 <= 200_000 && peak.1 <= 3, "{peak:?}");
     assert!(peak.1 > 0);
+}
+
+#[tokio::test]
+async fn regression_a_shortened_file_is_fetched_again_and_never_read_as_zeros() {
+    let s = setup();
+    for file in 0..s.sample.files.len() {
+        s.read(file).await.unwrap();
+    }
+    s.source.take_requests();
+    let path = s.layer.dir().data_path();
+    let data = std::fs::File::options().write(true).open(path).unwrap();
+    // In the middle of the file 5.
+    data.set_len(s.starts[5] + 30_000).unwrap();
+    let mut found = vec![0; 60_000];
+    assert!(!s.layer.try_read(s.starts[6], &mut found).unwrap());
+    for file in 0..s.sample.files.len() {
+        s.read(file).await.unwrap();
+    }
+    let asked = s.source.take_requests();
+    assert_eq!(asked.first().unwrap().0, s.unit(5, 0).0, "{asked:?}");
+    assert!(s.layer.dir().is_complete());
 }

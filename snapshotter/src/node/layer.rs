@@ -9,30 +9,37 @@ use std::sync::Arc;
 use sluice_oci::{Digest, Reference};
 use tokio::task::spawn_blocking;
 
-use super::compile::compile;
+use super::compile;
 use super::paths::path_of;
+use super::plans::ProfileSource;
 use super::start::{BLOBS, MOUNTS, TREES};
+use super::status::LayerStatus;
 use super::{Mode, Node, source};
 use crate::erofs::Image;
-use crate::fetch::{Handle, LazyLayer};
+use crate::fetch::{Handle, LazyLayer, Plan};
 use crate::fuse::blobs::BlobTable;
 use crate::fuse::{Content, Tree, TreeTable};
-use crate::layer_dir::{LayerDir, TEMPORARY};
+use crate::layer_dir::{self, LayerDir, TEMPORARY};
 use crate::mount;
+use crate::profiles::ImageId;
 use crate::remote::Known;
-use crate::service::{MountError, NotLazy, Usage};
+use crate::service::{LayerRequest, MountError, NotLazy, Usage};
 
 /// The place of a layer, whether it is there or not. The lock is held while
 /// the layer is being opened, mounted or removed.
 #[derive(Default)]
-pub(super) struct Slot(tokio::sync::Mutex<Option<Open>>);
+pub(super) struct Slot(pub(super) tokio::sync::Mutex<Option<Open>>);
 
 /// A layer that is open.
 pub(super) struct Open {
-    layer: Arc<LazyLayer>,
-    mounted: Option<PathBuf>,
-    prefetch: Option<Handle>,
+    pub(super) layer: Arc<LazyLayer>,
+    pub(super) mounted: Option<PathBuf>,
+    prefetch: Option<(ProfileSource, Handle)>,
     download: Option<Handle>,
+    /// Whether a snapshot was mounted from it, and nobody noted that yet.
+    used: bool,
+    /// A former process mounted it: what was read before is not known.
+    resumed: bool,
 }
 
 impl Node {
@@ -41,7 +48,7 @@ impl Node {
     /// another image, which claimed other content for the same layer.
     pub(super) async fn open_layer(
         &self,
-        reference: &Reference,
+        request: &LayerRequest,
         digest: Digest,
         known: &Known,
     ) -> Result<(), NotLazy> {
@@ -52,7 +59,7 @@ impl Node {
             *place = self.load(digest).await.map_err(not_lazy)?;
         }
         if place.is_none() {
-            self.make(reference, digest, known)
+            self.make(&request.reference, digest, known)
                 .await
                 .map_err(not_lazy)?;
             *place = self.load(digest).await.map_err(not_lazy)?;
@@ -67,78 +74,97 @@ impl Node {
                     .to_owned(),
             ));
         }
-        if self.0.config.prefetch && open.prefetch.is_none() && !open.layer.dir().is_complete() {
-            open.prefetch = open.layer.prefetch();
-        }
+        let image = ImageId {
+            reference: Some(request.reference.to_string()),
+            manifest: request.manifest_digest,
+            layers: request.image_layers.clone(),
+        };
+        self.prefetch(open, &image).await;
         Ok(())
     }
 
+    /// Makes the layer's directory. A table of contents that is not where the
+    /// image's annotations say is looked for by the footer.
     async fn make(
         &self,
         reference: &Reference,
         digest: Digest,
         known: &Known,
     ) -> Result<(), String> {
-        let fetched = self
-            .0
-            .remote
-            .fetch_toc(reference, digest, known)
-            .await
-            .map_err(|error| error.to_string())?;
-        let number = self
-            .0
-            .numbers
-            .take()
-            .map_err(|error| format!("cannot note its number: {error}"))?;
-        let fetched = Arc::new(fetched);
-        let budget = self.0.remote.budget();
-        let mut wanted = fetched.likely_memory();
-        loop {
-            let memory = budget
-                .read(wanted)
-                .await
-                .map_err(|error| error.to_string())?;
-            let whole = memory.is_whole();
-            let (node, fetched) = (self.clone(), Arc::clone(&fetched));
-            let reference = reference.clone();
-            let compiled = spawn_blocking(move || {
-                let (layers, remote) = (node.layers_dir(), &node.0.remote);
-                // Held to the end, also when nobody waits for it any more.
-                let memory = memory;
-                compile(
-                    &layers, remote, &fetched, &memory, digest, &reference, number,
-                )
-            });
-            return match compiled.await {
-                Ok(Ok(())) => Ok(()),
-                Ok(Err(error)) if error.needs_more_memory() && !whole => {
-                    wanted = u64::MAX;
-                    continue;
+        let made = match self.make_once(reference, digest, known).await {
+            Err(compile::Error::Toc(error)) if error.is_misplaced() => {
+                match known.without_position() {
+                    Some(known) => {
+                        tracing::debug!(layer = %digest, "looked for by the footer: {error}");
+                        self.make_once(reference, digest, &known).await
+                    }
+                    None => Err(error.into()),
                 }
-                Ok(Err(error)) if error.needs_more_memory() => {
-                    Err(format!("{error}; raise toc_memory_mib in section [fetch]"))
-                }
-                Ok(Err(error)) => Err(error.to_string()),
-                Err(_) => Err("compiling its table of contents failed; see the log".to_owned()),
-            };
-        }
+            }
+            made => made,
+        };
+        made.map_err(|error| match error.needs_more_memory() {
+            true => format!("{error}; raise toc_memory_mib in section [fetch]"),
+            false => error.to_string(),
+        })
     }
 
-    /// Opens the layer's directory, if there is one. A damaged one is removed,
-    /// to be made again.
-    async fn load(&self, digest: Digest) -> Result<Option<Open>, String> {
-        let path = self.layer_path(digest);
-        let opened = spawn_blocking(move || match LayerDir::open(&path, digest) {
-            Ok(dir) => Ok(Some(dir)),
-            Err(_) if !path.exists() => Ok(None),
-            Err(error) if error.is_damage() => {
-                tracing::warn!(layer = %digest, "{error}; it is removed");
-                delete(&path).map(|()| None).map_err(|e| e.to_string())
-            }
-            Err(error) => Err(error.to_string()),
-        });
-        let dir = opened.await.map_err(|error| error.to_string())??;
+    async fn make_once(
+        &self,
+        reference: &Reference,
+        digest: Digest,
+        known: &Known,
+    ) -> Result<(), compile::Error> {
+        let fetched = self.0.remote.fetch_toc(reference, digest, known).await?;
+        let number = self.0.numbers.take().map_err(compile::Error::Number)?;
+        let layers = self.layers_dir();
+        self.compile(layers, fetched, digest, reference, number)
+            .await
+    }
+
+    /// Opens the layer's directory, if there is one, and checks all of it but
+    /// the content. A damaged one is mended; one that cannot be is removed, to
+    /// be made again.
+    pub(super) async fn load(&self, digest: Digest) -> Result<Option<Open>, String> {
+        let error = match self.open_checked(digest).await? {
+            Ok(dir) => return Ok(dir.map(|dir| self.adopt(dir))),
+            Err(error) if error.is_damage() => error,
+            Err(error) => return Err(error.to_string()),
+        };
+        let mended = self.mend(digest).await;
+        if !mended.map_err(|why| format!("{error}; it cannot be mended now: {why}"))? {
+            tracing::warn!(layer = %digest, "{error}; it is removed, to be made again");
+            let path = self.layer_path(digest);
+            let deleted = spawn_blocking(move || delete(&path)).await;
+            deleted
+                .map_err(io::Error::other)
+                .flatten()
+                .map_err(|error| error.to_string())?;
+            return Ok(None);
+        }
+        tracing::warn!(layer = %digest, "{error}; it has been mended");
+        let dir = self.open_checked(digest).await?;
+        let dir = dir.map_err(|error| error.to_string())?;
         Ok(dir.map(|dir| self.adopt(dir)))
+    }
+
+    async fn open_checked(
+        &self,
+        digest: Digest,
+    ) -> Result<Result<Option<LayerDir>, layer_dir::Error>, String> {
+        let path = self.layer_path(digest);
+        let opened = spawn_blocking(move || {
+            let opened = LayerDir::open(&path, digest).and_then(|dir| {
+                dir.check_meta()?;
+                Ok(dir)
+            });
+            match opened {
+                Ok(dir) => Ok(Some(dir)),
+                Err(_) if !path.exists() => Ok(None),
+                Err(error) => Err(error),
+            }
+        });
+        opened.await.map_err(|error| error.to_string())
     }
 
     fn adopt(&self, dir: LayerDir) -> Open {
@@ -158,6 +184,8 @@ impl Node {
             mounted: None,
             prefetch: None,
             download: None,
+            used: false,
+            resumed: false,
         }
     }
 
@@ -176,6 +204,7 @@ impl Node {
             self.forget(digest, &slot);
             return Err(MountError::Unknown(digest));
         };
+        open.used = true;
         if let Some(path) = &open.mounted {
             return Ok(path.clone());
         }
@@ -185,16 +214,51 @@ impl Node {
         }
         .map_err(|error| MountError::failed(digest, error))?;
         open.mounted = Some(path.clone());
-        self.fetch_ahead(open);
+        self.download(open);
         Ok(path)
     }
 
-    /// Starts to fetch what a mounted layer lacks.
-    fn fetch_ahead(&self, open: &mut Open) {
+    /// Starts to fetch what `image` will need of the layer, if anything says
+    /// what that is and it was not started before.
+    async fn prefetch(&self, open: &mut Open, image: &ImageId) {
+        if !self.0.config.prefetch || open.prefetch.is_some() || open.layer.dir().is_complete() {
+            return;
+        }
+        if let Some((source, plan)) = self.plan(&open.layer, image).await {
+            open.prefetch = open.layer.prefetch(plan).map(|handle| (source, handle));
+        }
+    }
+
+    /// A container of `image` is about to start. Returns its layers, and
+    /// whether nothing was read of them before that was not seen.
+    pub(super) async fn starting(&self, image: &ImageId) -> (Vec<Arc<LazyLayer>>, bool) {
+        let mut layers = Vec::new();
+        let mut whole = true;
+        for &digest in &image.layers {
+            let slot = self.0.slots.lock().get(&digest).cloned();
+            let Some(slot) = slot else {
+                whole = false;
+                continue;
+            };
+            let mut place = slot.0.lock().await;
+            let Some(open) = place.as_mut() else {
+                whole = false;
+                continue;
+            };
+            // Of a layer whose content is all here, the kernel reads it alone.
+            let dir = open.layer.dir();
+            let activity = open.layer.activity();
+            let unread = activity.reads == 0 && activity.waited == 0;
+            whole &= dir.chunks().is_empty() || (unread && !open.resumed && !dir.is_complete());
+            self.prefetch(open, image).await;
+            layers.push(Arc::clone(&open.layer));
+        }
+        (layers, whole)
+    }
+
+    /// Starts to download what a mounted layer lacks.
+    fn download(&self, open: &mut Open) {
         if !open.layer.dir().is_complete() {
-            if self.0.config.prefetch && open.prefetch.is_none() {
-                open.prefetch = open.layer.prefetch();
-            }
             if let (Some(delay), None) = (self.0.config.background, &open.download) {
                 open.download = Some(open.layer.download(delay));
             }
@@ -215,9 +279,14 @@ impl Node {
         if tree {
             self.insert_tree(&open.layer, Image::open(&meta)?);
         }
+        open.resumed = true;
         if mounted.is_some() {
             open.mounted = mounted;
-            self.fetch_ahead(&mut open);
+            if self.0.config.prefetch {
+                let landmark = open.layer.prefetch(Plan::Landmark);
+                open.prefetch = landmark.map(|handle| (ProfileSource::Image, handle));
+            }
+            self.download(&mut open);
         }
         // Nobody else knows the slot yet.
         if let Ok(mut place) = self.slot(digest).0.try_lock() {
@@ -261,7 +330,7 @@ impl Node {
         .await?
     }
 
-    async fn show_tree(
+    pub(super) async fn show_tree(
         &self,
         layer: &Arc<LazyLayer>,
     ) -> Result<PathBuf, Box<dyn std::error::Error + Send + Sync>> {
@@ -281,6 +350,8 @@ impl Node {
 
     /// Unmounts and deletes the layer.
     pub(super) async fn remove_layer(&self, digest: Digest) -> Result<(), MountError> {
+        // Their files could not be named later.
+        self.end_recordings(|recording| recording.of(digest)).await;
         let slot = self.slot(digest);
         let mut place = slot.0.lock().await;
         let failed = |error: io::Error| MountError::failed(digest, error);
@@ -298,8 +369,19 @@ impl Node {
         Ok(())
     }
 
+    /// The layers that snapshots were mounted from since this was last asked.
+    pub(super) fn recently_used(&self) -> Vec<Digest> {
+        let slots: Vec<_> = self.0.slots.lock().clone().into_iter().collect();
+        let used = slots.into_iter().filter_map(|(digest, slot)| {
+            let mut place = slot.0.try_lock().ok()?;
+            let open = place.as_mut()?;
+            std::mem::take(&mut open.used).then_some(digest)
+        });
+        used.collect()
+    }
+
     /// Takes an empty slot out of the table, unless somebody else waits for it.
-    fn forget(&self, digest: Digest, slot: &Arc<Slot>) {
+    pub(super) fn forget(&self, digest: Digest, slot: &Arc<Slot>) {
         let mut slots = self.0.slots.lock();
         // One for the table and one for the caller.
         if Arc::strong_count(slot) == 2 && slot.0.try_lock().is_ok_and(|place| place.is_none()) {
@@ -347,6 +429,18 @@ impl Node {
         first_failure
     }
 
+    /// What each open layer is and does, by digest.
+    pub(super) fn layer_statuses(&self) -> Vec<LayerStatus> {
+        let slots: Vec<Arc<Slot>> = self.0.slots.lock().values().cloned().collect();
+        let mut statuses: Vec<LayerStatus> = slots
+            .iter()
+            // One that is being opened or removed is not there.
+            .filter_map(|slot| Some(slot.0.try_lock().ok()?.as_ref()?.status()))
+            .collect();
+        statuses.sort_by_key(|status| status.digest);
+        statuses
+    }
+
     /// Makes what has become present durable.
     pub(super) async fn persist(&self) {
         let slots: Vec<Arc<Slot>> = self.0.slots.lock().values().cloned().collect();
@@ -379,6 +473,26 @@ impl Slot {
 }
 
 impl Open {
+    /// Ends all fetches, and leaves the layer to the caller.
+    pub(super) fn end(self) -> Arc<LazyLayer> {
+        self.layer.close();
+        self.layer
+    }
+
+    fn status(&self) -> LayerStatus {
+        let dir = self.layer.dir();
+        LayerStatus {
+            digest: self.layer.digest(),
+            image: dir.identity().reference.to_string(),
+            mounted: self.mounted.is_some(),
+            blob_size: dir.identity().blob_size,
+            chunks: dir.chunks().len(),
+            present: dir.present().count(),
+            activity: self.layer.activity(),
+            profile: self.prefetch.as_ref().map(|(source, _)| *source),
+        }
+    }
+
     async fn close(self, node: &Node, keep: bool) {
         self.layer.close();
         let number = self.layer.dir().identity().number;
@@ -408,6 +522,19 @@ fn unmount(target: &Path) -> io::Result<()> {
     fs::remove_dir(target)
 }
 
+/// The same, unless something uses it: says whether it is unmounted.
+pub(super) fn unmount_unused(target: &Path) -> io::Result<bool> {
+    match mount::unmount(target) {
+        Ok(()) => fs::remove_dir(target).map(|()| true),
+        Err(mount::Error::Unmount { source, .. })
+            if source.kind() == io::ErrorKind::ResourceBusy =>
+        {
+            Ok(false)
+        }
+        Err(error) => Err(io::Error::other(error)),
+    }
+}
+
 /// Deletes a layer's directory, which has no name any more when that begins.
 fn delete(path: &Path) -> io::Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -421,7 +548,7 @@ fn delete(path: &Path) -> io::Result<()> {
 }
 
 /// The layers on disk.
-fn list(layers: &Path) -> io::Result<Vec<Digest>> {
+pub(super) fn list(layers: &Path) -> io::Result<Vec<Digest>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(layers)? {
         let name = entry?.file_name();

@@ -9,19 +9,27 @@
 //! | `blobs/` | in mode `erofs`, mount point of the node's one FUSE file system of contents |
 //! | `m/<number>/` | in mode `erofs`, a mounted layer |
 //! | `next-layer` | the number that the next layer gets |
+//! | `profiles/` | what images read while they start |
 //! | `t/<number>/` | in mode `fuse`, a layer in the node's one FUSE file system of trees |
 
+mod allowed;
 mod compile;
+mod evict;
 mod images;
 mod layer;
 mod left;
 mod memory;
+mod mend;
 mod paths;
+mod plans;
+mod recording;
 mod start;
+mod status;
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -33,11 +41,18 @@ use crate::fuse::blobs::BlobTable;
 use crate::fuse::{self, SessionError, TreeTable};
 use crate::keeper::Keeper;
 use crate::mount;
+use crate::profiles::{ProfileError, Profiles};
 use crate::remote::Remote;
-use crate::service::{LayerRequest, LazyLayers, MountError, NotLazy, Usage};
+use crate::service::{ImageUse, InUse, LayerRequest, LazyLayers, MountError, NotLazy, Usage};
 
+pub use allowed::LazyFrom;
+pub use evict::Quota;
 use layer::Slot;
 use left::Numbers;
+pub use plans::ProfileSource;
+pub use recording::Recorded;
+use recording::Recordings;
+pub use status::{LayerStatus, NodeStatus};
 
 /// How layers are mounted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,12 +72,18 @@ pub struct Config {
     pub mode: Option<Mode>,
     /// How to fetch.
     pub fetch: fetch::Config,
-    /// Whether prioritized files are fetched before they are read.
+    /// Whether what a profile or the image names is fetched before it is read.
     pub prefetch: bool,
+    /// How starts are recorded.
+    pub profiles: ProfileConfig,
     /// How long after its mount the rest of a layer is downloaded, if at all.
     pub background: Option<Duration>,
+    /// How much the layers may take on disk.
+    pub quota: Quota,
     /// Layers of one image whose TOCs are fetched and compiled at once.
     pub opening: usize,
+    /// Which images may be mounted lazily.
+    pub lazy_from: LazyFrom,
     /// Bytes of memory for all TOCs that are fetched and compiled at once.
     pub toc_memory: u64,
     /// Who keeps the node's FUSE mounts for the next process.
@@ -77,10 +98,37 @@ impl Config {
             mode: None,
             fetch: fetch::Config::default(),
             prefetch: true,
+            profiles: ProfileConfig::default(),
             background: Some(Duration::from_secs(10)),
+            quota: Quota::default(),
             opening: 8,
+            lazy_from: LazyFrom::default(),
             toc_memory: 160 << 20,
             keeper: Arc::default(),
+        }
+    }
+}
+
+/// How starts are recorded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProfileConfig {
+    /// Whether they are, beyond those that are asked for.
+    pub record: bool,
+    /// How long a recording lasts at most.
+    pub longest: Duration,
+    /// A recording ends when nothing new was read for so long.
+    pub idle: Duration,
+    /// Images whose profiles are kept.
+    pub images: usize,
+}
+
+impl Default for ProfileConfig {
+    fn default() -> Self {
+        Self {
+            record: true,
+            longest: Duration::from_secs(120),
+            idle: Duration::from_secs(10),
+            images: 256,
         }
     }
 }
@@ -99,6 +147,9 @@ pub enum StartError {
     /// No FUSE.
     #[error("{0}")]
     Session(#[from] SessionError),
+    /// The directory of profiles.
+    #[error(transparent)]
+    Profiles(#[from] ProfileError),
     /// Mounts that a former process left behind cannot be listed or removed.
     #[error("{0}")]
     Mount(#[from] mount::Error),
@@ -123,6 +174,10 @@ struct Inner {
     sessions: Mutex<Vec<(Mode, fuse::Session)>>,
     numbers: Numbers,
     opening: Semaphore,
+    /// Whether it was told that there is more in use than there may be.
+    overfull: AtomicBool,
+    profiles: Arc<Profiles>,
+    recordings: Recordings,
 }
 
 impl Node {
@@ -152,6 +207,11 @@ impl Node {
 
 impl LazyLayers for Node {
     async fn open(&self, request: LayerRequest) -> Result<(), NotLazy> {
+        if !self.0.config.lazy_from.allows(&request.reference) {
+            let reason = "its image is from none of the places that lazy_from in section [mount] \
+                          names";
+            return Err(NotLazy::new(request.digest, reason));
+        }
         let ahead = self.clone();
         let image = request.clone();
         if image.image_layers.len() > 1 {
@@ -161,12 +221,15 @@ impl LazyLayers for Node {
             .known(&request)
             .await
             .map_err(|error| NotLazy::new(request.digest, error.to_string()))?;
-        self.open_layer(&request.reference, request.digest, &known)
-            .await
+        self.open_layer(&request, request.digest, &known).await
     }
 
     async fn mount(&self, layer: Digest) -> Result<PathBuf, MountError> {
         self.mount_layer(layer).await
+    }
+
+    async fn starts(&self, image: ImageUse) {
+        self.begin(image).await;
     }
 
     async fn remove(&self, layer: Digest) -> Result<(), MountError> {
@@ -179,6 +242,10 @@ impl LazyLayers for Node {
 
     async fn retain(&self, known: HashSet<Digest>) -> Result<(), MountError> {
         self.retain_layers(&known).await
+    }
+
+    async fn make_room(&self, in_use: InUse) {
+        self.evict_layers(&in_use).await;
     }
 }
 

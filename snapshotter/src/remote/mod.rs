@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use sluice_layer::annotations::AnnotationError;
 use sluice_layer::{FooterError, LayerAnnotations, Limits, TocError, TocTrust};
 use sluice_oci::{Digest, Reference};
-use sluice_registry::Client;
+use sluice_registry::{Client, ErrorKind};
 
 pub use budget::{Taken, TocBudget};
 pub use images::{ImageLayer, Images};
@@ -68,6 +68,27 @@ impl Error {
     }
 }
 
+impl Error {
+    /// Whether this is what comes of an annotation that says where the TOC is
+    /// and is wrong.
+    pub fn is_misplaced(&self) -> bool {
+        match self {
+            Self::Registry(error) => matches!(
+                error.kind(),
+                ErrorKind::RangeNotSatisfiable | ErrorKind::Protocol
+            ),
+            Self::Toc(error) => matches!(
+                error,
+                TocError::Digest { .. }
+                    | TocError::Size { .. }
+                    | TocError::Compression { .. }
+                    | TocError::TooLarge { .. }
+            ),
+            _ => false,
+        }
+    }
+}
+
 /// The registry side of the node: manifests and TOCs.
 pub struct Remote {
     client: Client,
@@ -93,6 +114,24 @@ impl Known {
         Ok(Self {
             annotations: LayerAnnotations::parse(annotations)?,
             size,
+        })
+    }
+
+    /// Of a layer whose TOC was verified against `trust` before.
+    pub fn trusted(trust: TocTrust) -> Self {
+        Self {
+            annotations: LayerAnnotations::trusting(trust),
+            size: None,
+        }
+    }
+
+    /// The same without anything that says where the TOC is, so that the
+    /// footer is read; none if nothing says.
+    pub fn without_position(&self) -> Option<Self> {
+        let annotations = self.annotations.without_position();
+        (annotations != self.annotations).then_some(Self {
+            annotations,
+            size: self.size,
         })
     }
 

@@ -31,7 +31,8 @@ pub struct FetchedToc {
 
 impl Remote {
     /// Fetches the layer's TOC: with one request when the annotations say
-    /// where it is or the guess was long enough, and otherwise with two.
+    /// where it is or the guess was long enough, and otherwise with two. What
+    /// they say may be wrong: see [`Error::is_misplaced`].
     pub async fn fetch_toc(
         &self,
         reference: &Reference,
@@ -40,7 +41,8 @@ impl Remote {
     ) -> Result<FetchedToc, Error> {
         let trust = known.trust().ok_or(Error::NoTrust)?;
         let blob = self.client().blob(reference, digest);
-        match known.annotations.toc_location() {
+        let annotations = &known.annotations;
+        match annotations.toc_location().or(annotations.toc_hint()) {
             Some(location) => self.at(&blob, location, trust, known.size).await,
             None => self.in_tail(&blob, trust, known).await,
         }

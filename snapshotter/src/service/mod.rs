@@ -9,6 +9,7 @@ mod labels;
 mod lazy_layers;
 mod logic;
 mod mounts;
+mod pins;
 mod snapshot;
 mod store;
 #[cfg(test)]
@@ -19,7 +20,7 @@ pub use filter::{Filter, FilterError};
 pub use grpc::{Adapter, server};
 #[cfg(any(test, fuzzing))]
 pub(crate) use labels::{layer_request, target};
-pub use lazy_layers::{LayerRequest, LazyLayers, MountError, NotLazy, Usage};
+pub use lazy_layers::{ImageUse, InUse, LayerRequest, LazyLayers, MountError, NotLazy, Usage};
 pub use logic::Snapshots;
 pub use mounts::{Mount, OverlayOptions};
 pub use snapshot::{Chain, Content, EmptyKey, Info, Key, Kind, Labels, SnapshotId};
