@@ -16,7 +16,7 @@ use crate::config::{Config, MountMode};
 use crate::control::{self, Control};
 use crate::fetch;
 use crate::keeper::Keeper;
-use crate::node::{self, Node};
+use crate::node::{self, LazyFrom, Node};
 use crate::scrub;
 use crate::service::{self, LazyLayers, OverlayOptions, Snapshots, Store};
 use crate::socket::{self, Root, Socket};
@@ -206,6 +206,7 @@ fn node_config(config: &Config, root: &Path) -> node::Config {
             deadline: Duration::from_secs(config.fetch.deadline_seconds.get()),
             ..fetch::Config::default()
         },
+        lazy_from: LazyFrom::new(config.mount.lazy_from.clone()),
         toc_memory: mebibytes(config.fetch.toc_memory_mib.get()),
         prefetch: config.prefetch.enabled,
         profiles: node::ProfileConfig {

@@ -8,6 +8,8 @@ pub mod daemon;
 pub mod erofs;
 pub mod fetch;
 pub mod fuse;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 pub mod keeper;
 pub mod layer_dir;
 pub mod mount;

@@ -113,6 +113,9 @@ fn main() -> ExitCode {
 }
 
 fn serve(arguments: Serve, keeper: Keeper) -> anyhow::Result<ExitCode> {
+    // Whatever the daemon makes is root's alone; what containers see of it has
+    // its own modes.
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     let config = configuration(&arguments)?;
     log(arguments.log_level.or_else(|| config.log_level.clone()))?;
     let runtime = tokio::runtime::Runtime::new().context("cannot start threads")?;

@@ -45,6 +45,8 @@ pub struct Options {
     pub supervised: bool,
     /// The program, when it is not the one just built.
     pub program: Option<PathBuf>,
+    /// Whether it logs all that it can.
+    pub traced: bool,
 }
 
 /// A daemon with its own root and socket.
@@ -84,6 +86,9 @@ impl Daemon {
             .arg("--config")
             .arg(dir.join("config.toml"))
             .env("DOCKER_CONFIG", "/nonexistent");
+        if options.traced {
+            command.env("RUST_LOG", "trace");
+        }
         Ok(command)
     }
 

@@ -105,6 +105,11 @@ const MODULES: &[(&str, &[&str])] = &[
     ),
     // The other composition root: an image without containerd.
     ("standalone", &["mount", "node", "service", "socket"]),
+    // For fuzzing alone: whatever reads foreign bytes.
+    (
+        "fuzzing",
+        &["erofs", "fuse", "keeper", "layer_dir", "service"],
+    ),
     // The program: arguments in, exit status out.
     ("cleanup", &["mount", "socket"]),
     (

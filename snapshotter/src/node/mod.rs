@@ -12,6 +12,7 @@
 //! | `profiles/` | what images read while they start |
 //! | `t/<number>/` | in mode `fuse`, a layer in the node's one FUSE file system of trees |
 
+mod allowed;
 mod compile;
 mod evict;
 mod images;
@@ -47,6 +48,7 @@ use crate::profiles::{ProfileError, Profiles};
 use crate::remote::Remote;
 use crate::service::{ImageUse, InUse, LayerRequest, LazyLayers, MountError, NotLazy, Usage};
 
+pub use allowed::LazyFrom;
 pub use evict::Quota;
 use layer::Slot;
 use left::Numbers;
@@ -86,6 +88,8 @@ pub struct Config {
     pub scrub_rate: u64,
     /// Layers of one image whose TOCs are fetched and compiled at once.
     pub opening: usize,
+    /// Which images may be mounted lazily.
+    pub lazy_from: LazyFrom,
     /// Bytes of memory for all TOCs that are fetched and compiled at once.
     pub toc_memory: u64,
     /// Who keeps the node's FUSE mounts for the next process.
@@ -105,6 +109,7 @@ impl Config {
             quota: Quota::default(),
             scrub_rate: 50 << 20,
             opening: 8,
+            lazy_from: LazyFrom::default(),
             toc_memory: 160 << 20,
             keeper: Arc::default(),
         }
@@ -218,6 +223,11 @@ impl Node {
 
 impl LazyLayers for Node {
     async fn open(&self, request: LayerRequest) -> Result<(), NotLazy> {
+        if !self.0.config.lazy_from.allows(&request.reference) {
+            let reason = "its image is from none of the places that lazy_from in section [mount] \
+                          names";
+            return Err(NotLazy::new(request.digest, reason));
+        }
         let ahead = self.clone();
         let image = request.clone();
         if image.image_layers.len() > 1 {

@@ -381,6 +381,22 @@ async fn what_cannot_be_lazy_says_why_and_leaves_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn images_from_elsewhere_are_not_lazy() {
+    let root = tempfile::tempdir().unwrap();
+    let sample = sample();
+    let registry = Registry::serve(&[(&sample, labels(&sample))]);
+    let config = Config {
+        lazy_from: LazyFrom::new(["r.example/team".to_owned()]),
+        ..config(&root)
+    };
+    let node = Node::start(config, client()).unwrap();
+    let refused = node.open(request(&registry, &sample)).await.unwrap_err();
+    assert!(refused.reason().contains("lazy_from"), "{refused}");
+    assert!(registry.take_log().is_empty(), "nobody was asked");
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_toc_longer_than_the_guess_takes_a_second_request() {
     let root = tempfile::tempdir().unwrap();
     let sample = Sample::new(files(4_000, 10), &Layout::default());
