@@ -47,6 +47,8 @@ pub struct Options {
     pub program: Option<PathBuf>,
     /// Its limit of file descriptors, soft and hard, when it is not our own.
     pub descriptors: Option<(u64, u64)>,
+    /// Whether it logs all that it can.
+    pub traced: bool,
 }
 
 /// A daemon with its own root and socket.
@@ -93,6 +95,9 @@ impl Daemon {
             .arg("--config")
             .arg(dir.join("config.toml"))
             .env("DOCKER_CONFIG", "/nonexistent");
+        if options.traced {
+            command.env("RUST_LOG", "trace");
+        }
         Ok(command)
     }
 

@@ -264,6 +264,18 @@ impl Process {
         crate::figures::memory(self.pid, "VmRSS")
     }
 
+    /// The same without what is only mapped from files.
+    pub fn anonymous_bytes(&self) -> Result<u64> {
+        crate::figures::memory(self.pid, "RssAnon")
+    }
+
+    /// The most resident memory since the last call, in bytes.
+    pub fn peak_bytes(&self) -> Result<u64> {
+        let peak = crate::figures::memory(self.pid, "VmHWM")?;
+        crate::figures::forget_peak(self.pid)?;
+        Ok(peak)
+    }
+
     /// Ends it one way or the other.
     fn end(&self) {
         if self.is_running() && self.stop().is_err() {

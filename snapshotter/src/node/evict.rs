@@ -144,12 +144,11 @@ impl Node {
                 }
             }
         }
-        let (layer, seat) = open.end();
+        let layer = open.end();
         let emptied = spawn_blocking(move || layer.dir().evict()).await;
         // A FUSE mount may still have the layer's number somewhere: it goes on
         // with the emptied directory.
-        let dir = self.load(digest).await?;
-        *place = dir.map(|dir| self.adopt(dir, seat));
+        *place = self.load(digest).await?;
         if let (Mode::Fuse, Some(open)) = (self.0.mode, place.as_mut()) {
             self.show_tree(&open.layer)
                 .await

@@ -5,8 +5,11 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use sluice_oci::{Digest, Reference};
+use sluice_registry::Senders;
 use tokio::task::spawn_blocking;
 
 use super::compile;
@@ -23,7 +26,7 @@ use crate::fuse::{Content, Tree, TreeTable};
 use crate::layer_dir::{self, LayerDir, TEMPORARY};
 use crate::mount;
 use crate::profiles::ImageId;
-use crate::remote::Known;
+use crate::remote::{FetchedToc, Known};
 use crate::service::{LayerRequest, MountError, NotLazy, Usage};
 
 /// The place of a layer, whether it is there or not. The lock is held while
@@ -35,13 +38,15 @@ pub(super) struct Slot(pub(super) tokio::sync::Mutex<Option<Open>>);
 pub(super) struct Open {
     pub(super) layer: Arc<LazyLayer>,
     pub(super) mounted: Option<PathBuf>,
-    prefetch: Option<(ProfileSource, Handle)>,
+    pub(super) prefetch: Option<(ProfileSource, Handle)>,
     download: Option<Handle>,
-    seat: Seat,
     /// Whether a snapshot was mounted from it, and nobody noted that yet.
-    used: bool,
+    pub(super) used: bool,
+    /// Whether the kernel reads its content without asking.
+    pub(super) direct: bool,
     /// A former process mounted it: what was read before is not known.
     resumed: bool,
+    _seat: Seat,
 }
 
 impl Node {
@@ -57,11 +62,14 @@ impl Node {
         let not_lazy = |reason: String| NotLazy::new(digest, reason);
         let slot = self.slot(digest);
         let mut place = slot.0.lock().await;
+        if place.is_none() {
+            *place = self.load(digest).await.map_err(not_lazy)?;
+        }
         let open = match place.take() {
             Some(open) => place.insert(open),
             None => {
-                let opened = self.load_or_make(&request.reference, digest, known).await;
-                place.insert(opened.map_err(not_lazy)?)
+                let made = self.make_and_load(&request.reference, digest, known).await;
+                place.insert(made.map_err(not_lazy)?)
             }
         };
         let identity = open.layer.dir().identity();
@@ -80,30 +88,22 @@ impl Node {
         Ok(())
     }
 
-    async fn load_or_make(
+    async fn make_and_load(
         &self,
         reference: &Reference,
         digest: Digest,
         known: &Known,
     ) -> Result<Open, String> {
-        // Before anything is made that could then not be opened.
-        let seat = self.0.seats.take().map_err(|full| full.to_string())?;
-        if let Some(dir) = self.load(digest).await? {
-            return Ok(self.adopt(dir, seat));
-        }
         self.make(reference, digest, known).await?;
         let reason = match self.load(digest).await {
-            Ok(Some(dir)) => return Ok(self.adopt(dir, seat)),
+            Ok(Some(open)) => return Ok(open),
             Ok(None) => "its directory is gone again".to_owned(),
             Err(error) => error,
         };
         // No snapshot refers to it, so that nothing else would remove it.
         let path = self.layer_path(digest);
-        if let Err(error) = spawn_blocking(move || delete(&path))
-            .await
-            .map_err(io::Error::other)
-            .flatten()
-        {
+        let deleted = spawn_blocking(move || delete(&path)).await;
+        if let Err(error) = deleted.map_err(io::Error::other).flatten() {
             tracing::warn!(layer = %digest, "its directory stays until the next start: {error}");
         }
         Err(reason)
@@ -135,13 +135,36 @@ impl Node {
         })
     }
 
+    /// One that is not what the image promises is fetched once more if another
+    /// host has the blob.
     async fn make_once(
         &self,
         reference: &Reference,
         digest: Digest,
         known: &Known,
     ) -> Result<(), compile::Error> {
-        let fetched = self.0.remote.fetch_toc(reference, digest, known).await?;
+        let fetch = || self.0.remote.fetch_toc(reference, digest, known);
+        let fetched = fetch().await?;
+        let senders = fetched.senders();
+        match self.make_of(fetched, reference, digest).await {
+            Err(compile::Error::Toc(error)) => {
+                // The annotation may be what is wrong.
+                let elsewhere = error.is_misplaced() && known.without_position().is_some();
+                if elsewhere || !distrust(&senders) {
+                    return Err(error.into());
+                }
+                self.make_of(fetch().await?, reference, digest).await
+            }
+            made => made,
+        }
+    }
+
+    async fn make_of(
+        &self,
+        fetched: FetchedToc,
+        reference: &Reference,
+        digest: Digest,
+    ) -> Result<(), compile::Error> {
         let number = self.0.numbers.take().map_err(compile::Error::Number)?;
         let layers = self.layers_dir();
         self.compile(layers, fetched, digest, reference, number)
@@ -151,9 +174,11 @@ impl Node {
     /// Opens the layer's directory, if there is one, and checks all of it but
     /// the content. A damaged one is mended; one that cannot be is removed, to
     /// be made again.
-    pub(super) async fn load(&self, digest: Digest) -> Result<Option<LayerDir>, String> {
+    pub(super) async fn load(&self, digest: Digest) -> Result<Option<Open>, String> {
+        // Also before a layer is made that could then not be opened.
+        let seat = self.0.seats.take().map_err(|full| full.to_string())?;
         let error = match self.open_checked(digest).await? {
-            Ok(dir) => return Ok(dir),
+            Ok(dir) => return Ok(dir.map(|dir| self.adopt(dir, seat))),
             Err(error) if error.is_damage() => error,
             Err(error) => return Err(error.to_string()),
         };
@@ -170,7 +195,9 @@ impl Node {
         }
         tracing::warn!(layer = %digest, "{error}; it has been mended");
         let dir = self.open_checked(digest).await?;
-        dir.map_err(|error| error.to_string())
+        let dir = dir.map_err(|error| error.to_string())?;
+        let open = dir.map(|dir| self.adopt(dir, seat));
+        Ok(open.inspect(|open| open.layer.was_mended(error.to_string())))
     }
 
     async fn open_checked(
@@ -178,10 +205,11 @@ impl Node {
         digest: Digest,
     ) -> Result<Result<Option<LayerDir>, layer_dir::Error>, String> {
         let path = self.layer_path(digest);
+        let doubted = self.0.doubted.load(Ordering::Relaxed);
         let opened = spawn_blocking(move || {
             let opened = LayerDir::open(&path, digest).and_then(|dir| {
                 dir.check_meta()?;
-                Ok(dir)
+                Ok(if doubted { dir.doubted() } else { dir })
             });
             match opened {
                 Ok(dir) => Ok(Some(dir)),
@@ -192,7 +220,7 @@ impl Node {
         opened.await.map_err(|error| error.to_string())
     }
 
-    pub(super) fn adopt(&self, dir: LayerDir, seat: Seat) -> Open {
+    fn adopt(&self, dir: LayerDir, seat: Seat) -> Open {
         let identity = dir.identity().clone();
         let source = source(&self.0.remote, &identity.reference, identity.digest);
         let meta = dir.meta_path();
@@ -209,9 +237,10 @@ impl Node {
             mounted: None,
             prefetch: None,
             download: None,
-            seat,
             used: false,
             resumed: false,
+            direct: false,
+            _seat: seat,
         }
     }
 
@@ -220,11 +249,10 @@ impl Node {
         let slot = self.slot(digest);
         let mut place = slot.0.lock().await;
         if place.is_none() {
-            let seat = self.0.seats.take();
-            let seat = seat.map_err(|full| MountError::failed(digest, full))?;
-            let dir = self.load(digest).await;
-            let dir = dir.map_err(|error| MountError::failed(digest, error))?;
-            *place = dir.map(|dir| self.adopt(dir, seat));
+            *place = self
+                .load(digest)
+                .await
+                .map_err(|error| MountError::failed(digest, error))?;
         }
         let Some(open) = place.as_mut() else {
             drop(place);
@@ -235,12 +263,14 @@ impl Node {
         if let Some(path) = &open.mounted {
             return Ok(path.clone());
         }
+        let direct = self.0.mode == Mode::Erofs && open.layer.dir().is_complete();
         let path = match self.0.mode {
-            Mode::Erofs => self.mount_erofs(&open.layer).await,
+            Mode::Erofs => self.mount_erofs(&open.layer, direct).await,
             Mode::Fuse => self.show_tree(&open.layer).await,
         }
         .map_err(|error| MountError::failed(digest, error))?;
         open.mounted = Some(path.clone());
+        open.direct = direct;
         self.download(open);
         Ok(path)
     }
@@ -296,26 +326,18 @@ impl Node {
     /// which it may have shown the tree.
     pub(super) fn resume(
         &self,
-        digest: Digest,
+        dir: LayerDir,
         mounted: Option<PathBuf>,
         tree: bool,
     ) -> Result<(), Box<dyn std::error::Error>> {
         let seat = self.0.seats.take()?;
-        let dir = LayerDir::open(&self.layer_path(digest), digest)?;
+        let digest = dir.identity().digest;
         let meta = dir.meta_path();
         let mut open = self.adopt(dir, seat);
         if tree {
             self.insert_tree(&open.layer, Image::open(&meta)?);
         }
-        open.resumed = true;
-        if mounted.is_some() {
-            open.mounted = mounted;
-            if self.0.config.prefetch {
-                let landmark = open.layer.prefetch(Plan::Landmark);
-                open.prefetch = landmark.map(|handle| (ProfileSource::Image, handle));
-            }
-            self.download(&mut open);
-        }
+        self.resume_mount(&mut open, mounted);
         // Nobody else knows the slot yet.
         if let Ok(mut place) = self.slot(digest).0.try_lock() {
             *place = Some(open);
@@ -323,14 +345,29 @@ impl Node {
         Ok(())
     }
 
+    /// Goes on with the mount of a former process.
+    pub(super) fn resume_mount(&self, open: &mut Open, mounted: Option<PathBuf>) {
+        if mounted.is_some() {
+            open.mounted = mounted;
+            // Perhaps; it had to be complete for that.
+            open.direct = self.0.mode == Mode::Erofs && open.layer.dir().is_complete();
+            open.resumed = true;
+            if self.0.config.prefetch {
+                let landmark = open.layer.prefetch(Plan::Landmark);
+                open.prefetch = landmark.map(|handle| (ProfileSource::Image, handle));
+            }
+            self.download(open);
+        }
+    }
+
     async fn mount_erofs(
         &self,
         layer: &LazyLayer,
+        complete: bool,
     ) -> Result<PathBuf, Box<dyn std::error::Error + Send + Sync>> {
         let number = layer.dir().identity().number;
         let root = &self.0.config.root;
         let target = root.join(MOUNTS).join(number.to_string());
-        let complete = layer.dir().is_complete();
         let options = mount::erofs::Options {
             // What comes through FUSE is cached once, by EROFS; and a reader
             // that waits for missing bytes can be killed, which it could not
@@ -351,8 +388,8 @@ impl Node {
                 Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
                     return Err(error.into());
                 }
-                // A layer that could not be opened when a former process was
-                // gone on with, and was mended: its mount works again.
+                // A former process mounted a layer that could not be opened
+                // when this one started: its mount works again.
                 Err(_) if is_mounted(&target)? => return Ok(target),
                 Err(_) => {}
             }
@@ -397,6 +434,7 @@ impl Node {
             .flatten()
             .map_err(failed)?;
         drop(place);
+        self.0.unpersisted.lock().remove(&digest);
         self.forget(digest, &slot);
         Ok(())
     }
@@ -482,17 +520,42 @@ impl Node {
                 Err(_) => None,
             };
             if let Some(layer) = layer {
-                persist(layer).await;
+                self.persist_layer(layer).await;
+            }
+        }
+    }
+
+    async fn persist_layer(&self, layer: Arc<LazyLayer>) {
+        let digest = layer.digest();
+        let persisted = spawn_blocking(move || layer.dir().persist()).await;
+        let failure = match persisted {
+            Ok(Ok(_)) => None,
+            Ok(Err(error)) => Some(error.to_string()),
+            Err(error) => Some(error.to_string()),
+        };
+        let mut failures = self.0.unpersisted.lock();
+        match failure {
+            None => {
+                failures.remove(&digest);
+            }
+            // Told once for each cause: it is tried again and again.
+            Some(error) => {
+                if failures.insert(digest, error.clone()).as_ref() != Some(&error) {
+                    tracing::warn!(
+                        layer = %digest,
+                        "{error}; what is not durable is fetched again after a restart"
+                    );
+                }
             }
         }
     }
 }
 
-async fn persist(layer: Arc<LazyLayer>) {
-    let persisted = spawn_blocking(move || (layer.dir().persist(), layer.digest())).await;
-    if let Ok((Err(error), digest)) = persisted {
-        tracing::warn!(layer = %digest, "{error}");
-    }
+/// Tells that what these sent is wrong. Whether there is another host to ask.
+fn distrust(senders: &[Senders]) -> bool {
+    // All of them, not up to the first that says so.
+    let told: Vec<bool> = senders.iter().map(Senders::distrust).collect();
+    told.contains(&true)
 }
 
 impl Slot {
@@ -505,10 +568,10 @@ impl Slot {
 }
 
 impl Open {
-    /// Ends all fetches, and leaves the layer and its seat to the caller.
-    pub(super) fn end(self) -> (Arc<LazyLayer>, Seat) {
+    /// Ends all fetches, and leaves the layer to the caller.
+    pub(super) fn end(self) -> Arc<LazyLayer> {
         self.layer.close();
-        (self.layer, self.seat)
+        self.layer
     }
 
     fn status(&self) -> LayerStatus {
@@ -525,7 +588,7 @@ impl Open {
         }
     }
 
-    async fn close(self, node: &Node, keep: bool) {
+    pub(super) async fn close(self, node: &Node, keep: bool) {
         self.layer.close();
         let number = self.layer.dir().identity().number;
         let mounts = node.0.config.root.join(MOUNTS);
@@ -539,7 +602,7 @@ impl Open {
         node.0.trees.remove(number);
         drop((self.prefetch, self.download));
         if keep {
-            persist(self.layer).await;
+            node.persist_layer(self.layer).await;
         }
     }
 }
@@ -549,12 +612,23 @@ fn is_mounted(target: &Path) -> Result<bool, mount::Error> {
     Ok(mounts.iter().any(|mount| mount.target == target))
 }
 
+/// How long a mount may be busy with users that are going: an overlay that
+/// was unmounted lets go of its layers a moment later.
+const LET_GO: Duration = Duration::from_secs(1);
+
 /// Unmounts a layer's mount point and removes it. A mount that something
 /// still uses is taken out of sight, and ends with its last user.
 fn unmount(target: &Path) -> io::Result<()> {
-    if mount::unmount(target).is_err() {
-        mount::detach(target).map_err(io::Error::other)?;
-        tracing::warn!("{} was still in use", target.display());
+    let since = Instant::now();
+    let mut pause = Duration::from_millis(1);
+    while let Err(error) = mount::unmount(target) {
+        if !error.is_busy() || since.elapsed() >= LET_GO {
+            mount::detach(target).map_err(io::Error::other)?;
+            tracing::warn!("{error}; it ends with its last user");
+            break;
+        }
+        std::thread::sleep(pause);
+        pause *= 2;
     }
     fs::remove_dir(target)
 }
