@@ -45,6 +45,9 @@ pub struct Options {
     pub supervised: bool,
     /// The program, when it is not the one just built.
     pub program: Option<PathBuf>,
+    /// The file that arms its crash points; then the program is the one that
+    /// has some.
+    pub crash_points: Option<PathBuf>,
 }
 
 /// A daemon with its own root and socket.
@@ -71,11 +74,15 @@ impl Daemon {
 
     /// The command that starts the daemon whose files are in `dir`.
     fn command(dir: &Path, options: &Options) -> Result<Command> {
-        let program = match &options.program {
-            Some(program) => program.clone(),
-            None => crate::programs::snapshotter()?,
+        let program = match (&options.program, &options.crash_points) {
+            (Some(program), _) => program.clone(),
+            (None, Some(_)) => crate::programs::crashing_snapshotter()?,
+            (None, None) => crate::programs::snapshotter()?,
         };
         let mut command = Command::new(program);
+        if let Some(file) = &options.crash_points {
+            command.env(sluice_snapshotter::crash_points::FILE, file);
+        }
         if options.supervised {
             command.args(["supervise", "--"]);
         }

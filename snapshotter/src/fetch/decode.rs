@@ -31,10 +31,12 @@ pub(super) fn decode_all(layer: &LazyLayer, arrived: Vec<Arrived>) -> Vec<Claim>
     {
         let unit = claim.unit();
         let digest = layer.digest();
+        crash_point!("fill.arrived");
         match decode_one(layer.dir(), unit.offset, &bytes) {
             Ok(()) => {
                 layer.count_decoded(bytes.len() as u64);
                 claim.finish(Ok(()));
+                crash_point!("fill.told");
             }
             Err(Failure::Content(error)) if !again => {
                 tracing::warn!(

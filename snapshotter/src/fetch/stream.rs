@@ -211,6 +211,7 @@ impl Patience {
 
 /// Fetches units that are claimed already, in the order of the blob.
 pub(super) async fn fetch_claimed(layer: &Arc<LazyLayer>, claims: Vec<Claim>, priority: Priority) {
+    crash_point!("fill.claimed");
     let mut pending: VecDeque<(Claim, bool)> = claims.into_iter().map(|c| (c, false)).collect();
     let mut patience = Patience::new(layer);
     while let (Some((first, _)), Some((last, _))) = (pending.front(), pending.back()) {

@@ -29,6 +29,8 @@ pub const CHUNKS: &str = "chunks";
 pub const DATA: &str = "data";
 /// Which chunks of `data` hold verified bytes.
 pub const PRESENT: &str = "present";
+/// The next `present`, while it is written.
+pub const PRESENT_DRAFT: &str = "present.new";
 /// Prefix of directories that are being made or deleted.
 pub const TEMPORARY: &str = ".tmp-";
 
@@ -190,8 +192,11 @@ impl LayerDir {
     /// come from the decoder, which checked them against `digest`.
     pub fn store(&self, chunk: ChunkId, bytes: &sluice_layer::VerifiedChunk<'_>) -> io::Result<()> {
         let record = self.chunks.get(chunk);
+        crash_point!("fill.verified");
         self.data.write_all_at(bytes, record.data_offset)?;
+        crash_point!("fill.written");
         self.present.insert(chunk);
+        crash_point!("fill.present");
         Ok(())
     }
 
@@ -205,10 +210,12 @@ impl LayerDir {
         if snapshot.count() == *persisted {
             return Ok(false);
         }
+        crash_point!("persist.taken");
         let path = self.data_path();
         self.data
             .sync_data()
             .map_err(|e| Error::io("write", &path, e))?;
+        crash_point!("persist.data-synced");
         snapshot.save(&self.path, &self.identity.digest)?;
         *persisted = snapshot.count();
         Ok(true)

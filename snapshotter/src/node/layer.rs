@@ -17,10 +17,10 @@ use crate::erofs::Image;
 use crate::fetch::{Handle, LazyLayer};
 use crate::fuse::blobs::BlobTable;
 use crate::fuse::{Content, Tree, TreeTable};
-use crate::layer_dir::{LayerDir, TEMPORARY};
+use crate::layer_dir::{LayerDir, META, TEMPORARY};
 use crate::mount;
 use crate::remote::Known;
-use crate::service::{MountError, NotLazy, Usage};
+use crate::service::{MountError, NotLazy, Owner, Usage};
 
 /// The place of a layer, whether it is there or not. The lock is held while
 /// the layer is being opened, mounted or removed.
@@ -234,7 +234,9 @@ impl Node {
                 }
                 _ => {}
             }
+            crash_point!("mount.target-made");
             mount::erofs::mount(&meta, &data, &target, options)?;
+            crash_point!("mount.mounted");
             Ok(target)
         })
         .await?
@@ -248,6 +250,7 @@ impl Node {
         let meta = layer.dir().meta_path();
         let image = spawn_blocking(move || Image::open(&meta)).await??;
         self.insert_tree(layer, image);
+        crash_point!("mount.shown");
         let name = TreeTable::directory_name(number);
         Ok(self.0.config.root.join(TREES).join(name))
     }
@@ -266,6 +269,7 @@ impl Node {
         if let Some(open) = place.take() {
             open.close(self, false).await;
         }
+        crash_point!("release.closed");
         let path = self.layer_path(digest);
         let deleted = spawn_blocking(move || delete(&path)).await;
         deleted
@@ -284,6 +288,23 @@ impl Node {
         if Arc::strong_count(slot) == 2 && slot.0.try_lock().is_ok_and(|place| place.is_none()) {
             slots.remove(&digest);
         }
+    }
+
+    /// Who owns the layer's root directory.
+    pub(super) async fn layer_owner(&self, digest: Digest) -> Result<Owner, MountError> {
+        let meta = self.layer_path(digest).join(META);
+        let read = spawn_blocking(move || {
+            let image = Image::open(&meta)?;
+            image.attributes(image.root())
+        });
+        let failed =
+            |error: Box<dyn std::error::Error + Send + Sync>| MountError::failed(digest, error);
+        let root = read.await.map_err(|e| failed(e.into()))?;
+        let root = root.map_err(|e| failed(e.into()))?;
+        Ok(Owner {
+            uid: root.uid,
+            gid: root.gid,
+        })
     }
 
     /// What the layer takes on disk.
@@ -384,7 +405,10 @@ fn unmount(target: &Path) -> io::Result<()> {
         mount::detach(target).map_err(io::Error::other)?;
         tracing::warn!("{} was still in use", target.display());
     }
-    fs::remove_dir(target)
+    crash_point!("release.unmounted");
+    fs::remove_dir(target)?;
+    crash_point!("release.target-removed");
+    Ok(())
 }
 
 /// Deletes a layer's directory, which has no name any more when that begins.
@@ -393,7 +417,12 @@ fn delete(path: &Path) -> io::Result<()> {
     let doomed = path.with_file_name(format!("{TEMPORARY}{name}.deleted"));
     let _ = fs::remove_dir_all(&doomed);
     match fs::rename(path, &doomed) {
-        Ok(()) => fs::remove_dir_all(&doomed),
+        Ok(()) => {
+            crash_point!("release.renamed");
+            fs::remove_dir_all(&doomed)?;
+            crash_point!("release.deleted");
+            Ok(())
+        }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),
     }

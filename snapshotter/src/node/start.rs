@@ -45,7 +45,8 @@ impl Node {
         // The kernel lists mounts by their real paths.
         config.root = fs::canonicalize(&config.root).map_err(failed(&config.root))?;
         let root = &config.root;
-        let left = Left::take_over(root, &config.keeper)?;
+        let mut left = Left::take_over(root, &config.keeper)?;
+        crash_point!("start.taken-over");
         for name in [LAYERS, MOUNTS, BLOBS, TREES] {
             let path = root.join(name);
             // Looking at a mount that nobody serves yet would wait for ever.
@@ -66,6 +67,7 @@ impl Node {
                 }
             },
         };
+        crash_point!("start.probed");
         let layers = tidy(&root.join(LAYERS))?;
         clear(root)?;
         let runtime = Handle::current();
@@ -75,6 +77,8 @@ impl Node {
             slots: Mutex::new(HashMap::new()),
             sessions: Mutex::default(),
             numbers: Numbers::load(root, &layers)?,
+            lost: Mutex::default(),
+            affected: std::mem::take(&mut left.lost.overlays),
             opening: Semaphore::new(config.opening.max(1)),
             mode,
             blobs: BlobTable::new(),
@@ -83,6 +87,7 @@ impl Node {
         }));
         node.go_on(layers, &left)?;
         node.serve(left)?;
+        crash_point!("start.served");
         let inner = Arc::downgrade(&node.0);
         runtime.spawn(async move {
             loop {
@@ -131,13 +136,16 @@ impl Node {
         for (_, slot) in slots {
             slot.close(self).await;
         }
+        crash_point!("end.layers-closed");
         let sessions = std::mem::take(&mut *self.0.sessions.lock());
         for (mode, session) in sessions {
             self.0.config.keeper.forget(left::name_of(mode));
+            crash_point!("end.forgotten");
             let unmounted = tokio::task::spawn_blocking(move || session.unmount()).await;
             if let Err(error) = unmounted {
                 tracing::warn!("unmounting: {error}");
             }
+            crash_point!("end.unmounted");
         }
     }
 
@@ -149,9 +157,11 @@ impl Node {
             return self.stop().await;
         }
         self.persist().await;
+        crash_point!("leave.persisted");
         for (_, session) in std::mem::take(&mut *self.0.sessions.lock()) {
             session.leave();
         }
+        crash_point!("leave.left");
     }
 }
 

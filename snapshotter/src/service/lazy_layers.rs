@@ -35,6 +35,15 @@ pub struct Usage {
     pub inodes: u64,
 }
 
+/// User and group of a directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Owner {
+    /// The user's number.
+    pub uid: u32,
+    /// The group's number.
+    pub gid: u32,
+}
+
 /// Why a layer cannot be mounted lazily. The image still works: containerd is
 /// told to unpack the layer as usual.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -107,6 +116,10 @@ pub trait LazyLayers: Send + Sync + 'static {
     /// (`m/<number>`, not 64 hexadecimal digits): an image's directories share
     /// one page of mount options.
     fn mount(&self, layer: Digest) -> impl Future<Output = Result<PathBuf, MountError>> + Send;
+
+    /// Who owns the layer's root directory. Told without a look at where it is
+    /// mounted: a daemon that waits for its own answer cannot be killed.
+    fn owner(&self, layer: Digest) -> impl Future<Output = Result<Owner, MountError>> + Send;
 
     /// Unmounts and deletes a layer that no snapshot refers to any more. A
     /// layer that is not there is no error.

@@ -94,6 +94,16 @@ impl LazyLayers for Fake {
         Ok(directory)
     }
 
+    async fn owner(&self, layer: Digest) -> Result<Owner, MountError> {
+        let metadata = fs::metadata(self.mount(layer).await?);
+        let metadata = metadata.map_err(|error| MountError::failed(layer, error))?;
+        use std::os::unix::fs::MetadataExt as _;
+        Ok(Owner {
+            uid: metadata.uid(),
+            gid: metadata.gid(),
+        })
+    }
+
     async fn remove(&self, layer: Digest) -> Result<(), MountError> {
         self.begin(layer);
         tokio::task::yield_now().await;
