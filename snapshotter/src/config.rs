@@ -79,6 +79,10 @@ pub enum MountMode {
 pub struct Fetch {
     /// Memory for everything in flight, in MiB. Default 64.
     pub memory_mib: NonZeroU64,
+    /// Memory for tables of contents that are being read, in MiB. Default 160,
+    /// which is enough for a layer of some 350,000 files. One that needs more
+    /// is unpacked.
+    pub toc_memory_mib: NonZeroU64,
     /// Requests to registries at once. Default 16.
     pub connections: NonZeroU64,
     /// How far ahead of a sequential reader is fetched at most, in MiB.
@@ -147,6 +151,7 @@ impl Default for Fetch {
     fn default() -> Self {
         Self {
             memory_mib: nonzero(64),
+            toc_memory_mib: nonzero(160),
             connections: nonzero(16),
             read_ahead_mib: 16,
             deadline_seconds: nonzero(300),
@@ -292,6 +297,7 @@ mod tests {
             "ca_certificates",
             "mode",
             "memory_mib",
+            "toc_memory_mib",
             "connections",
             "read_ahead_mib",
             "deadline_seconds",

@@ -214,6 +214,7 @@ fn node_config(config: &Config, root: &Path) -> node::Config {
             deadline: Duration::from_secs(config.fetch.deadline_seconds.get()),
             ..fetch::Config::default()
         },
+        toc_memory: mebibytes(config.fetch.toc_memory_mib.get()),
         prefetch: config.prefetch.enabled,
         background: config
             .background

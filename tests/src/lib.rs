@@ -12,6 +12,7 @@ pub mod containerd;
 pub mod content;
 pub mod daemon;
 pub mod image;
+pub mod kernel;
 pub mod killer;
 pub mod link;
 pub mod node;

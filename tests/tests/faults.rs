@@ -187,21 +187,24 @@ fn a_tampered_toc_or_footer_is_unpacked_instead() -> Result<()> {
             }
             None => world.layer.size - 51 - 500,
         };
-        let footer = world.layer.size - 20;
-        let broken: &[(Mode, u64)] = match format {
-            "estargz" => &[(Mode::Erofs, toc), (Mode::Fuse, footer)],
-            // Its annotation says where the TOC is; the footer is not read.
-            _ => &[(Mode::Erofs, toc)],
-        };
-        for (mode, offset) in broken {
-            world.fail(u64::MAX, Fault::Tamper(*offset));
-            (world.node.containerd).lazy_pull(&world.reference, snapshotter(*mode))?;
-            let log = world.log(*mode);
+        // The footer is read where no annotation says where the TOC is.
+        let direct = world.node.registry.reference("faulty:lazy");
+        let registry = &world.node.registry;
+        registry.push_changed(&world.node.scratch, &direct, "faulty:footer", |manifest| {
+            let annotations = &mut manifest.layers[0].annotations;
+            annotations.retain(|key, _| !key.ends_with("position"));
+        })?;
+        let footer = (Mode::Fuse, "faulty:footer", world.layer.size - 20);
+        for (mode, name, offset) in [(Mode::Erofs, "faulty:lazy", toc), footer] {
+            let reference = world.proxy.reference(name);
+            world.fail(u64::MAX, Fault::Tamper(offset));
+            (world.node.containerd).lazy_pull(&reference, snapshotter(mode))?;
+            let log = world.log(mode);
             ensure!(
                 log.contains(&world.layer.digest.to_string()) && log.contains("cannot be lazy"),
                 "no reason in the log:\n{log}"
             );
-            let mounted = (world.node.containerd).mount(&world.reference, snapshotter(*mode))?;
+            let mounted = (world.node.containerd).mount(&reference, snapshotter(mode))?;
             tree::compare_but(&unpacked, &mounted, Times::Seconds, |path, what| {
                 let own = ["stargz.index.json", ".no.prefetch.landmark"];
                 tree::root_time(path, what) || own.iter().any(|name| path == Path::new(name))

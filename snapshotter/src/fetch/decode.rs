@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use sluice_layer::{DecodeError, Wanted, decode_unit};
+use sluice_layer::{DecodeError, Format, Unit, Wanted, decode_unit};
 
 use super::FetchError;
 use super::inflight::Claim;
@@ -60,6 +60,26 @@ pub(super) fn decode_all(layer: &LazyLayer, arrived: Vec<Arrived>) -> Vec<Claim>
         }
     }
     wrong
+}
+
+/// Bytes of memory that decoding a unit takes at most: a small one may hold
+/// much.
+pub(super) fn decoded_size(dir: &LayerDir, unit: Unit) -> u64 {
+    const SURPLUS: u64 = 1 << 20;
+    const PER_CHUNK: u64 = 128;
+    let mut needed = SURPLUS;
+    let mut chunks = 0;
+    for chunk in dir.chunks().of_unit(unit.offset) {
+        let record = dir.chunks().get(chunk);
+        needed = needed.max(SURPLUS + u64::from(record.inner_offset) + u64::from(record.size));
+        chunks += PER_CHUNK;
+    }
+    // A decompressor that does not know the size holds a window as well.
+    let window = match dir.identity().format {
+        Format::Estargz => 0,
+        Format::ZstdChunked => needed,
+    };
+    needed + window + chunks
 }
 
 enum Failure {

@@ -14,7 +14,8 @@ use super::{Admission, Link};
 /// How the node fetches.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
-    /// Bytes of fetched, not yet decoded data in memory at once.
+    /// Bytes of fetched, not yet decoded data in memory at once, and as many
+    /// of what it is decoded to.
     pub memory: u64,
     /// Requests under way at once.
     pub connections: u64,
@@ -59,6 +60,8 @@ struct Shared {
     config: Config,
     admission: Admission,
     decoders: Arc<Semaphore>,
+    /// Kibibytes that may be decoded to at once.
+    decoded: Arc<Semaphore>,
     links: Mutex<HashMap<String, Arc<Link>>>,
     demand: Demand,
 }
@@ -83,6 +86,7 @@ impl Engine {
             runtime,
             admission: Admission::new(config.memory, config.connections),
             decoders: Arc::new(Semaphore::new(config.decoders.max(1))),
+            decoded: Arc::new(Semaphore::new(kibibytes(config.memory) as usize)),
             links: Mutex::default(),
             demand: Demand {
                 waiting: AtomicU64::new(0),
@@ -118,9 +122,15 @@ impl Engine {
         }
     }
 
-    /// Waits for a core to decode on.
-    pub(super) async fn decoder(&self) -> Option<OwnedSemaphorePermit> {
-        Arc::clone(&self.0.decoders).acquire_owned().await.ok()
+    /// Waits for a core to decode on, and for memory for `bytes` of output:
+    /// more than there may be at once counts as all of it.
+    pub(super) async fn decoder(&self, bytes: u64) -> Option<Decoder> {
+        let output = kibibytes(bytes.min(self.0.config.memory));
+        let output = Arc::clone(&self.0.decoded).acquire_many_owned(output);
+        Some(Decoder {
+            _output: output.await.ok()?,
+            _core: Arc::clone(&self.0.decoders).acquire_owned().await.ok()?,
+        })
     }
 
     /// A reader waits until the guard is dropped.
@@ -146,6 +156,17 @@ impl Engine {
             tokio::time::sleep(IDLE.saturating_sub(quiet)).await;
         }
     }
+}
+
+/// The right to decode, until it is dropped.
+#[derive(Debug)]
+pub(super) struct Decoder {
+    _output: OwnedSemaphorePermit,
+    _core: OwnedSemaphorePermit,
+}
+
+fn kibibytes(bytes: u64) -> u32 {
+    u32::try_from(bytes / 1024).unwrap_or(u32::MAX).max(1)
 }
 
 /// While it lives, a reader waits.

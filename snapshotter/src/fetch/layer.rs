@@ -261,7 +261,13 @@ impl Content for LazyLayer {
         if !self.dir.has(offset, buffer.len() as u64) {
             return Ok(false);
         }
-        self.dir.read_at(buffer, offset)?;
+        match self.dir.read_at(buffer, offset) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                self.dir.restore()?;
+                return Ok(false);
+            }
+            read => read?,
+        }
         if self.read_ahead.is_active() {
             self.read_on(offset, buffer.len() as u64);
         }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use bytes::{Bytes, BytesMut};
 use tokio::task::JoinSet;
 
-use super::decode::{Arrived, decode_all};
+use super::decode::{Arrived, decode_all, decoded_size};
 use super::inflight::Claim;
 use super::layer::LazyLayer;
 use super::{FetchError, Link, Priority, RangeBody, SourceError};
@@ -138,7 +138,10 @@ impl<'a> Decoding<'a> {
         if self.batch.is_empty() {
             return;
         }
-        let Some(core) = self.layer.engine().decoder().await else {
+        let units = self.batch.iter().map(|arrived| arrived.claim.unit());
+        let output = units.map(|unit| decoded_size(self.layer.dir(), unit)).max();
+        let engine = self.layer.engine();
+        let Some(core) = engine.decoder(output.unwrap_or_default()).await else {
             return;
         };
         let batch = std::mem::take(&mut self.batch);

@@ -540,3 +540,24 @@ async fn memory_and_connections_stay_within_the_budget() {
     assert!(peak.0 <= 200_000 && peak.1 <= 3, "{peak:?}");
     assert!(peak.1 > 0);
 }
+
+#[tokio::test]
+async fn regression_a_shortened_file_is_fetched_again_and_never_read_as_zeros() {
+    let s = setup();
+    for file in 0..s.sample.files.len() {
+        s.read(file).await.unwrap();
+    }
+    s.source.take_requests();
+    let path = s.layer.dir().data_path();
+    let data = std::fs::File::options().write(true).open(path).unwrap();
+    // In the middle of the file 5.
+    data.set_len(s.starts[5] + 30_000).unwrap();
+    let mut found = vec![0; 60_000];
+    assert!(!s.layer.try_read(s.starts[6], &mut found).unwrap());
+    for file in 0..s.sample.files.len() {
+        s.read(file).await.unwrap();
+    }
+    let asked = s.source.take_requests();
+    assert_eq!(asked.first().unwrap().0, s.unit(5, 0).0, "{asked:?}");
+    assert!(s.layer.dir().is_complete());
+}

@@ -183,9 +183,43 @@ impl LayerDir {
                 .all(|chunk| self.present.contains(chunk))
     }
 
-    /// Reads `data`. The caller has made sure that the bytes are present.
+    /// Reads `data`. The caller has made sure that the bytes are present. An
+    /// error of the kind `UnexpectedEof` says that they are not any more:
+    /// somebody has cut the file short, and [`Self::restore`] is due.
     pub fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         self.data.read_exact_at(buffer, offset)
+    }
+
+    /// Gives `data` its size again if somebody has cut it short, after taking
+    /// back the bits of the chunks that went with its end: what is a hole then
+    /// must not pass for content, not even after a crash.
+    pub fn restore(&self) -> io::Result<()> {
+        let mut persisted = self.persisted.lock();
+        let size = self.identity.data_size;
+        let left = self.data.metadata()?.len();
+        if left >= size {
+            return Ok(());
+        }
+        let mut lost = 0u32;
+        for chunk in self.chunks.overlapping(left, size - left) {
+            if self.present.contains(chunk) {
+                self.present.remove(chunk);
+                lost += 1;
+            }
+        }
+        tracing::warn!(
+            layer = %self.identity.digest,
+            "{} was cut short to {left} of {size} bytes by another program; {lost} chunks are \
+             fetched again",
+            self.data_path().display()
+        );
+        let snapshot = self.present.snapshot();
+        self.data.sync_data()?;
+        snapshot
+            .save(&self.path, &self.identity.digest)
+            .map_err(io::Error::other)?;
+        *persisted = snapshot.count();
+        self.data.set_len(size)
     }
 
     /// Writes a chunk's bytes and then marks it present. `bytes` can only have
@@ -193,6 +227,10 @@ impl LayerDir {
     pub fn store(&self, chunk: ChunkId, bytes: &sluice_layer::VerifiedChunk<'_>) -> io::Result<()> {
         let record = self.chunks.get(chunk);
         crash_point!("fill.verified");
+        // Writing would make holes of what a shortened file has lost.
+        if self.data.metadata()?.len() < self.identity.data_size {
+            self.restore()?;
+        }
         self.data.write_all_at(bytes, record.data_offset)?;
         crash_point!("fill.written");
         self.present.insert(chunk);

@@ -15,7 +15,7 @@ const MAGIC: &[u8; 8] = b"SLPRESNT";
 const VERSION: u32 = 1;
 const HEADER: usize = 64;
 
-/// A set of chunks that only grows.
+/// A set of chunks. It only grows, unless `data` loses bytes.
 #[derive(Debug)]
 pub struct Present {
     words: Box<[AtomicU64]>,
@@ -55,6 +55,15 @@ impl Present {
         let before = self.words[chunk.index() / 64].fetch_or(bit, Ordering::AcqRel);
         if before & bit == 0 {
             self.count.fetch_add(1, Ordering::AcqRel);
+        }
+    }
+
+    /// Takes a chunk out whose bytes are gone.
+    pub(crate) fn remove(&self, chunk: ChunkId) {
+        let bit = 1 << (chunk.index() % 64);
+        let before = self.words[chunk.index() / 64].fetch_and(!bit, Ordering::AcqRel);
+        if before & bit != 0 {
+            self.count.fetch_sub(1, Ordering::AcqRel);
         }
     }
 

@@ -155,6 +155,54 @@ fn bits_are_durable_after_their_bytes_and_not_before() {
 }
 
 #[test]
+fn regression_what_a_shortened_file_has_lost_is_not_present() {
+    let scratch = tempfile::tempdir().unwrap();
+    let sample = sample();
+    let path = make(scratch.path(), &sample).unwrap();
+    let open = || LayerDir::open(&path, sample.digest()).unwrap();
+    let present = |dir: &LayerDir| -> Vec<u64> {
+        let all = dir.chunks().overlapping(0, u64::MAX);
+        all.filter(|chunk| dir.present().contains(*chunk))
+            .map(|chunk| dir.chunks().get(chunk).data_end())
+            .collect()
+    };
+    for by_store in [false, true] {
+        let dir = open();
+        fill(&dir, &sample, usize::MAX);
+        dir.persist().unwrap();
+        assert!(dir.is_complete());
+        // In the middle of a chunk, which goes with the end.
+        let middle: Vec<ChunkId> = dir.chunks().overlapping(0, u64::MAX).collect();
+        let middle = dir.chunks().get(middle[middle.len() / 2]);
+        let left = middle.data_offset + 5;
+        let file = File::options().write(true).open(dir.data_path()).unwrap();
+        file.set_len(left).unwrap();
+        let mut byte = [0];
+        let error = dir.read_at(&mut byte, left).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        if by_store {
+            // The first unit's chunks are there; writing them again finds out.
+            fill(&dir, &sample, 1);
+        } else {
+            dir.restore().unwrap();
+        }
+        let kept = present(&dir);
+        assert!(
+            !kept.is_empty() && kept.iter().all(|end| *end <= left),
+            "{kept:?}"
+        );
+        assert!(!dir.is_complete());
+        assert_eq!(
+            fs::metadata(dir.data_path()).unwrap().len(),
+            dir.identity().data_size
+        );
+        // The machine may crash now.
+        drop(dir);
+        assert_eq!(present(&open()), kept);
+    }
+}
+
+#[test]
 fn damage_is_found_when_the_directory_is_opened() {
     let scratch = tempfile::tempdir().unwrap();
     let sample = sample();

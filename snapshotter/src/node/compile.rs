@@ -6,10 +6,10 @@ use std::path::Path;
 use sluice_layer::Toc;
 use sluice_oci::{Digest, Reference};
 
-use super::memory;
+use super::memory::give_back;
 use crate::erofs::{XattrNamespace, write_image};
 use crate::layer_dir::{self, NewLayer, Problem};
-use crate::remote::{self, FetchedToc, Remote};
+use crate::remote::{self, FetchedToc, Remote, Taken};
 
 /// Why a TOC did not become a directory.
 #[derive(Debug, thiserror::Error)]
@@ -18,20 +18,32 @@ pub(super) enum Error {
     Toc(#[from] remote::Error),
     #[error("{0}")]
     Directory(#[from] layer_dir::Error),
+    #[error("cannot note its number: {0}")]
+    Number(#[source] io::Error),
+    #[error("compiling its table of contents failed; see the log")]
+    Panicked,
+}
+
+impl Error {
+    /// Whether it would not have come with more memory.
+    pub(super) fn needs_more_memory(&self) -> bool {
+        matches!(self, Self::Toc(error) if error.needs_more_memory())
+    }
 }
 
 /// Verifies and parses the TOC and makes the layer's directory. Blocks, and
-/// takes memory that it gives back to the system afterwards.
+/// takes up to `memory`, which it gives back to the system afterwards.
 pub(super) fn compile(
     layers: &Path,
     remote: &Remote,
-    fetched: FetchedToc,
+    fetched: &FetchedToc,
+    memory: &Taken,
     digest: Digest,
     reference: &Reference,
     number: u64,
 ) -> Result<(), Error> {
     let made = (|| {
-        let toc = fetched.read(remote)?;
+        let toc = fetched.read(remote, memory)?;
         let new = NewLayer {
             toc: &toc,
             digest,
@@ -59,7 +71,6 @@ pub(super) fn compile(
         })?;
         Ok(())
     })();
-    drop(fetched);
-    memory::give_back();
+    give_back();
     made
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use sluice_oci::{Digest, Reference};
 use tokio::task::spawn_blocking;
 
-use super::compile::compile;
+use super::compile::{self, compile};
 use super::paths::path_of;
 use super::start::{BLOBS, MOUNTS, TREES};
 use super::{Mode, Node, source};
@@ -73,33 +73,60 @@ impl Node {
         Ok(())
     }
 
+    /// Makes the layer's directory. A table of contents that is not where the
+    /// image's annotations say is looked for by the footer.
     async fn make(
         &self,
         reference: &Reference,
         digest: Digest,
         known: &Known,
     ) -> Result<(), String> {
-        let fetched = self
-            .0
-            .remote
-            .fetch_toc(reference, digest, known)
-            .await
-            .map_err(|error| error.to_string())?;
-        let number = self
-            .0
-            .numbers
-            .take()
-            .map_err(|error| format!("cannot note its number: {error}"))?;
-        let node = self.clone();
-        let reference = reference.clone();
-        let compiled = spawn_blocking(move || {
-            let layers = node.layers_dir();
-            compile(&layers, &node.0.remote, fetched, digest, &reference, number)
-        });
-        match compiled.await {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) => Err(error.to_string()),
-            Err(_) => Err("compiling its table of contents failed; see the log".to_owned()),
+        let made = match self.make_once(reference, digest, known).await {
+            Err(compile::Error::Toc(error)) if error.is_misplaced() => {
+                match known.without_position() {
+                    Some(known) => {
+                        tracing::debug!(layer = %digest, "looked for by the footer: {error}");
+                        self.make_once(reference, digest, &known).await
+                    }
+                    None => Err(error.into()),
+                }
+            }
+            made => made,
+        };
+        made.map_err(|error| match error.needs_more_memory() {
+            true => format!("{error}; raise toc_memory_mib in section [fetch]"),
+            false => error.to_string(),
+        })
+    }
+
+    async fn make_once(
+        &self,
+        reference: &Reference,
+        digest: Digest,
+        known: &Known,
+    ) -> Result<(), compile::Error> {
+        let fetched = self.0.remote.fetch_toc(reference, digest, known).await?;
+        let number = self.0.numbers.take().map_err(compile::Error::Number)?;
+        let fetched = Arc::new(fetched);
+        let budget = self.0.remote.budget();
+        let mut wanted = fetched.likely_memory();
+        loop {
+            let memory = budget.read(wanted).await?;
+            let whole = memory.is_whole();
+            let (node, fetched) = (self.clone(), Arc::clone(&fetched));
+            let reference = reference.clone();
+            let compiled = spawn_blocking(move || {
+                let (layers, remote) = (node.layers_dir(), &node.0.remote);
+                // Held to the end, also when nobody waits for it any more.
+                let memory = memory;
+                compile(
+                    &layers, remote, &fetched, &memory, digest, &reference, number,
+                )
+            });
+            match compiled.await.unwrap_or(Err(compile::Error::Panicked)) {
+                Err(error) if error.needs_more_memory() && !whole => wanted = u64::MAX,
+                done => return done,
+            }
         }
     }
 

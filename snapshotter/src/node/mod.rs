@@ -63,6 +63,8 @@ pub struct Config {
     pub background: Option<Duration>,
     /// Layers of one image whose TOCs are fetched and compiled at once.
     pub opening: usize,
+    /// Bytes of memory for all TOCs that are fetched and compiled at once.
+    pub toc_memory: u64,
     /// Who keeps the node's FUSE mounts for the next process.
     pub keeper: Arc<Keeper>,
 }
@@ -77,6 +79,7 @@ impl Config {
             prefetch: true,
             background: Some(Duration::from_secs(10)),
             opening: 8,
+            toc_memory: 160 << 20,
             keeper: Arc::default(),
         }
     }

@@ -19,7 +19,7 @@ use crate::fuse::blobs::{BlobTable, Blobs};
 use crate::fuse::tree::Trees;
 use crate::fuse::{Kept, Reader, Session, SessionError, TreeTable};
 use crate::mount;
-use crate::remote::Remote;
+use crate::remote::{Remote, TocBudget};
 
 /// The layers' directories.
 pub(super) const LAYERS: &str = "layers";
@@ -54,6 +54,8 @@ impl Node {
                 make_directory(&path)?;
             }
         }
+        // Also where no attempt follows.
+        mount::erofs::clear_probe(root).map_err(failed(&root.join(mount::erofs::PROBE)))?;
         let mode = match config.mode {
             Some(Mode::Fuse) => Mode::Fuse,
             wanted => match mount::erofs::probe(root) {
@@ -73,7 +75,7 @@ impl Node {
         let runtime = Handle::current();
         let node = Self(Arc::new(Inner {
             engine: Engine::new(config.fetch.clone(), runtime.clone()),
-            remote: Remote::new(client),
+            remote: Remote::new(client, TocBudget::new(config.toc_memory)),
             slots: Mutex::new(HashMap::new()),
             sessions: Mutex::default(),
             numbers: Numbers::load(root, &layers)?,

@@ -177,13 +177,11 @@ async fn converted_layers_of_both_formats_are_served() {
         node.open(request).await.unwrap();
         let log = registry.take_log();
         assert_eq!(log.len(), 2, "the manifest and the TOC: {log:?}");
-        if format == Format::ZstdChunked {
-            let (_, end) = log[1].range.unwrap();
-            assert!(
-                end < sample.blob.len() as u64,
-                "exactly where the manifest says"
-            );
-        }
+        let (_, end) = log[1].range.unwrap();
+        assert!(
+            end < sample.blob.len() as u64,
+            "exactly where the manifest says"
+        );
         let mount = node.mount(sample.digest()).await.unwrap();
         assert_content(&mount, &sample).await;
         node.stop().await;
@@ -387,6 +385,63 @@ async fn a_toc_longer_than_the_guess_takes_a_second_request() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hint_saves_requests_and_is_never_trusted() {
+    use sluice_layer::{Format, annotations::TOC_POSITION, write::Options};
+    for format in [Format::Estargz, Format::ZstdChunked] {
+        let options = Options::new(format);
+        let (sample, annotations) = Sample::converted(files(3_000, 10), &options);
+        let registry = Registry::serve(&[(&sample, annotations.clone())]);
+        // What containerd passes on.
+        let mut right = request(&registry, &sample);
+        right.annotations = serde_json::from_value(annotations).unwrap();
+        (right.annotations).retain(|key, _| key.starts_with("containerd.io/snapshot/"));
+        let hint = right.annotations[TOC_POSITION].clone();
+        let parts: Vec<&str> = hint.split(':').collect();
+        let [name, offset, compressed, size] = parts[..] else {
+            panic!("{hint}");
+        };
+        let number = |text: &str| text.parse::<u64>().unwrap();
+        let toc = (number(offset), number(offset) + number(compressed));
+        let end = sample.blob.len();
+        for (hint, requests) in [
+            (hint.clone(), 1),
+            // One for what the hint says, then the end, and what of the TOC
+            // is not in it.
+            (format!("{name}:{}:{compressed}:{size}", toc.0 - 1), 3),
+            (
+                format!("{name}:{offset}:{}:{size}", number(compressed) - 1),
+                3,
+            ),
+            (format!("{name}:{end}:{compressed}:{size}"), 3),
+            (format!("{name}:{}:{compressed}:{size}", end - 9), 3),
+            (format!("{name}:{offset}:{compressed}:{}", 1u64 << 40), 2),
+            ("estargz:0:100:100".to_owned(), 3),
+            ("zstd-chunked:0:100:100".to_owned(), 3),
+            ("nonsense".to_owned(), 2),
+        ] {
+            let root = tempfile::tempdir().unwrap();
+            let node = Node::start(config(&root), client()).unwrap();
+            let mut request = right.clone();
+            (request.annotations).insert(TOC_POSITION.to_owned(), hint.clone());
+            node.open(request).await.unwrap();
+            let ranges = registry.take_ranges();
+            if requests == 1 {
+                assert_eq!(ranges, [toc], "{hint}");
+            }
+            assert!(ranges.len() <= requests, "{hint}: {ranges:?}");
+            node.stop().await;
+        }
+        // Nor does the fall-back trust anything but the digest.
+        let root = tempfile::tempdir().unwrap();
+        let node = Node::start(config(&root), client()).unwrap();
+        registry.misbehave(move |_| Some(Fault::Tamper(toc.0 + 20)));
+        let error = node.open(right).await.unwrap_err();
+        assert!(error.reason().contains("table of contents"), "{error}");
+        node.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_manifest_is_fetched_once_when_labels_do_not_vouch() {
     let root = tempfile::tempdir().unwrap();
     let layers: Vec<Sample> = (1..4)
@@ -574,6 +629,23 @@ async fn dead_mounts_of_a_killed_process_are_taken_away() {
     assert_content(&mount, &sample).await;
     drop(registry);
     node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn regression_every_start_clears_the_probe_of_a_killed_process() {
+    let root = tempfile::tempdir().unwrap();
+    let target = root.path().join("probe/mnt");
+    fs::create_dir_all(&target).unwrap();
+    fs::write(root.path().join("probe/data"), "left").unwrap();
+    let flags = rustix::mount::MountFlags::empty();
+    rustix::mount::mount("left", &target, "tmpfs", flags, None).unwrap();
+    // The mode is given, so that nothing is probed.
+    let mut config = config(&root);
+    config.mode = Some(Mode::Fuse);
+    let node = Node::start(config, client()).unwrap();
+    assert!(!root.path().join("probe").exists());
+    node.stop().await;
+    assert!(mount::mounts_below(root.path()).unwrap().is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
