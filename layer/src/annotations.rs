@@ -91,6 +91,16 @@ impl LayerAnnotations {
         })
     }
 
+    /// Those of a layer of which only its root of trust is known.
+    pub fn trusting(trust: TocTrust) -> Self {
+        let mut annotations = Self::default();
+        match trust {
+            TocTrust::Uncompressed(digest) => annotations.toc_digest = Some(digest),
+            TocTrust::Compressed(digest) => annotations.compressed_toc_digest = Some(digest),
+        }
+        annotations
+    }
+
     /// What the TOC must match, if the annotations say. The digest of its
     /// compressed bytes is preferred, for it is checked before anything is
     /// decompressed.

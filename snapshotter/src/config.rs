@@ -32,6 +32,10 @@ pub struct Config {
     pub prefetch: Prefetch,
     /// Fetching the rest when nothing else is wanted.
     pub background: Background,
+    /// How much may be kept.
+    pub cache: Cache,
+    /// Reading what is kept, to see whether it still is what it was.
+    pub scrub: Scrub,
 }
 
 /// Section `[registry]`.
@@ -112,6 +116,29 @@ pub struct Background {
     pub delay_seconds: u64,
 }
 
+/// Section `[cache]`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Cache {
+    /// What lazily mounted layers may take on disk, in MiB, before content
+    /// that nothing mounts is evicted. Default 0: any amount.
+    pub limit_mib: u64,
+    /// What is to stay free on their file system, in MiB, in the same way.
+    /// Default 0.
+    pub min_free_mib: u64,
+}
+
+/// Section `[scrub]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Scrub {
+    /// Hours between the end of one check of all layers and the next. Default
+    /// 168, a week; 0 turns it off.
+    pub interval_hours: u64,
+    /// How fast it reads, in MiB a second. Default 50.
+    pub mib_per_second: NonZeroU64,
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -123,6 +150,8 @@ impl Default for Config {
             fetch: Fetch::default(),
             prefetch: Prefetch::default(),
             background: Background::default(),
+            cache: Cache::default(),
+            scrub: Scrub::default(),
         }
     }
 }
@@ -170,6 +199,15 @@ impl Default for Background {
         Self {
             enabled: true,
             delay_seconds: 10,
+        }
+    }
+}
+
+impl Default for Scrub {
+    fn default() -> Self {
+        Self {
+            interval_hours: 168,
+            mib_per_second: nonzero(50),
         }
     }
 }
@@ -243,7 +281,9 @@ mod tests {
              ca_certificates = ['/ca.pem']\n\
              [mount]\nmode = 'fuse'\n\
              [fetch]\nmemory_mib = 32\nconnections = 4\nread_ahead_mib = 0\ndeadline_seconds = 9\n\
-             [prefetch]\nenabled = false\n[background]\nenabled = false\n",
+             [prefetch]\nenabled = false\n[background]\nenabled = false\n\
+             [cache]\nlimit_mib = 7\nmin_free_mib = 8\n\
+             [scrub]\ninterval_hours = 0\nmib_per_second = 9\n",
         )
         .unwrap();
         assert_eq!(config.root, Path::new("/r"));
@@ -251,6 +291,8 @@ mod tests {
         assert_eq!(config.mount.mode, MountMode::Fuse);
         assert_eq!(config.fetch.deadline_seconds.get(), 9);
         assert!(!config.background.enabled);
+        assert_eq!((config.cache.limit_mib, config.cache.min_free_mib), (7, 8));
+        assert_eq!(config.scrub.interval_hours, 0);
     }
 
     #[test]
@@ -303,6 +345,10 @@ mod tests {
             "deadline_seconds",
             "enabled",
             "delay_seconds",
+            "limit_mib",
+            "min_free_mib",
+            "interval_hours",
+            "mib_per_second",
         ] {
             assert!(text.contains(&format!("\n{key} = ")), "{key}");
         }

@@ -81,6 +81,13 @@ pub const POINTS: &[&str] = &[
     "release.target-removed",
     "release.renamed",
     "release.deleted",
+    // A layer's content is evicted.
+    "evict.unmounted",
+    "evict.target-removed",
+    "evict.present-removed",
+    "evict.data-made",
+    "evict.data-named",
+    "evict.synced",
     // Chunks become present, and durable.
     "fill.claimed",
     "fill.arrived",

@@ -9,7 +9,7 @@ use std::time::Duration;
 use sluice_registry::Client;
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
-use tokio_util::task::TaskTracker;
+use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 use tonic::transport::Server;
 
 use crate::config::{Config, MountMode};
@@ -25,6 +25,10 @@ const DRAIN: Duration = Duration::from_secs(10);
 /// How long a client may take to let go of its connection after that. One that
 /// hangs is no reason to be killed by the service manager.
 const LET_GO: Duration = Duration::from_secs(1);
+
+/// How often it is looked whether the layers take more of the disk than they
+/// may.
+const ROOM: Duration = Duration::from_secs(10);
 
 /// Why the daemon does not run.
 #[derive(Debug, thiserror::Error)]
@@ -111,6 +115,7 @@ async fn serve_node(
     tell_who_is_affected(node, &snapshots).await;
     let again = node.clone();
     tokio::spawn(async move { again.mount_lost().await });
+    let _room = AbortOnDropHandle::new(tokio::spawn(keep_room(Arc::clone(&snapshots))));
     let served = serve(config, Arc::clone(&snapshots), listener, keeper, stop).await;
     crash_point!("stop.drained");
     snapshots.close().await;
@@ -140,6 +145,14 @@ async fn tell_who_is_affected<L: LazyLayers>(node: &Node, snapshots: &Snapshots<
              device was not kept: reads of what is not cached fail there; start {container} again",
             overlay.target.display()
         );
+    }
+}
+
+/// Keeps the layers within their quota.
+async fn keep_room<L: LazyLayers>(snapshots: Arc<Snapshots<L>>) {
+    loop {
+        snapshots.make_room().await;
+        tokio::time::sleep(ROOM).await;
     }
 }
 
@@ -220,6 +233,10 @@ fn node_config(config: &Config, root: &Path) -> node::Config {
             .background
             .enabled
             .then(|| Duration::from_secs(config.background.delay_seconds)),
+        quota: node::Quota {
+            limit: (config.cache.limit_mib > 0).then(|| mebibytes(config.cache.limit_mib)),
+            min_free: mebibytes(config.cache.min_free_mib),
+        },
         ..node::Config::new(root)
     }
 }

@@ -139,6 +139,19 @@ impl Daemon {
         lock.trim().parse().ok()
     }
 
+    /// Waits until another process than `former`, of those that `supervise`
+    /// starts, has come to the end of its start.
+    pub fn wait_until_ready(&self, former: u32) -> Result<u32> {
+        wait_for("the next process to be ready", || {
+            if !self.process.is_running() {
+                bail!("{} ended: {}", self.dir.display(), self.log());
+            }
+            let next = self.serving().filter(|next| *next != former);
+            let is_ready = |next: &u32| self.log().contains(&format!("process {next} is ready"));
+            Ok(next.filter(is_ready))
+        })
+    }
+
     /// Waits until another process than `former` serves.
     pub fn wait_for_next(&self, former: u32) -> Result<u32> {
         wait_for("the next process", || {

@@ -77,6 +77,7 @@ const MODULES: &[(&str, &[&str])] = &[
     ("keeper", &["fuse"]),
     ("service", &[]),
     ("socket", &[]),
+    ("crash_points", &[]),
     (
         "config",
         &["mount", "fuse", "fetch", "node", "remote", "service"],
@@ -100,6 +101,7 @@ const MODULES: &[(&str, &[&str])] = &[
     ("standalone", &["mount", "node", "service", "socket"]),
     // The program: arguments in, exit status out.
     ("cleanup", &["mount", "socket"]),
+    ("crashing", &[]),
     ("main", &["daemon", "config", "keeper", "cleanup"]),
 ];
 

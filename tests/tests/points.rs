@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeSet, VecDeque};
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -167,7 +168,7 @@ impl<'s> World<'s> {
             )
         };
         let dead = self.orders.wait(before, points).with_context(about)?;
-        self.daemon.wait_for_next(dead)?;
+        self.daemon.wait_until_ready(dead)?;
         self.agrees(false)
             .with_context(|| format!("after {points:?}"))
             .with_context(about)
@@ -376,6 +377,48 @@ impl<'s> World<'s> {
         self.is_empty()
     }
 
+    /// What nobody uses is evicted by each start, with a death at each point;
+    /// what is mounted afterwards is whole.
+    fn deaths_in_evictions(&self, points: &[&str]) -> Result<()> {
+        let configuration = self.daemon.root().with_file_name("config.toml");
+        let text = fs::read_to_string(&configuration)?;
+        let full = format!("{text}[cache]\nmin_free_mib = {}\n", 1_u64 << 40);
+        self.pull()?;
+        for point in points {
+            let root = self.mount()?;
+            self.read(&root)?;
+            self.containerd.unmount(&root)?;
+            fs::write(&configuration, &full)?;
+            self.crash(&[point], || self.daemon.process().signal(Signal::HUP))?;
+            self.wait_until_evicted()?;
+            self.agrees(true)?;
+            fs::write(&configuration, &text)?;
+            let process = self.daemon.serving().context("no process")?;
+            self.daemon.process().signal(Signal::HUP)?;
+            self.daemon.wait_until_ready(process)?;
+            let root = self.mount()?;
+            for file in &self.source.files {
+                content::check(&root, file)?;
+            }
+            self.containerd.unmount(&root)?;
+        }
+        self.remove_image()?;
+        self.is_empty()
+    }
+
+    fn wait_until_evicted(&self) -> Result<()> {
+        let layers = self.daemon.root().join("layers");
+        wait_for("the eviction", || {
+            for layer in fs::read_dir(&layers)? {
+                let data = fs::metadata(layer?.path().join("data"))?;
+                if data.blocks() > 0 {
+                    return Ok(None);
+                }
+            }
+            Ok(Some(()))
+        })
+    }
+
     /// SIGTERM lets a call finish, takes no other, and leaves mounts alive.
     fn a_stop_waits_for_calls(&self) -> Result<()> {
         self.pull()?;
@@ -401,7 +444,7 @@ impl<'s> World<'s> {
             Ok(prepared)
         })?;
         prepared.context("a call under way when the daemon was to stop")?;
-        self.daemon.wait_for_next(process)?;
+        self.daemon.wait_until_ready(process)?;
         self.agrees(true)?;
         self.read(&root)?;
         self.snapshots(&["remove", "slow"])?;
@@ -446,7 +489,8 @@ fn deaths_of_the_first(mode: Mode, points: &[&str]) -> Result<()> {
         let orders = Orders(directory.join("orders"));
         orders.give(&[point])?;
         let daemon = Daemon::start(&scratch, &options(mode, &orders))?;
-        orders.wait(0, &[point])?;
+        let dead = orders.wait(0, &[point])?;
+        daemon.wait_until_ready(dead)?;
         check_agreement(&daemon, mode, None)
             .with_context(|| format!("after {point}; log:\n{}", daemon.log()))?;
         daemon.stop()?;
@@ -544,6 +588,14 @@ fn in_mode_erofs(source: &Source) -> Result<Vec<(String, u32)>> {
         ]
         .concat(),
     )?;
+    world.deaths_in_evictions(&[
+        "evict.unmounted",
+        "evict.target-removed",
+        "evict.present-removed",
+        "evict.data-made",
+        "evict.data-named",
+        "evict.synced",
+    ])?;
     world.deaths_at_the_end()?;
     let mut struck = world.orders.struck()?;
     let first = [

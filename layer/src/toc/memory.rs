@@ -32,7 +32,7 @@ impl Meter {
 pub(super) const fn block(bytes: usize) -> usize {
     match bytes {
         0 => 0,
-        ..=24 => 32,
+        1..=24 => 32,
         _ => (bytes + 8).next_multiple_of(16),
     }
 }

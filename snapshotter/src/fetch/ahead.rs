@@ -13,6 +13,12 @@ use super::layer::LazyLayer;
 use super::stream::{Arriving, Decoding, Patience, window};
 use super::{Priority, SourceError};
 
+/// How long nothing is fetched ahead when the disk does not take it; it
+/// doubles.
+const PAUSE: Duration = Duration::from_secs(1);
+/// The longest such pause.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+
 /// Work that goes on by itself and ends when this is dropped.
 #[derive(Debug)]
 pub struct Handle(AbortHandle);
@@ -69,7 +75,18 @@ impl LazyLayer {
     async fn stream(self: &Arc<Self>, part: Range<u64>, priority: Priority) {
         let mut patience = Patience::new(self);
         let mut next = part.start;
-        while let Some(run) = self.next_run(next, part.end) {
+        let mut pause = PAUSE;
+        loop {
+            if self.engine().storage().is_failing() {
+                // A few units now and then tell when there is space again.
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(LONGEST_PAUSE);
+                self.engine().storage().try_again();
+                next = part.start;
+            }
+            let Some(run) = self.next_run(next, part.end) else {
+                return;
+            };
             let permit = {
                 let bytes = window(run.end - run.start, run.largest);
                 self.engine().admission().admit(priority, bytes).await
@@ -149,6 +166,9 @@ impl LazyLayer {
             }
             // Nobody's until its bytes are about to arrive: a reader that
             // needs it earlier does not wait for all that lies before.
+            if self.engine().storage().is_failing() {
+                break;
+            }
             let Some(claim) = self.claim(unit) else {
                 *next = end;
                 // When much of what follows has come in meanwhile, a new

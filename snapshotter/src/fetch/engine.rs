@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
+use super::unstored::Storage;
 use super::{Admission, Link};
 
 /// How the node fetches.
@@ -64,7 +65,11 @@ struct Shared {
     decoded: Arc<Semaphore>,
     links: Mutex<HashMap<String, Arc<Link>>>,
     demand: Demand,
+    storage: Storage,
 }
+
+/// Part of the memory that may hold what the disk does not take.
+const UNSTORED: u64 = 4;
 
 /// Readers that wait now.
 #[derive(Debug)]
@@ -94,6 +99,7 @@ impl Engine {
                 last_end: AtomicU64::new(0),
                 none: Notify::new(),
             },
+            storage: Storage::new(config.memory / UNSTORED),
             config,
         }))
     }
@@ -111,6 +117,11 @@ impl Engine {
     /// Its budget.
     pub fn admission(&self) -> &Admission {
         &self.0.admission
+    }
+
+    /// How the disk takes what is fetched.
+    pub(super) fn storage(&self) -> &Storage {
+        &self.0.storage
     }
 
     /// What is known of the link to `host`.

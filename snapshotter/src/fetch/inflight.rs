@@ -7,9 +7,11 @@ use parking_lot::Mutex;
 use sluice_layer::Unit;
 use tokio::sync::watch;
 
-use super::FetchError;
+use super::{FetchError, Unstored};
 
-type Outcome = Result<(), FetchError>;
+/// What a fetch has brought: chunks that are present now, and those that are
+/// not to be had but here.
+type Outcome = Result<Unstored, FetchError>;
 
 /// The units of one layer that are being fetched.
 #[derive(Debug, Clone, Default)]
@@ -78,6 +80,12 @@ impl Claim {
         self.unit
     }
 
+    /// Whether somebody waits for the unit now.
+    pub(super) fn is_awaited(&self) -> bool {
+        // The table itself holds one.
+        self.outcome.receiver_count() > 1
+    }
+
     /// Tells everyone who waits. Of a success, the chunks are present already.
     pub(super) fn finish(self, outcome: Outcome) {
         // Nobody may join a fetch that has ended: a read that follows a failed
@@ -123,7 +131,7 @@ mod tests {
         let (more, second) = in_flight.join([UNIT], |_| false);
         assert_eq!((more.len(), second.len()), (0, 1));
         assert!(in_flight.claim(UNIT, |_| false).is_none());
-        claims.remove(0).finish(Ok(()));
+        claims.remove(0).finish(Ok(Unstored::default()));
         for waiter in first.into_iter().chain(second) {
             assert!(waiter.wait().await.unwrap().is_ok());
         }

@@ -1,6 +1,6 @@
 //! One layer that is fetched as it is read.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,11 +13,11 @@ use sluice_oci::Digest;
 use tokio_util::sync::CancellationToken;
 
 use super::engine::Engine;
-use super::inflight::{Claim, InFlight};
+use super::inflight::{Abandoned, Claim, InFlight};
 use super::plan::{self, Planned};
 use super::readahead::ReadAhead;
 use super::stream;
-use super::{FetchError, Link, Priority, RangeSource};
+use super::{FetchError, Link, Priority, RangeSource, Unstored};
 use crate::fuse::Content;
 use crate::layer_dir::{ChunkId, LayerDir};
 
@@ -30,9 +30,9 @@ const ATTEMPTS: usize = 16;
 /// A layer's directory and where its missing bytes come from.
 pub struct LazyLayer {
     me: Weak<Self>,
-    dir: LayerDir,
+    pub(super) dir: LayerDir,
     source: Box<dyn RangeSource>,
-    engine: Engine,
+    pub(super) engine: Engine,
     link: Arc<Link>,
     in_flight: InFlight,
     read_ahead: ReadAhead,
@@ -40,6 +40,8 @@ pub struct LazyLayer {
     trouble: Mutex<HashSet<String>>,
     closed: CancellationToken,
     fetched: AtomicU64,
+    /// Chunks that the disk did not give back, and how often.
+    pub(super) unreadable: Mutex<HashMap<ChunkId, u32>>,
 }
 
 impl std::fmt::Debug for LazyLayer {
@@ -67,6 +69,7 @@ impl LazyLayer {
             trouble: Mutex::default(),
             closed: CancellationToken::new(),
             fetched: AtomicU64::new(0),
+            unreadable: Mutex::default(),
             path_of,
             source,
             dir,
@@ -113,33 +116,38 @@ impl LazyLayer {
         self.closed.cancel();
     }
 
-    /// Whether all chunks of a unit are present.
+    /// Whether no chunk of a unit has to be fetched, as far as is known.
     pub(super) fn has_unit(&self, unit: Unit) -> bool {
+        let (present, claimed) = (self.dir.present(), self.dir.claimed());
         self.dir.is_complete()
             || self
                 .dir
                 .chunks()
                 .of_unit(unit.offset)
-                .all(|chunk| self.dir.present().contains(chunk))
+                .all(|chunk| present.contains(chunk) || claimed.contains(chunk))
     }
 
     pub(super) fn claim(&self, unit: Unit) -> Option<Claim> {
         self.in_flight.claim(unit, |unit| self.has_unit(unit))
     }
 
-    /// Returns when `offset..offset + len` of `data` is present.
-    pub async fn fetch(self: &Arc<Self>, offset: u64, len: u64) -> Result<(), FetchError> {
+    /// Returns when `offset..offset + len` of `data` is present, but for what
+    /// it returns.
+    pub async fn fetch(self: &Arc<Self>, offset: u64, len: u64) -> Result<Unstored, FetchError> {
         let _demand = self.engine.demand();
+        self.settle(offset, len).await;
+        let mut unstored = self.kept_unstored(offset, len);
         let mut failure = None;
         for attempt in 0..ATTEMPTS {
             let table = self.dir.chunks();
             let missing: Vec<ChunkId> = table
                 .overlapping(offset, len)
                 .filter(|&chunk| !self.dir.present().contains(chunk))
+                .filter(|&chunk| unstored.get(chunk).is_none())
                 .collect();
             let (Some(&first), Some(&last)) = (missing.first(), missing.last()) else {
                 // Perhaps the fetch failed only for what lies beside.
-                return Ok(());
+                return Ok(unstored);
             };
             if let Some(failure) = failure {
                 return Err(failure);
@@ -151,15 +159,17 @@ impl LazyLayer {
             let (mut claims, waiters) = self
                 .in_flight
                 .join(units.iter().copied(), |u| self.has_unit(u));
-            if attempt == 0 {
+            if attempt == 0 && !self.engine.storage().is_failing() {
                 let further = self.read_ahead.advance(table, first, last, false);
                 claims.extend(self.claim_chunks(&further, &units));
             }
             self.start(claims, |claim| units.contains(&claim.unit()));
             for waiter in waiters {
-                // One that was abandoned is taken over in the next round.
-                if let Ok(Err(error)) = waiter.wait().await {
-                    failure = Some(error);
+                match waiter.wait().await {
+                    Ok(Ok(more)) => unstored.extend(more, table, offset, len),
+                    Ok(Err(error)) => failure = Some(error),
+                    // One that was abandoned is taken over in the next round.
+                    Err(Abandoned) => {}
                 }
             }
         }
@@ -228,18 +238,19 @@ impl LazyLayer {
         if !self.trouble.lock().insert(cause.to_owned()) {
             return;
         }
-        let path = self
-            .dir
-            .chunks()
-            .of_unit(unit.offset)
-            .next()
-            .and_then(|chunk| (self.path_of)(self.dir.chunks().get(chunk).data_offset));
-        let path = path.as_deref().unwrap_or("?".as_ref());
+        let chunk = self.dir.chunks().of_unit(unit.offset).next();
+        let path = chunk.map(|chunk| self.path_at(self.dir.chunks().get(chunk).data_offset));
+        let path = path.unwrap_or_else(|| "?".into());
         tracing::warn!(
             layer = %self.digest(),
             path = %path.display(),
             "cannot fetch content: {cause}; {outlook}"
         );
+    }
+
+    /// The file that an offset of `data` belongs to, for messages.
+    pub(super) fn path_at(&self, offset: u64) -> PathBuf {
+        (self.path_of)(offset).unwrap_or_else(|| "?".into())
     }
 
     /// Bytes have come.
@@ -258,15 +269,14 @@ impl Content for LazyLayer {
     }
 
     fn try_read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<bool> {
-        if !self.dir.has(offset, buffer.len() as u64) {
+        let len = buffer.len() as u64;
+        if !self.dir.has(offset, len) {
             return Ok(false);
         }
-        match self.dir.read_at(buffer, offset) {
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-                self.dir.restore()?;
-                return Ok(false);
-            }
-            read => read?,
+        if let Err(error) = self.dir.read_at(buffer, offset) {
+            // What the disk does not give, the registry does.
+            self.unreadable(offset, len, &error);
+            return Ok(false);
         }
         if self.read_ahead.is_active() {
             self.read_on(offset, buffer.len() as u64);
@@ -274,18 +284,22 @@ impl Content for LazyLayer {
         Ok(true)
     }
 
-    fn make_present(self: Arc<Self>, offset: u64, len: u64) -> BoxFuture<'static, io::Result<()>> {
+    fn read_missing(
+        self: Arc<Self>,
+        offset: u64,
+        len: usize,
+    ) -> BoxFuture<'static, io::Result<Vec<u8>>> {
         Box::pin(async move {
-            self.fetch(offset, len).await.map_err(|error| {
-                if let FetchError::Corrupt { .. } | FetchError::Disk { .. } = &error {
-                    let unit = self.dir.chunks().overlapping(offset, len).next();
-                    if let Some(chunk) = unit {
+            let read = self.fetch_and_read(offset, len).await;
+            Ok(read.inspect_err(|error| {
+                if let FetchError::Corrupt { .. } | FetchError::Disk { .. } = error {
+                    let chunk = self.dir.chunks().overlapping(offset, len as u64).next();
+                    if let Some(chunk) = chunk {
                         let unit = self.dir.chunks().get(chunk).unit;
                         self.report(&error.to_string(), unit, "the reader gets EIO");
                     }
                 }
-                error.into()
-            })
+            })?)
         })
     }
 }

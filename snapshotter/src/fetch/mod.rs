@@ -8,6 +8,7 @@
 mod admission;
 mod ahead;
 mod decode;
+mod disk;
 mod engine;
 mod inflight;
 mod layer;
@@ -16,9 +17,9 @@ mod plan;
 mod readahead;
 mod source;
 mod stream;
+mod unstored;
 
 use std::io;
-use std::sync::Arc;
 
 use sluice_oci::Digest;
 
@@ -28,6 +29,7 @@ pub use engine::{Config, Engine};
 pub use layer::{LazyLayer, PathOf};
 pub use link::Link;
 pub use source::{RangeBody, RangeSource, RegistryBlob, SourceError};
+pub use unstored::Unstored;
 
 /// Why missing bytes could not be made present.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -55,13 +57,13 @@ pub enum FetchError {
         /// What the client said.
         why: String,
     },
-    /// The bytes could not be stored.
-    #[error("layer {layer}: cannot store fetched bytes in its directory: {source}")]
+    /// The disk gives back something else than what it took, again and again.
+    #[error("layer {layer}: its directory cannot be read: {why}")]
     Disk {
         /// The layer.
         layer: Digest,
         /// What the operating system said.
-        source: Arc<io::Error>,
+        why: String,
     },
     /// The layer is being removed or the daemon stops.
     #[error("the layer is closed")]

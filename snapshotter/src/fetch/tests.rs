@@ -13,6 +13,8 @@ use parking_lot::Mutex;
 use tempfile::TempDir;
 use tokio::sync::watch;
 
+mod disk;
+
 use super::*;
 use crate::fuse::Content as _;
 use crate::layer_dir::LayerDir;
@@ -151,7 +153,7 @@ fn refusal() -> Fault {
 }
 
 struct Setup {
-    _root: TempDir,
+    _root: Option<TempDir>,
     sample: Sample,
     source: Source,
     engine: Engine,
@@ -172,6 +174,13 @@ fn setup_with(sample: Sample, config: Config) -> Setup {
     let root = tempfile::tempdir().unwrap();
     let path = make(root.path(), &sample).unwrap();
     let dir = LayerDir::open(&path, sample.digest()).unwrap();
+    Setup {
+        _root: Some(root),
+        ..setup_of(dir, sample, config)
+    }
+}
+
+fn setup_of(dir: LayerDir, sample: Sample, config: Config) -> Setup {
     let placement = crate::layer_dir::placement::Placement::new(&sample.toc());
     // Samples have their files in the order of the blob.
     let mut starts = Vec::new();
@@ -190,7 +199,7 @@ fn setup_with(sample: Sample, config: Config) -> Setup {
         Box::new(|_| Some(PathBuf::from("/some/file"))),
     );
     Setup {
-        _root: root,
+        _root: None,
         sample,
         source,
         engine,
@@ -199,8 +208,12 @@ fn setup_with(sample: Sample, config: Config) -> Setup {
     }
 }
 
-/// Twelve files of 60 kB, each in two chunks, and one of 2 MB.
 fn setup() -> Setup {
+    setup_with(sample(), config())
+}
+
+/// Twelve files of 60 kB, each in two chunks, and one of 2 MB.
+fn sample() -> Sample {
     let mut all = files(12, 60_000);
     all.push(SampleFile {
         name: "large".to_owned(),
@@ -211,7 +224,7 @@ fn setup() -> Setup {
         prioritized: 4,
         ..Layout::default()
     };
-    setup_with(Sample::new(all, &layout), config())
+    Sample::new(all, &layout)
 }
 
 impl Setup {

@@ -24,6 +24,7 @@ pub(super) const RECORD: usize = 64;
 
 pub(super) const FLAG_PREFETCH: u32 = 1;
 pub(super) const FLAG_TRUST_COMPRESSED: u32 = 2;
+pub(super) const FLAG_META_SUMMED: u32 = 4;
 
 /// A record's flag: the chunk is its file's first.
 pub(super) const STARTS_FILE: u32 = 1;
@@ -33,6 +34,11 @@ pub(super) const STARTS_FILE: u32 = 1;
 pub struct ChunkId(pub(super) u32);
 
 impl ChunkId {
+    #[cfg(test)]
+    pub(crate) fn at(position: u32) -> Self {
+        Self(position)
+    }
+
     /// The position.
     pub fn index(self) -> usize {
         self.0 as usize
@@ -109,7 +115,17 @@ fn digest_at(bytes: &[u8], at: usize) -> Digest {
 pub struct ChunkTable {
     map: Mmap,
     chunks: u32,
-    meta_size: u64,
+    crc: u32,
+    meta: MetaSum,
+}
+
+/// What `meta.erofs` has to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct MetaSum {
+    /// Its size in bytes.
+    pub(super) size: u64,
+    /// CRC-32 of it; directories that were made before it was kept have none.
+    pub(super) crc: Option<u32>,
 }
 
 impl ChunkTable {
@@ -132,7 +148,8 @@ impl ChunkTable {
         }
         // Read and not mapped for this, so that a disk's error is one, and
         // pages that no lookup needs take no memory.
-        if checksum(&file).map_err(failed)? != u32_at(&header, 28) {
+        let crc = u32_at(&header, 28);
+        if checksum(&file).map_err(failed)? != crc {
             return Err(Error::damaged(path, "its checksum does not match"));
         }
         // SAFETY: the file is written once, before its directory gets its
@@ -148,9 +165,18 @@ impl ChunkTable {
         let table = Self {
             map,
             chunks,
-            meta_size: u64_at(&header, 64),
+            crc,
+            meta: MetaSum {
+                size: u64_at(&header, 64),
+                crc: (u32_at(&header, 20) & FLAG_META_SUMMED != 0).then(|| u32_at(&header, 180)),
+            },
         };
         Ok((identity, table))
+    }
+
+    /// Whether `other` describes the same chunks.
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        (self.chunks, self.crc, self.meta) == (other.chunks, other.crc, other.meta)
     }
 
     /// How many chunks there are. Chunks of zeros are not among them: they are
@@ -164,8 +190,8 @@ impl ChunkTable {
         self.chunks == 0
     }
 
-    pub(super) fn meta_size(&self) -> u64 {
-        self.meta_size
+    pub(super) fn meta(&self) -> MetaSum {
+        self.meta
     }
 
     /// One chunk.
@@ -226,7 +252,7 @@ impl ChunkTable {
 }
 
 /// CRC-32 of the rest of the file.
-fn checksum(mut file: &File) -> io::Result<u32> {
+pub(super) fn checksum(mut file: &File) -> io::Result<u32> {
     let mut crc = libdeflater::Crc::new();
     let mut buffer = vec![0; 256 << 10];
     loop {
@@ -253,14 +279,19 @@ fn partition(len: u32, before: impl Fn(u32) -> bool) -> u32 {
 
 /// Reads the header alone.
 pub(super) fn identify(path: &Path) -> Result<Identity, Error> {
+    parse_header(path, &header(path)?)
+}
+
+/// The header's bytes, unchecked.
+pub(super) fn header(path: &Path) -> Result<[u8; HEADER], Error> {
     let mut header = [0; HEADER];
     File::open(path)
         .and_then(|mut file| file.read_exact(&mut header))
         .map_err(|e| match e.kind() {
-            std::io::ErrorKind::UnexpectedEof => Error::damaged(path, "it is cut short"),
+            io::ErrorKind::UnexpectedEof => Error::damaged(path, "it is cut short"),
             _ => Error::io("read", path, e),
         })?;
-    parse_header(path, &header)
+    Ok(header)
 }
 
 pub(super) struct HeaderFields<'a> {
@@ -268,6 +299,7 @@ pub(super) struct HeaderFields<'a> {
     pub(super) chunks: u32,
     pub(super) body_crc: u32,
     pub(super) meta_size: u64,
+    pub(super) meta_crc: u32,
 }
 
 pub(super) fn encode_header(fields: &HeaderFields<'_>, reference: &str) -> Vec<u8> {
@@ -287,7 +319,8 @@ pub(super) fn encode_header(fields: &HeaderFields<'_>, reference: &str) -> Vec<u
     put(8, &VERSION.to_le_bytes());
     put(12, &(HEADER as u32).to_le_bytes());
     put(16, &format.to_le_bytes());
-    put(20, &(prefetch_flag | trust_flag).to_le_bytes());
+    let flags = prefetch_flag | trust_flag | FLAG_META_SUMMED;
+    put(20, &flags.to_le_bytes());
     put(24, &fields.chunks.to_le_bytes());
     put(28, &fields.body_crc.to_le_bytes());
     put(32, &identity.number.to_le_bytes());
@@ -300,6 +333,7 @@ pub(super) fn encode_header(fields: &HeaderFields<'_>, reference: &str) -> Vec<u
     put(112, trust.as_raw());
     put(144, identity.compressed_toc.as_raw());
     put(176, &(reference.len() as u32).to_le_bytes());
+    put(180, &fields.meta_crc.to_le_bytes());
     put(REFERENCE_AT, reference.as_bytes());
     let crc = libdeflater::crc32(&header[..HEADER - 4]);
     header[HEADER - 4..].copy_from_slice(&crc.to_le_bytes());

@@ -215,12 +215,14 @@ fn damage_is_found_when_the_directory_is_opened() {
         (CHUNKS, "remove", "No such file"),
         (META, "cut", "bytes instead of"),
         (META, "remove", "No such file"),
-        (DATA, "cut", "bytes instead of"),
-        (DATA, "remove", "No such file"),
+        (META, "flip 5000", "its checksum does not match"),
+        (META, "flip 1100", "its checksum does not match"),
     ] {
         let path = make(scratch.path(), &sample).unwrap();
         damage(&path.join(file), change);
-        let error = LayerDir::open(&path, sample.digest()).unwrap_err();
+        let error = LayerDir::open(&path, sample.digest())
+            .and_then(|dir| dir.check_meta())
+            .unwrap_err();
         assert!(error.is_damage(), "{file} {change}: {error}");
         let text = error.to_string();
         assert!(text.contains(expected), "{file} {change}: {text}");
@@ -244,6 +246,132 @@ fn a_damaged_presence_map_counts_as_empty() {
         assert_eq!(dir.present().count(), 0, "{change}");
         fs::remove_dir_all(&path).unwrap();
     }
+}
+
+#[test]
+fn content_of_another_size_counts_as_none() {
+    let scratch = tempfile::tempdir().unwrap();
+    let sample = sample();
+    for change in ["cut", "empty", "remove"] {
+        let path = make(scratch.path(), &sample).unwrap();
+        let dir = LayerDir::open(&path, sample.digest()).unwrap();
+        fill(&dir, &sample, usize::MAX);
+        dir.persist().unwrap();
+        damage(&path.join(DATA), change);
+        let again = LayerDir::open(&path, sample.digest()).unwrap();
+        assert_eq!(again.present().count(), 0, "{change}");
+        assert_eq!(LayerDir::content_size(&path).unwrap(), 0, "{change}");
+        // Whoever still has the old file says nothing of the new one.
+        dir.take_back(ChunkId(0));
+        fill(&again, &sample, usize::MAX);
+        again.persist().unwrap();
+        assert!(
+            LayerDir::open(&path, sample.digest())
+                .unwrap()
+                .is_complete()
+        );
+        fs::remove_dir_all(&path).unwrap();
+    }
+}
+
+#[test]
+fn wrong_content_is_found_and_taken_back() {
+    let scratch = tempfile::tempdir().unwrap();
+    let sample = sample();
+    let path = make(scratch.path(), &sample).unwrap();
+    let dir = LayerDir::open(&path, sample.digest()).unwrap();
+    let wrong = ChunkId(3);
+    assert!(matches!(dir.verify(wrong, true), Verdict::Absent));
+    fill(&dir, &sample, usize::MAX);
+    dir.persist().unwrap();
+    damage(
+        &path.join(DATA),
+        &format!("flip {}", dir.chunks().get(wrong).data_end() - 1),
+    );
+    let count = dir.present().count();
+    let all: Vec<_> = dir.present().iter().collect();
+    for chunk in all {
+        match dir.verify(chunk, true) {
+            Verdict::Good => assert_ne!(chunk, wrong),
+            Verdict::Wrong => assert_eq!(chunk, wrong),
+            other => panic!("{chunk:?}: {other:?}"),
+        }
+    }
+    assert_eq!(dir.present().count(), count - 1);
+    assert!(!dir.has(dir.chunks().get(wrong).data_offset, 1));
+    assert!(dir.persist().unwrap());
+    let again = LayerDir::open(&path, sample.digest()).unwrap();
+    assert_eq!(again.present().count(), count - 1);
+    fill(&again, &sample, usize::MAX);
+    assert!(matches!(again.verify(wrong, true), Verdict::Good));
+}
+
+#[test]
+fn what_is_doubted_is_present_once_it_was_verified() {
+    let scratch = tempfile::tempdir().unwrap();
+    let sample = sample();
+    let path = make(scratch.path(), &sample).unwrap();
+    let dir = LayerDir::open(&path, sample.digest()).unwrap();
+    fill(&dir, &sample, usize::MAX);
+    dir.persist().unwrap();
+    let (good, wrong) = (ChunkId(1), ChunkId(3));
+    let at = dir.chunks().get(wrong).data_offset;
+    damage(&path.join(DATA), &format!("flip {at}"));
+    let open = || LayerDir::open(&path, sample.digest()).unwrap();
+    let dir = open().doubted();
+    let count = dir.claimed().count();
+    assert_eq!((count, dir.present().count()), (45, 0));
+    assert!(matches!(dir.verify(good, false), Verdict::Good));
+    assert!(matches!(dir.verify(wrong, false), Verdict::Wrong));
+    assert!(dir.present().contains(good) && !dir.present().contains(wrong));
+    assert_eq!(dir.claimed().count(), count - 2);
+    // Claims outlive the process, as claims; what is wrong does not.
+    dir.persist().unwrap();
+    let again = open().doubted();
+    assert_eq!(again.claimed().count(), count - 1);
+    assert!(!again.claimed().contains(wrong));
+}
+
+#[test]
+fn what_describes_a_layer_is_mended_in_place() {
+    use std::os::unix::fs::MetadataExt as _;
+    let scratch = tempfile::tempdir().unwrap();
+    let sample = sample();
+    let path = make(scratch.path(), &sample).unwrap();
+    let elsewhere = tempfile::tempdir().unwrap();
+    let whole = make(elsewhere.path(), &sample).unwrap();
+    let dir = LayerDir::open(&path, sample.digest()).unwrap();
+    fill(&dir, &sample, 4);
+    dir.persist().unwrap();
+    let count = dir.present().count();
+    for (file, change) in [
+        (META, "flip 5000"),
+        (META, "empty"),
+        (META, "remove"),
+        (CHUNKS, "flip 5000"),
+        (CHUNKS, "cut"),
+    ] {
+        let inode = fs::metadata(path.join(file)).unwrap().ino();
+        damage(&path.join(file), change);
+        if file == META {
+            assert!(dir.check_meta().unwrap_err().is_damage(), "{change}");
+        } else {
+            assert!(dir.check_chunks().unwrap_err().is_damage(), "{change}");
+        }
+        assert!(mend(&path, &whole).unwrap(), "{file} {change}");
+        let again = LayerDir::open(&path, sample.digest()).unwrap();
+        again.check_meta().unwrap();
+        dir.check_chunks().unwrap();
+        assert_eq!(again.present().count(), count);
+        if change != "remove" {
+            assert_eq!(fs::metadata(path.join(file)).unwrap().ino(), inode);
+        }
+    }
+    // Not by the files of another layer, or where the header itself is lost.
+    damage(&path.join(CHUNKS), "flip 33");
+    let before = fs::read(path.join(CHUNKS)).unwrap();
+    assert!(!mend(&path, &whole).unwrap());
+    assert_eq!(fs::read(path.join(CHUNKS)).unwrap(), before);
 }
 
 #[test]

@@ -1,11 +1,14 @@
 //! From a fetched TOC to a layer directory.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use sluice_layer::Toc;
 use sluice_oci::{Digest, Reference};
+use tokio::task::spawn_blocking;
 
+use super::Node;
 use super::memory::give_back;
 use crate::erofs::{XattrNamespace, write_image};
 use crate::layer_dir::{self, NewLayer, Problem};
@@ -31,9 +34,44 @@ impl Error {
     }
 }
 
-/// Verifies and parses the TOC and makes the layer's directory. Blocks, and
-/// takes up to `memory`, which it gives back to the system afterwards.
-pub(super) fn compile(
+impl Node {
+    /// Verifies and parses the TOC and makes the layer's directory in `layers`,
+    /// within the node's budget of memory.
+    pub(super) async fn compile(
+        &self,
+        layers: PathBuf,
+        fetched: FetchedToc,
+        digest: Digest,
+        reference: &Reference,
+        number: u64,
+    ) -> Result<(), Error> {
+        let fetched = Arc::new(fetched);
+        let budget = self.0.remote.budget();
+        let mut wanted = fetched.likely_memory();
+        loop {
+            let memory = budget.read(wanted).await?;
+            let whole = memory.is_whole();
+            let (node, fetched) = (self.clone(), Arc::clone(&fetched));
+            let (layers, reference) = (layers.clone(), reference.clone());
+            let compiled = spawn_blocking(move || {
+                // Held to the end, also when nobody waits for it any more.
+                let memory = memory;
+                let remote = &node.0.remote;
+                compile(
+                    &layers, remote, &fetched, &memory, digest, &reference, number,
+                )
+            });
+            match compiled.await.unwrap_or(Err(Error::Panicked)) {
+                Err(error) if error.needs_more_memory() && !whole => wanted = u64::MAX,
+                done => return done,
+            }
+        }
+    }
+}
+
+/// Blocks, and takes up to `memory`, which it gives back to the system
+/// afterwards.
+fn compile(
     layers: &Path,
     remote: &Remote,
     fetched: &FetchedToc,

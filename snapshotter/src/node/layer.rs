@@ -9,7 +9,7 @@ use std::sync::Arc;
 use sluice_oci::{Digest, Reference};
 use tokio::task::spawn_blocking;
 
-use super::compile::{self, compile};
+use super::compile;
 use super::paths::path_of;
 use super::start::{BLOBS, MOUNTS, TREES};
 use super::{Mode, Node, source};
@@ -17,7 +17,7 @@ use crate::erofs::Image;
 use crate::fetch::{Handle, LazyLayer};
 use crate::fuse::blobs::BlobTable;
 use crate::fuse::{Content, Tree, TreeTable};
-use crate::layer_dir::{LayerDir, META, TEMPORARY};
+use crate::layer_dir::{self, LayerDir, META, TEMPORARY};
 use crate::mount;
 use crate::remote::Known;
 use crate::service::{MountError, NotLazy, Owner, Usage};
@@ -25,14 +25,16 @@ use crate::service::{MountError, NotLazy, Owner, Usage};
 /// The place of a layer, whether it is there or not. The lock is held while
 /// the layer is being opened, mounted or removed.
 #[derive(Default)]
-pub(super) struct Slot(tokio::sync::Mutex<Option<Open>>);
+pub(super) struct Slot(pub(super) tokio::sync::Mutex<Option<Open>>);
 
 /// A layer that is open.
 pub(super) struct Open {
-    layer: Arc<LazyLayer>,
-    mounted: Option<PathBuf>,
+    pub(super) layer: Arc<LazyLayer>,
+    pub(super) mounted: Option<PathBuf>,
     prefetch: Option<Handle>,
     download: Option<Handle>,
+    /// Whether a snapshot was mounted from it, and nobody noted that yet.
+    used: bool,
 }
 
 impl Node {
@@ -107,44 +109,54 @@ impl Node {
     ) -> Result<(), compile::Error> {
         let fetched = self.0.remote.fetch_toc(reference, digest, known).await?;
         let number = self.0.numbers.take().map_err(compile::Error::Number)?;
-        let fetched = Arc::new(fetched);
-        let budget = self.0.remote.budget();
-        let mut wanted = fetched.likely_memory();
-        loop {
-            let memory = budget.read(wanted).await?;
-            let whole = memory.is_whole();
-            let (node, fetched) = (self.clone(), Arc::clone(&fetched));
-            let reference = reference.clone();
-            let compiled = spawn_blocking(move || {
-                let (layers, remote) = (node.layers_dir(), &node.0.remote);
-                // Held to the end, also when nobody waits for it any more.
-                let memory = memory;
-                compile(
-                    &layers, remote, &fetched, &memory, digest, &reference, number,
-                )
-            });
-            match compiled.await.unwrap_or(Err(compile::Error::Panicked)) {
-                Err(error) if error.needs_more_memory() && !whole => wanted = u64::MAX,
-                done => return done,
-            }
-        }
+        let layers = self.layers_dir();
+        self.compile(layers, fetched, digest, reference, number)
+            .await
     }
 
-    /// Opens the layer's directory, if there is one. A damaged one is removed,
-    /// to be made again.
-    async fn load(&self, digest: Digest) -> Result<Option<Open>, String> {
-        let path = self.layer_path(digest);
-        let opened = spawn_blocking(move || match LayerDir::open(&path, digest) {
-            Ok(dir) => Ok(Some(dir)),
-            Err(_) if !path.exists() => Ok(None),
-            Err(error) if error.is_damage() => {
-                tracing::warn!(layer = %digest, "{error}; it is removed");
-                delete(&path).map(|()| None).map_err(|e| e.to_string())
-            }
-            Err(error) => Err(error.to_string()),
-        });
-        let dir = opened.await.map_err(|error| error.to_string())??;
+    /// Opens the layer's directory, if there is one, and checks all of it but
+    /// the content. A damaged one is mended; one that cannot be is removed, to
+    /// be made again.
+    pub(super) async fn load(&self, digest: Digest) -> Result<Option<Open>, String> {
+        let error = match self.open_checked(digest).await? {
+            Ok(dir) => return Ok(dir.map(|dir| self.adopt(dir))),
+            Err(error) if error.is_damage() => error,
+            Err(error) => return Err(error.to_string()),
+        };
+        let mended = self.mend(digest).await;
+        if !mended.map_err(|why| format!("{error}; it cannot be mended now: {why}"))? {
+            tracing::warn!(layer = %digest, "{error}; it is removed, to be made again");
+            let path = self.layer_path(digest);
+            let deleted = spawn_blocking(move || delete(&path)).await;
+            deleted
+                .map_err(io::Error::other)
+                .flatten()
+                .map_err(|error| error.to_string())?;
+            return Ok(None);
+        }
+        tracing::warn!(layer = %digest, "{error}; it has been mended");
+        let dir = self.open_checked(digest).await?;
+        let dir = dir.map_err(|error| error.to_string())?;
         Ok(dir.map(|dir| self.adopt(dir)))
+    }
+
+    async fn open_checked(
+        &self,
+        digest: Digest,
+    ) -> Result<Result<Option<LayerDir>, layer_dir::Error>, String> {
+        let path = self.layer_path(digest);
+        let opened = spawn_blocking(move || {
+            let opened = LayerDir::open(&path, digest).and_then(|dir| {
+                dir.check_meta()?;
+                Ok(dir)
+            });
+            match opened {
+                Ok(dir) => Ok(Some(dir)),
+                Err(_) if !path.exists() => Ok(None),
+                Err(error) => Err(error),
+            }
+        });
+        opened.await.map_err(|error| error.to_string())
     }
 
     fn adopt(&self, dir: LayerDir) -> Open {
@@ -164,6 +176,7 @@ impl Node {
             mounted: None,
             prefetch: None,
             download: None,
+            used: false,
         }
     }
 
@@ -182,6 +195,7 @@ impl Node {
             self.forget(digest, &slot);
             return Err(MountError::Unknown(digest));
         };
+        open.used = true;
         if let Some(path) = &open.mounted {
             return Ok(path.clone());
         }
@@ -269,7 +283,7 @@ impl Node {
         .await?
     }
 
-    async fn show_tree(
+    pub(super) async fn show_tree(
         &self,
         layer: &Arc<LazyLayer>,
     ) -> Result<PathBuf, Box<dyn std::error::Error + Send + Sync>> {
@@ -308,8 +322,19 @@ impl Node {
         Ok(())
     }
 
+    /// The layers that snapshots were mounted from since this was last asked.
+    pub(super) fn recently_used(&self) -> Vec<Digest> {
+        let slots: Vec<_> = self.0.slots.lock().clone().into_iter().collect();
+        let used = slots.into_iter().filter_map(|(digest, slot)| {
+            let mut place = slot.0.try_lock().ok()?;
+            let open = place.as_mut()?;
+            std::mem::take(&mut open.used).then_some(digest)
+        });
+        used.collect()
+    }
+
     /// Takes an empty slot out of the table, unless somebody else waits for it.
-    fn forget(&self, digest: Digest, slot: &Arc<Slot>) {
+    pub(super) fn forget(&self, digest: Digest, slot: &Arc<Slot>) {
         let mut slots = self.0.slots.lock();
         // One for the table and one for the caller.
         if Arc::strong_count(slot) == 2 && slot.0.try_lock().is_ok_and(|place| place.is_none()) {
@@ -406,6 +431,12 @@ impl Slot {
 }
 
 impl Open {
+    /// Ends all fetches, and leaves the layer to the caller.
+    pub(super) fn end(self) -> Arc<LazyLayer> {
+        self.layer.close();
+        self.layer
+    }
+
     async fn close(self, node: &Node, keep: bool) {
         self.layer.close();
         let number = self.layer.dir().identity().number;
@@ -438,6 +469,24 @@ fn unmount(target: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// The same, unless something uses it: says whether it is unmounted.
+pub(super) fn unmount_unused(target: &Path) -> io::Result<bool> {
+    match mount::unmount(target) {
+        Ok(()) => {
+            crash_point!("evict.unmounted");
+            fs::remove_dir(target)?;
+            crash_point!("evict.target-removed");
+            Ok(true)
+        }
+        Err(mount::Error::Unmount { source, .. })
+            if source.kind() == io::ErrorKind::ResourceBusy =>
+        {
+            Ok(false)
+        }
+        Err(error) => Err(io::Error::other(error)),
+    }
+}
+
 /// Deletes a layer's directory, which has no name any more when that begins.
 fn delete(path: &Path) -> io::Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -456,7 +505,7 @@ fn delete(path: &Path) -> io::Result<()> {
 }
 
 /// The layers on disk.
-fn list(layers: &Path) -> io::Result<Vec<Digest>> {
+pub(super) fn list(layers: &Path) -> io::Result<Vec<Digest>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(layers)? {
         let name = entry?.file_name();

@@ -12,7 +12,7 @@ use super::start::{BLOBS, LAYERS, MOUNTS, TREES, failed};
 use super::{Mode, Node, StartError};
 use crate::fuse::{Kept, Session, TreeTable};
 use crate::keeper::{self, Keeper};
-use crate::layer_dir::{Identity, LayerDir, PRESENT_DRAFT, TEMPORARY};
+use crate::layer_dir::{DATA_DRAFT, Identity, LayerDir, PRESENT_DRAFT, TEMPORARY};
 use crate::mount::{self, users::Overlay};
 use crate::service::MountError;
 
@@ -164,7 +164,9 @@ pub(super) fn tidy(layers: &Path) -> Result<Vec<Identity>, StartError> {
             crash_point!("start.tidied");
             continue;
         }
-        remove_draft(&path.join(PRESENT_DRAFT))?;
+        for draft in [PRESENT_DRAFT, DATA_DRAFT] {
+            remove_draft(&path.join(draft))?;
+        }
         // One bad layer is found out when it is opened.
         if let Ok(identity) = LayerDir::identify(&path) {
             found.push(identity);
@@ -306,6 +308,7 @@ mod tests {
         fs::create_dir(layers.join(format!("{TEMPORARY}x"))).unwrap();
         fs::write(layers.join("file"), "").unwrap();
         fs::write(layer.join(PRESENT_DRAFT), "half").unwrap();
+        fs::write(layer.join(DATA_DRAFT), "").unwrap();
         fs::write(root.path().join("next-layer.tmp"), "1").unwrap();
         assert!(tidy(&layers).unwrap().is_empty());
         Numbers::load(root.path(), &[]).unwrap();

@@ -12,16 +12,19 @@
 //! | `t/<number>/` | in mode `fuse`, a layer in the node's one FUSE file system of trees |
 
 mod compile;
+mod evict;
 mod images;
 mod layer;
 mod left;
 mod memory;
+mod mend;
 mod paths;
 mod start;
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -34,8 +37,9 @@ use crate::fuse::{self, SessionError, TreeTable};
 use crate::keeper::Keeper;
 use crate::mount::{self, users::Overlay};
 use crate::remote::Remote;
-use crate::service::{LayerRequest, LazyLayers, MountError, NotLazy, Owner, Usage};
+use crate::service::{InUse, LayerRequest, LazyLayers, MountError, NotLazy, Owner, Usage};
 
+pub use evict::Quota;
 use layer::Slot;
 use left::Numbers;
 
@@ -61,6 +65,8 @@ pub struct Config {
     pub prefetch: bool,
     /// How long after its mount the rest of a layer is downloaded, if at all.
     pub background: Option<Duration>,
+    /// How much the layers may take on disk.
+    pub quota: Quota,
     /// Layers of one image whose TOCs are fetched and compiled at once.
     pub opening: usize,
     /// Bytes of memory for all TOCs that are fetched and compiled at once.
@@ -78,6 +84,7 @@ impl Config {
             fetch: fetch::Config::default(),
             prefetch: true,
             background: Some(Duration::from_secs(10)),
+            quota: Quota::default(),
             opening: 8,
             toc_memory: 160 << 20,
             keeper: Arc::default(),
@@ -127,6 +134,8 @@ struct Inner {
     /// Who stood on them.
     affected: Vec<Overlay>,
     opening: Semaphore,
+    /// Whether it was told that there is more in use than there may be.
+    overfull: AtomicBool,
 }
 
 impl Node {
@@ -193,6 +202,10 @@ impl LazyLayers for Node {
 
     async fn retain(&self, known: HashSet<Digest>) -> Result<(), MountError> {
         self.retain_layers(&known).await
+    }
+
+    async fn make_room(&self, in_use: InUse) {
+        self.evict_layers(&in_use).await;
     }
 }
 

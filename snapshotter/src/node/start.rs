@@ -5,6 +5,7 @@ use std::fs;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -85,6 +86,7 @@ impl Node {
             mode,
             blobs: BlobTable::new(),
             trees: TreeTable::new(),
+            overfull: AtomicBool::new(false),
             config,
         }));
         node.go_on(layers, &left)?;

@@ -117,6 +117,14 @@ impl Known {
         })
     }
 
+    /// Of a layer whose TOC was verified against `trust` before.
+    pub fn trusted(trust: TocTrust) -> Self {
+        Self {
+            annotations: LayerAnnotations::trusting(trust),
+            size: None,
+        }
+    }
+
     /// The same without anything that says where the TOC is, so that the
     /// footer is read; none if nothing says.
     pub fn without_position(&self) -> Option<Self> {
