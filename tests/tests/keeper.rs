@@ -429,7 +429,7 @@ fn the_unit_keeps_descriptors_and_kills_the_daemon_alone() -> Result<()> {
     assert_eq!(setting("NotifyAccess")?, "main");
     assert_eq!(setting("Restart")?, "always");
     assert_eq!(setting("StartLimitIntervalSec")?, "0");
-    assert_eq!(setting("KillMode")?, "mixed");
+    assert_eq!(setting("KillMode")?, "process");
     // Two mounts at the most, each with its terms.
     let most: u32 = setting("FileDescriptorStoreMax")?.parse()?;
     ensure!(most >= 4, "{most}");
