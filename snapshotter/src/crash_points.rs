@@ -88,6 +88,10 @@ pub const POINTS: &[&str] = &[
     "evict.data-made",
     "evict.data-named",
     "evict.synced",
+    // What describes a damaged layer is made again.
+    "mend.compiled",
+    "mend.written",
+    "mend.done",
     // Chunks become present, and durable.
     "fill.claimed",
     "fill.arrived",

@@ -13,6 +13,7 @@ use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 use tonic::transport::Server;
 
 use crate::config::{Config, MountMode};
+use crate::control::{self, Control};
 use crate::fetch;
 use crate::keeper::Keeper;
 use crate::node::{self, Node};
@@ -116,7 +117,9 @@ async fn serve_node(
     let again = node.clone();
     tokio::spawn(async move { again.mount_lost().await });
     let _room = AbortOnDropHandle::new(tokio::spawn(keep_room(Arc::clone(&snapshots))));
-    let served = serve(config, Arc::clone(&snapshots), listener, keeper, stop).await;
+    let control = Control::new(Arc::clone(&snapshots), node.clone());
+    let snapshots_and = (Arc::clone(&snapshots), control);
+    let served = serve(config, snapshots_and, listener, keeper, stop).await;
     crash_point!("stop.drained");
     snapshots.close().await;
     crash_point!("stop.closed");
@@ -156,9 +159,9 @@ async fn keep_room<L: LazyLayers>(snapshots: Arc<Snapshots<L>>) {
     }
 }
 
-async fn serve<L: LazyLayers>(
+async fn serve(
     config: &Config,
-    snapshots: Arc<Snapshots<L>>,
+    (snapshots, control): (Arc<Snapshots<Node>>, Control),
     listener: std::os::unix::net::UnixListener,
     keeper: &Keeper,
     stop: impl Future<Output = Stop> + Send,
@@ -175,6 +178,7 @@ async fn serve<L: LazyLayers>(
     let (drain, drained) = tokio::sync::oneshot::channel::<()>();
     let server = Server::builder()
         .add_service(service::server(snapshots, calls.clone()))
+        .add_service(control::server(control))
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async {
             let _ = drained.await;
         });
@@ -229,6 +233,12 @@ fn node_config(config: &Config, root: &Path) -> node::Config {
         },
         toc_memory: mebibytes(config.fetch.toc_memory_mib.get()),
         prefetch: config.prefetch.enabled,
+        profiles: node::ProfileConfig {
+            record: config.profiles.record,
+            longest: Duration::from_secs(config.profiles.seconds.get()),
+            idle: Duration::from_secs(config.profiles.idle_seconds.get()),
+            images: config.profiles.images.get() as usize,
+        },
         background: config
             .background
             .enabled

@@ -17,12 +17,13 @@ use crate::containerd::Containerd;
 use crate::daemon::{Daemon, Mode};
 
 /// All that may be in a root directory.
-const ROOT: [&str; 8] = [
+const ROOT: [&str; 9] = [
     "blobs",
     "layers",
     "lock",
     "m",
     "next-layer",
+    "profiles",
     "snapshots",
     "state.redb",
     "t",

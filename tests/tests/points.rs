@@ -157,21 +157,31 @@ impl<'s> World<'s> {
     /// Does what makes the daemon pass `points`, one process after the other
     /// dying at each, and waits for the process that lives. Whoever caused it
     /// may have got an error.
-    fn crash(&self, points: &[&str], cause: impl FnOnce() -> Result<()>) -> Result<()> {
+    fn die(&self, points: &[&str], cause: impl FnOnce() -> Result<()>) -> Result<()> {
         let before = self.orders.struck()?.len();
         self.orders.give(points)?;
         let outcome = cause();
-        let about = || {
-            format!(
-                "the cause ended with {outcome:?}; log:\n{}",
-                self.daemon.log()
-            )
-        };
-        let dead = self.orders.wait(before, points).with_context(about)?;
+        let dead = self
+            .orders
+            .wait(before, points)
+            .with_context(|| format!("{outcome:?}; log:\n{}", self.daemon.log()))?;
         self.daemon.wait_until_ready(dead)?;
+        Ok(())
+    }
+
+    /// The same; then everything has to agree.
+    fn crash(&self, points: &[&str], cause: impl FnOnce() -> Result<()>) -> Result<()> {
+        self.die(points, cause)?;
         self.agrees(false)
-            .with_context(|| format!("after {points:?}"))
-            .with_context(about)
+            .with_context(|| format!("after {points:?}; log:\n{}", self.daemon.log()))
+    }
+
+    /// The daemon stops, and the next one starts.
+    fn restart(&self) -> Result<()> {
+        let process = self.daemon.serving().context("no process")?;
+        self.daemon.process().signal(Signal::HUP)?;
+        self.daemon.wait_until_ready(process)?;
+        Ok(())
     }
 
     /// That the daemon agrees with itself, and with containerd.
@@ -393,14 +403,37 @@ impl<'s> World<'s> {
             self.wait_until_evicted()?;
             self.agrees(true)?;
             fs::write(&configuration, &text)?;
-            let process = self.daemon.serving().context("no process")?;
-            self.daemon.process().signal(Signal::HUP)?;
-            self.daemon.wait_until_ready(process)?;
+            self.restart()?;
             let root = self.mount()?;
             for file in &self.source.files {
                 content::check(&root, file)?;
             }
             self.containerd.unmount(&root)?;
+        }
+        self.remove_image()?;
+        self.is_empty()
+    }
+
+    /// A layer whose tree the disk has damaged is mended when it is mounted.
+    fn deaths_in_mending(&self, points: &[&str]) -> Result<()> {
+        self.pull()?;
+        for point in points {
+            self.restart()?;
+            for layer in fs::read_dir(self.daemon.root().join("layers"))? {
+                let meta = layer?.path().join("meta.erofs");
+                let meta = fs::File::options().write(true).open(meta)?;
+                meta.set_len(meta.metadata()?.len() - 1)?;
+            }
+            self.die(&[point], || self.mount().map(drop))?;
+            let root = self.mount()?;
+            self.agrees(false)
+                .with_context(|| format!("after {point}"))?;
+            self.read(&root)?;
+            self.containerd.unmount(&root)?;
+            // Nothing is mounted from it when it is damaged again.
+            self.remove_image()?;
+            self.is_empty()?;
+            self.pull()?;
         }
         self.remove_image()?;
         self.is_empty()
@@ -539,6 +572,8 @@ fn in_mode_erofs(source: &Source) -> Result<Vec<(String, u32)>> {
             &["database.committed"],
             &["open.recorded"],
         ],
+        // While one layer is mounted, so is the other: a daemon that is killed
+        // in the middle must not wait for itself.
         &[&["mount.target-made", "start.cleared"], &["mount.mounted"]],
         &[
             "release.closed",
@@ -588,6 +623,7 @@ fn in_mode_erofs(source: &Source) -> Result<Vec<(String, u32)>> {
         ]
         .concat(),
     )?;
+    world.deaths_in_mending(&["mend.compiled", "mend.written", "mend.done"])?;
     world.deaths_in_evictions(&[
         "evict.unmounted",
         "evict.target-removed",

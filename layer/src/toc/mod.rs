@@ -10,7 +10,7 @@ mod build;
 mod error;
 mod json;
 mod memory;
-mod names;
+pub(crate) mod names;
 mod read;
 mod time;
 mod tree;

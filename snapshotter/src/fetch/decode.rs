@@ -5,7 +5,7 @@ use sluice_layer::{DecodeError, Format, Unit, Wanted, decode_unit};
 
 use super::inflight::Claim;
 use super::layer::LazyLayer;
-use super::{FetchError, Unstored};
+use super::{FetchError, Priority, Unstored};
 use crate::layer_dir::{ChunkId, LayerDir};
 
 /// A unit that has arrived.
@@ -18,7 +18,11 @@ pub(super) struct Arrived {
 
 /// Decodes units, tells who waits, and returns those that are to be fetched
 /// once more because their bytes were wrong.
-pub(super) fn decode_all(layer: &LazyLayer, arrived: Vec<Arrived>) -> Vec<Claim> {
+pub(super) fn decode_all(
+    layer: &LazyLayer,
+    priority: Priority,
+    arrived: Vec<Arrived>,
+) -> Vec<Claim> {
     let mut wrong = Vec::new();
     for Arrived {
         claim,
@@ -31,7 +35,7 @@ pub(super) fn decode_all(layer: &LazyLayer, arrived: Vec<Arrived>) -> Vec<Claim>
         crash_point!("fill.arrived");
         match decode_one(layer, unit.offset, &bytes, claim.is_awaited()) {
             Ok(unstored) => {
-                layer.count_decoded(bytes.len() as u64);
+                layer.count_decoded(priority, bytes.len() as u64);
                 claim.finish(Ok(unstored));
                 crash_point!("fill.told");
             }

@@ -9,8 +9,9 @@ use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
+use super::activity::UnderWay;
 use super::unstored::Storage;
-use super::{Admission, Link};
+use super::{Admission, Link, LinkFigures, Request};
 
 /// How the node fetches.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,6 +67,7 @@ struct Shared {
     links: Mutex<HashMap<String, Arc<Link>>>,
     demand: Demand,
     storage: Storage,
+    under_way: UnderWay,
 }
 
 /// Part of the memory that may hold what the disk does not take.
@@ -100,6 +102,7 @@ impl Engine {
                 none: Notify::new(),
             },
             storage: Storage::new(config.memory / UNSTORED),
+            under_way: UnderWay::default(),
             config,
         }))
     }
@@ -122,6 +125,31 @@ impl Engine {
     /// How the disk takes what is fetched.
     pub(super) fn storage(&self) -> &Storage {
         &self.0.storage
+    }
+
+    pub(super) fn under_way(&self) -> &UnderWay {
+        &self.0.under_way
+    }
+
+    /// The requests that are under way, the oldest first.
+    pub fn requests(&self) -> Vec<Request> {
+        self.0.under_way.list()
+    }
+
+    /// Readers that wait now.
+    pub fn waiting(&self) -> u64 {
+        self.0.demand.waiting.load(Ordering::Relaxed)
+    }
+
+    /// What is known of the links, by host.
+    pub fn links(&self) -> Vec<(String, LinkFigures)> {
+        let links = self.0.links.lock();
+        let mut links: Vec<_> = links
+            .iter()
+            .map(|(host, link)| (host.clone(), link.figures()))
+            .collect();
+        links.sort_by(|(a, _), (b, _)| a.cmp(b));
+        links
     }
 
     /// What is known of the link to `host`.

@@ -32,6 +32,7 @@ struct FakeState {
     requests: Vec<LayerRequest>,
     /// What the last call to make room was told.
     in_use: Option<HashSet<Digest>>,
+    starts: Vec<ImageUse>,
 }
 
 impl Fake {
@@ -104,6 +105,10 @@ impl LazyLayers for Fake {
             uid: metadata.uid(),
             gid: metadata.gid(),
         })
+    }
+
+    async fn starts(&self, image: ImageUse) {
+        self.state.lock().starts.push(image);
     }
 
     async fn remove(&self, layer: Digest) -> Result<(), MountError> {
