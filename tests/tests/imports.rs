@@ -86,6 +86,7 @@ const MODULES: &[(&str, &[&str])] = &[
     ("descriptors", &[]),
     ("service", &[]),
     ("socket", &[]),
+    ("crash_points", &[]),
     (
         "config",
         &["mount", "fuse", "fetch", "node", "remote", "service"],
@@ -117,6 +118,7 @@ const MODULES: &[(&str, &[&str])] = &[
     ),
     // The program: arguments in, exit status out.
     ("cleanup", &["mount", "socket"]),
+    ("crashing", &[]),
     (
         "main",
         &["daemon", "config", "keeper", "cleanup", "scrub", "socket"],

@@ -297,6 +297,7 @@ pub(super) async fn fetch_claimed(
     claims: Vec<Claim>,
     mut terms: Terms,
 ) -> Result<(), SourceError> {
+    crash_point!("fill.claimed");
     let mut pending: VecDeque<(Claim, bool)> = claims.into_iter().map(|c| (c, false)).collect();
     let mut patience = Patience::new(layer);
     while let (Some((first, _)), Some((last, _))) = (pending.front(), pending.back()) {
