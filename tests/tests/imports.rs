@@ -38,7 +38,10 @@ const CRATES: &[(&str, &[&str])] = &[
         ],
     ),
     // Compiles the fetch engine anew, with other locks.
-    ("interleavings", &["oci", "layer", "registry", "snapshotter"]),
+    (
+        "interleavings",
+        &["oci", "layer", "registry", "snapshotter"],
+    ),
     (
         "benches",
         &[

@@ -21,7 +21,11 @@ pub mod claims;
 pub mod fetch;
 pub mod layers;
 #[path = "../../../snapshotter/src/sample/mod.rs"]
-#[allow(dead_code, unused_imports, reason = "not everything of it is wanted here")]
+#[allow(
+    dead_code,
+    unused_imports,
+    reason = "not everything of it is wanted here"
+)]
 mod sample;
 
 // What the engine uses of the rest of the crate is the real thing.
