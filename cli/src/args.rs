@@ -155,7 +155,7 @@ pub(crate) struct Mount {
     #[arg(long, value_name = "DIR")]
     pub(crate) root: Option<PathBuf>,
     /// The platform to mount, as OS/ARCHITECTURE[/VARIANT]; this machine's by default.
-    #[arg(long, value_name = "P", value_parser = crate::pull::parse_platform)]
+    #[arg(long, value_name = "P")]
     pub(crate) platform: Option<Platform>,
     #[command(flatten)]
     pub(crate) registry: RegistryArgs,
@@ -184,7 +184,7 @@ pub(crate) struct Pull {
     #[arg(long, value_name = "NAME", default_value = "sluice")]
     pub(crate) snapshotter: String,
     /// The platform to pull, as OS/ARCHITECTURE[/VARIANT]; this machine's by default.
-    #[arg(long, value_name = "P", value_parser = crate::pull::parse_platform)]
+    #[arg(long, value_name = "P")]
     pub(crate) platform: Option<Platform>,
     #[command(flatten)]
     pub(crate) registry: RegistryArgs,

@@ -34,6 +34,10 @@ pub struct Config {
     pub profiles: Profiles,
     /// Fetching the rest when nothing else is wanted.
     pub background: Background,
+    /// How much may be kept.
+    pub cache: Cache,
+    /// Reading what is kept, to see whether it still is what it was.
+    pub scrub: Scrub,
 }
 
 /// Section `[registry]`.
@@ -81,10 +85,14 @@ pub enum MountMode {
 pub struct Fetch {
     /// Memory for everything in flight, in MiB. Default 64.
     pub memory_mib: NonZeroU64,
-    /// Requests to registries at once. Default 16.
+    /// Memory for tables of contents that are being read, in MiB. Default 160,
+    /// which is enough for a layer of some 350,000 files. One that needs more
+    /// is unpacked.
+    pub toc_memory_mib: NonZeroU64,
+    /// Requests to registries at once. Default 32.
     pub connections: NonZeroU64,
-    /// How far ahead of a sequential reader is fetched at most, in MiB.
-    /// Default 16; 0 turns it off.
+    /// How far ahead of a reader is fetched at most, in MiB. Default 32; with
+    /// 0, nothing is fetched but what is asked for.
     pub read_ahead_mib: u64,
     /// How long a read waits for a registry that does not deliver, in seconds,
     /// before it fails with EIO. Default 300.
@@ -127,6 +135,29 @@ pub struct Background {
     pub delay_seconds: u64,
 }
 
+/// Section `[cache]`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Cache {
+    /// What lazily mounted layers may take on disk, in MiB, before content
+    /// that nothing mounts is evicted. Default 0: any amount.
+    pub limit_mib: u64,
+    /// What is to stay free on their file system, in MiB, in the same way.
+    /// Default 0.
+    pub min_free_mib: u64,
+}
+
+/// Section `[scrub]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Scrub {
+    /// Hours between the end of one check of all layers and the next. Default
+    /// 168, a week; 0 turns it off.
+    pub interval_hours: u64,
+    /// How fast it reads, in MiB a second. Default 50.
+    pub mib_per_second: NonZeroU64,
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -139,6 +170,8 @@ impl Default for Config {
             prefetch: Prefetch::default(),
             profiles: Profiles::default(),
             background: Background::default(),
+            cache: Cache::default(),
+            scrub: Scrub::default(),
         }
     }
 }
@@ -167,8 +200,9 @@ impl Default for Fetch {
     fn default() -> Self {
         Self {
             memory_mib: nonzero(64),
-            connections: nonzero(16),
-            read_ahead_mib: 16,
+            toc_memory_mib: nonzero(160),
+            connections: nonzero(32),
+            read_ahead_mib: 32,
             deadline_seconds: nonzero(300),
         }
     }
@@ -196,6 +230,15 @@ impl Default for Background {
         Self {
             enabled: true,
             delay_seconds: 10,
+        }
+    }
+}
+
+impl Default for Scrub {
+    fn default() -> Self {
+        Self {
+            interval_hours: 168,
+            mib_per_second: nonzero(50),
         }
     }
 }
@@ -270,7 +313,9 @@ mod tests {
              [mount]\nmode = 'fuse'\n\
              [fetch]\nmemory_mib = 32\nconnections = 4\nread_ahead_mib = 0\ndeadline_seconds = 9\n\
              [prefetch]\nenabled = false\n[profiles]\nrecord = false\nidle_seconds = 3\n\
-             [background]\nenabled = false\n",
+             [background]\nenabled = false\n\
+             [cache]\nlimit_mib = 7\nmin_free_mib = 8\n\
+             [scrub]\ninterval_hours = 0\nmib_per_second = 9\n",
         )
         .unwrap();
         assert_eq!(config.root, Path::new("/r"));
@@ -279,6 +324,8 @@ mod tests {
         assert_eq!(config.fetch.deadline_seconds.get(), 9);
         assert!(!config.background.enabled && !config.profiles.record);
         assert_eq!(config.profiles.idle_seconds.get(), 3);
+        assert_eq!((config.cache.limit_mib, config.cache.min_free_mib), (7, 8));
+        assert_eq!(config.scrub.interval_hours, 0);
     }
 
     #[test]
@@ -325,11 +372,16 @@ mod tests {
             "ca_certificates",
             "mode",
             "memory_mib",
+            "toc_memory_mib",
             "connections",
             "read_ahead_mib",
             "deadline_seconds",
             "enabled",
             "delay_seconds",
+            "limit_mib",
+            "min_free_mib",
+            "interval_hours",
+            "mib_per_second",
             "record",
             "seconds",
             "idle_seconds",

@@ -9,7 +9,7 @@ use std::time::Duration;
 use sluice_registry::Client;
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
-use tokio_util::task::TaskTracker;
+use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 use tonic::transport::Server;
 
 use crate::config::{Config, MountMode};
@@ -17,7 +17,7 @@ use crate::control::{self, Control};
 use crate::fetch;
 use crate::keeper::Keeper;
 use crate::node::{self, Node};
-use crate::service::{self, OverlayOptions, Snapshots, Store};
+use crate::service::{self, LazyLayers, OverlayOptions, Snapshots, Store};
 use crate::socket::{self, Root, Socket};
 
 /// How long calls that are under way may take to finish when the daemon stops.
@@ -26,6 +26,10 @@ const DRAIN: Duration = Duration::from_secs(10);
 /// How long a client may take to let go of its connection after that. One that
 /// hangs is no reason to be killed by the service manager.
 const LET_GO: Duration = Duration::from_secs(1);
+
+/// How often it is looked whether the layers take more of the disk than they
+/// may.
+const ROOM: Duration = Duration::from_secs(10);
 
 /// Why the daemon does not run.
 #[derive(Debug, thiserror::Error)]
@@ -107,11 +111,20 @@ async fn serve_node(
     let layers = Arc::new(node.clone());
     let snapshots = Snapshots::start(root.path(), store, layers, overlay).await?;
     let snapshots = Arc::new(snapshots);
+    let _room = AbortOnDropHandle::new(tokio::spawn(keep_room(Arc::clone(&snapshots))));
     let control = Control::new(Arc::clone(&snapshots), node.clone());
     let snapshots_and = (Arc::clone(&snapshots), control);
     let served = serve(config, snapshots_and, listener, keeper, stop).await;
     snapshots.close().await;
     served
+}
+
+/// Keeps the layers within their quota.
+async fn keep_room<L: LazyLayers>(snapshots: Arc<Snapshots<L>>) {
+    loop {
+        snapshots.make_room().await;
+        tokio::time::sleep(ROOM).await;
+    }
 }
 
 async fn serve(
@@ -184,6 +197,7 @@ fn node_config(config: &Config, root: &Path) -> node::Config {
             deadline: Duration::from_secs(config.fetch.deadline_seconds.get()),
             ..fetch::Config::default()
         },
+        toc_memory: mebibytes(config.fetch.toc_memory_mib.get()),
         prefetch: config.prefetch.enabled,
         profiles: node::ProfileConfig {
             record: config.profiles.record,
@@ -195,6 +209,10 @@ fn node_config(config: &Config, root: &Path) -> node::Config {
             .background
             .enabled
             .then(|| Duration::from_secs(config.background.delay_seconds)),
+        quota: node::Quota {
+            limit: (config.cache.limit_mib > 0).then(|| mebibytes(config.cache.limit_mib)),
+            min_free: mebibytes(config.cache.min_free_mib),
+        },
         ..node::Config::new(root)
     }
 }

@@ -10,6 +10,7 @@ pub mod command;
 pub mod containerd;
 pub mod daemon;
 pub mod image;
+pub mod kernel;
 pub mod link;
 pub mod node;
 pub mod programs;

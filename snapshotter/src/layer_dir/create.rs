@@ -1,7 +1,7 @@
 //! Making a layer directory, at one stroke.
 
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufWriter, Seek, Write};
 use std::path::Path;
 
 use sluice_layer::{ChunkSource, NodeKind, Toc, TocTrust};
@@ -90,6 +90,8 @@ fn fill(
         .map_err(failed)?;
     write_meta(new.toc, &placement, &mut file).map_err(|p| Error::new(&meta, p))?;
     file.sync_all().map_err(failed)?;
+    file.rewind().map_err(failed)?;
+    let meta_crc = chunks::checksum(&file).map_err(failed)?;
     let meta_size = file.metadata().map_err(failed)?.len();
 
     let data = at(DATA);
@@ -102,7 +104,7 @@ fn fill(
 
     let table = at(CHUNKS);
     let records = records(new.toc, &placement).map_err(|p| Error::new(&table, p))?;
-    write_chunks(&table, &identity, meta_size, &records)?;
+    write_chunks(&table, &identity, (meta_size, meta_crc), &records)?;
     let count = u32::try_from(records.len()).unwrap_or(u32::MAX);
     Present::empty(count).save(directory, &new.digest)
 }
@@ -158,7 +160,7 @@ fn records(toc: &Toc, placement: &Placement) -> Result<Vec<Record>, Problem> {
 fn write_chunks(
     path: &Path,
     identity: &Identity,
-    meta_size: u64,
+    (meta_size, meta_crc): (u64, u32),
     records: &[Record],
 ) -> Result<(), Error> {
     let mut by_unit: Vec<u32> = (0..records.len() as u32).collect();
@@ -183,6 +185,7 @@ fn write_chunks(
         chunks: records.len() as u32,
         body_crc: crc.sum(),
         meta_size,
+        meta_crc,
     };
     let header = chunks::encode_header(&fields, &reference);
     debug_assert_eq!(header.len(), HEADER);

@@ -15,12 +15,13 @@ const MAGIC: &[u8; 8] = b"SLPRESNT";
 const VERSION: u32 = 1;
 const HEADER: usize = 64;
 
-/// A set of chunks that only grows.
+/// A set of chunks.
 #[derive(Debug)]
 pub struct Present {
     words: Box<[AtomicU64]>,
     chunks: u32,
     count: AtomicU32,
+    changes: AtomicU64,
 }
 
 impl Present {
@@ -39,6 +40,7 @@ impl Present {
             words,
             chunks,
             count: AtomicU32::new(count),
+            changes: AtomicU64::new(0),
         }
     }
 
@@ -49,13 +51,40 @@ impl Present {
         word >> (chunk.index() % 64) & 1 == 1
     }
 
-    /// Adds a chunk whose bytes are written.
-    pub(crate) fn insert(&self, chunk: ChunkId) {
+    /// Adds a chunk whose bytes are written, and says whether it is new.
+    pub(crate) fn insert(&self, chunk: ChunkId) -> bool {
         let bit = 1 << (chunk.index() % 64);
         let before = self.words[chunk.index() / 64].fetch_or(bit, Ordering::AcqRel);
-        if before & bit == 0 {
+        let new = before & bit == 0;
+        if new {
             self.count.fetch_add(1, Ordering::AcqRel);
+            self.changes.fetch_add(1, Ordering::AcqRel);
         }
+        new
+    }
+
+    /// Takes a chunk back, and says whether it was there.
+    pub(crate) fn remove(&self, chunk: ChunkId) -> bool {
+        let bit = 1 << (chunk.index() % 64);
+        let before = self.words[chunk.index() / 64].fetch_and(!bit, Ordering::AcqRel);
+        let was_there = before & bit != 0;
+        if was_there {
+            self.count.fetch_sub(1, Ordering::AcqRel);
+            self.changes.fetch_add(1, Ordering::AcqRel);
+        }
+        was_there
+    }
+
+    /// Grows with every change.
+    pub(super) fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
+    }
+
+    /// The chunks that are there now, in order.
+    pub fn iter(&self) -> impl Iterator<Item = ChunkId> + '_ {
+        (0..self.chunks)
+            .map(ChunkId)
+            .filter(|&chunk| self.contains(chunk))
     }
 
     /// How many chunks are present.
@@ -68,9 +97,10 @@ impl Present {
         self.count() == self.chunks
     }
 
-    /// The set as it is now.
-    pub(crate) fn snapshot(&self) -> Self {
-        let words = self.words.iter().map(|w| w.load(Ordering::Acquire));
+    /// This set and another of the same layer together, as they are now.
+    pub(super) fn union(&self, other: &Self) -> Self {
+        let words = self.words.iter().zip(&other.words);
+        let words = words.map(|(a, b)| a.load(Ordering::Acquire) | b.load(Ordering::Acquire));
         Self::from_words(words, self.chunks)
     }
 

@@ -5,11 +5,12 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use sluice_oci::{Digest, Reference};
 use tokio::task::spawn_blocking;
 
-use super::compile::compile;
+use super::compile;
 use super::paths::path_of;
 use super::plans::ProfileSource;
 use super::start::{BLOBS, MOUNTS, TREES};
@@ -19,7 +20,7 @@ use crate::erofs::Image;
 use crate::fetch::{Handle, LazyLayer, Plan};
 use crate::fuse::blobs::BlobTable;
 use crate::fuse::{Content, Tree, TreeTable};
-use crate::layer_dir::{LayerDir, TEMPORARY};
+use crate::layer_dir::{self, LayerDir, TEMPORARY};
 use crate::mount;
 use crate::profiles::ImageId;
 use crate::remote::Known;
@@ -28,14 +29,16 @@ use crate::service::{LayerRequest, MountError, NotLazy, Usage};
 /// The place of a layer, whether it is there or not. The lock is held while
 /// the layer is being opened, mounted or removed.
 #[derive(Default)]
-pub(super) struct Slot(tokio::sync::Mutex<Option<Open>>);
+pub(super) struct Slot(pub(super) tokio::sync::Mutex<Option<Open>>);
 
 /// A layer that is open.
 pub(super) struct Open {
-    layer: Arc<LazyLayer>,
-    mounted: Option<PathBuf>,
+    pub(super) layer: Arc<LazyLayer>,
+    pub(super) mounted: Option<PathBuf>,
     prefetch: Option<(ProfileSource, Handle)>,
     download: Option<Handle>,
+    /// Whether a snapshot was mounted from it, and nobody noted that yet.
+    used: bool,
     /// A former process mounted it: what was read before is not known.
     resumed: bool,
 }
@@ -81,51 +84,88 @@ impl Node {
         Ok(())
     }
 
+    /// Makes the layer's directory. A table of contents that is not where the
+    /// image's annotations say is looked for by the footer.
     async fn make(
         &self,
         reference: &Reference,
         digest: Digest,
         known: &Known,
     ) -> Result<(), String> {
-        let fetched = self
-            .0
-            .remote
-            .fetch_toc(reference, digest, known)
-            .await
-            .map_err(|error| error.to_string())?;
-        let number = self
-            .0
-            .numbers
-            .take()
-            .map_err(|error| format!("cannot note its number: {error}"))?;
-        let node = self.clone();
-        let reference = reference.clone();
-        let compiled = spawn_blocking(move || {
-            let layers = node.layers_dir();
-            compile(&layers, &node.0.remote, fetched, digest, &reference, number)
-        });
-        match compiled.await {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) => Err(error.to_string()),
-            Err(_) => Err("compiling its table of contents failed; see the log".to_owned()),
-        }
+        let made = match self.make_once(reference, digest, known).await {
+            Err(compile::Error::Toc(error)) if error.is_misplaced() => {
+                match known.without_position() {
+                    Some(known) => {
+                        tracing::debug!(layer = %digest, "looked for by the footer: {error}");
+                        self.make_once(reference, digest, &known).await
+                    }
+                    None => Err(error.into()),
+                }
+            }
+            made => made,
+        };
+        made.map_err(|error| match error.needs_more_memory() {
+            true => format!("{error}; raise toc_memory_mib in section [fetch]"),
+            false => error.to_string(),
+        })
     }
 
-    /// Opens the layer's directory, if there is one. A damaged one is removed,
-    /// to be made again.
-    async fn load(&self, digest: Digest) -> Result<Option<Open>, String> {
-        let path = self.layer_path(digest);
-        let opened = spawn_blocking(move || match LayerDir::open(&path, digest) {
-            Ok(dir) => Ok(Some(dir)),
-            Err(_) if !path.exists() => Ok(None),
-            Err(error) if error.is_damage() => {
-                tracing::warn!(layer = %digest, "{error}; it is removed");
-                delete(&path).map(|()| None).map_err(|e| e.to_string())
-            }
-            Err(error) => Err(error.to_string()),
-        });
-        let dir = opened.await.map_err(|error| error.to_string())??;
+    async fn make_once(
+        &self,
+        reference: &Reference,
+        digest: Digest,
+        known: &Known,
+    ) -> Result<(), compile::Error> {
+        let fetched = self.0.remote.fetch_toc(reference, digest, known).await?;
+        let number = self.0.numbers.take().map_err(compile::Error::Number)?;
+        let layers = self.layers_dir();
+        self.compile(layers, fetched, digest, reference, number)
+            .await
+    }
+
+    /// Opens the layer's directory, if there is one, and checks all of it but
+    /// the content. A damaged one is mended; one that cannot be is removed, to
+    /// be made again.
+    pub(super) async fn load(&self, digest: Digest) -> Result<Option<Open>, String> {
+        let error = match self.open_checked(digest).await? {
+            Ok(dir) => return Ok(dir.map(|dir| self.adopt(dir))),
+            Err(error) if error.is_damage() => error,
+            Err(error) => return Err(error.to_string()),
+        };
+        let mended = self.mend(digest).await;
+        if !mended.map_err(|why| format!("{error}; it cannot be mended now: {why}"))? {
+            tracing::warn!(layer = %digest, "{error}; it is removed, to be made again");
+            let path = self.layer_path(digest);
+            let deleted = spawn_blocking(move || delete(&path)).await;
+            deleted
+                .map_err(io::Error::other)
+                .flatten()
+                .map_err(|error| error.to_string())?;
+            return Ok(None);
+        }
+        tracing::warn!(layer = %digest, "{error}; it has been mended");
+        let dir = self.open_checked(digest).await?;
+        let dir = dir.map_err(|error| error.to_string())?;
         Ok(dir.map(|dir| self.adopt(dir)))
+    }
+
+    async fn open_checked(
+        &self,
+        digest: Digest,
+    ) -> Result<Result<Option<LayerDir>, layer_dir::Error>, String> {
+        let path = self.layer_path(digest);
+        let opened = spawn_blocking(move || {
+            let opened = LayerDir::open(&path, digest).and_then(|dir| {
+                dir.check_meta()?;
+                Ok(dir)
+            });
+            match opened {
+                Ok(dir) => Ok(Some(dir)),
+                Err(_) if !path.exists() => Ok(None),
+                Err(error) => Err(error),
+            }
+        });
+        opened.await.map_err(|error| error.to_string())
     }
 
     fn adopt(&self, dir: LayerDir) -> Open {
@@ -145,6 +185,7 @@ impl Node {
             mounted: None,
             prefetch: None,
             download: None,
+            used: false,
             resumed: false,
         }
     }
@@ -164,6 +205,7 @@ impl Node {
             self.forget(digest, &slot);
             return Err(MountError::Unknown(digest));
         };
+        open.used = true;
         if let Some(path) = &open.mounted {
             return Ok(path.clone());
         }
@@ -289,7 +331,7 @@ impl Node {
         .await?
     }
 
-    async fn show_tree(
+    pub(super) async fn show_tree(
         &self,
         layer: &Arc<LazyLayer>,
     ) -> Result<PathBuf, Box<dyn std::error::Error + Send + Sync>> {
@@ -328,8 +370,19 @@ impl Node {
         Ok(())
     }
 
+    /// The layers that snapshots were mounted from since this was last asked.
+    pub(super) fn recently_used(&self) -> Vec<Digest> {
+        let slots: Vec<_> = self.0.slots.lock().clone().into_iter().collect();
+        let used = slots.into_iter().filter_map(|(digest, slot)| {
+            let mut place = slot.0.try_lock().ok()?;
+            let open = place.as_mut()?;
+            std::mem::take(&mut open.used).then_some(digest)
+        });
+        used.collect()
+    }
+
     /// Takes an empty slot out of the table, unless somebody else waits for it.
-    fn forget(&self, digest: Digest, slot: &Arc<Slot>) {
+    pub(super) fn forget(&self, digest: Digest, slot: &Arc<Slot>) {
         let mut slots = self.0.slots.lock();
         // One for the table and one for the caller.
         if Arc::strong_count(slot) == 2 && slot.0.try_lock().is_ok_and(|place| place.is_none()) {
@@ -421,6 +474,12 @@ impl Slot {
 }
 
 impl Open {
+    /// Ends all fetches, and leaves the layer to the caller.
+    pub(super) fn end(self) -> Arc<LazyLayer> {
+        self.layer.close();
+        self.layer
+    }
+
     fn status(&self) -> LayerStatus {
         let dir = self.layer.dir();
         LayerStatus {
@@ -454,14 +513,38 @@ impl Open {
     }
 }
 
+/// How long a mount may be busy with users that are going: an overlay that
+/// was unmounted lets go of its layers a moment later.
+const LET_GO: Duration = Duration::from_secs(1);
+
 /// Unmounts a layer's mount point and removes it. A mount that something
 /// still uses is taken out of sight, and ends with its last user.
 fn unmount(target: &Path) -> io::Result<()> {
-    if mount::unmount(target).is_err() {
-        mount::detach(target).map_err(io::Error::other)?;
-        tracing::warn!("{} was still in use", target.display());
+    let since = Instant::now();
+    let mut pause = Duration::from_millis(1);
+    while let Err(error) = mount::unmount(target) {
+        if !error.is_busy() || since.elapsed() >= LET_GO {
+            mount::detach(target).map_err(io::Error::other)?;
+            tracing::warn!("{error}; it ends with its last user");
+            break;
+        }
+        std::thread::sleep(pause);
+        pause *= 2;
     }
     fs::remove_dir(target)
+}
+
+/// The same, unless something uses it: says whether it is unmounted.
+pub(super) fn unmount_unused(target: &Path) -> io::Result<bool> {
+    match mount::unmount(target) {
+        Ok(()) => fs::remove_dir(target).map(|()| true),
+        Err(mount::Error::Unmount { source, .. })
+            if source.kind() == io::ErrorKind::ResourceBusy =>
+        {
+            Ok(false)
+        }
+        Err(error) => Err(io::Error::other(error)),
+    }
 }
 
 /// Deletes a layer's directory, which has no name any more when that begins.
@@ -477,7 +560,7 @@ fn delete(path: &Path) -> io::Result<()> {
 }
 
 /// The layers on disk.
-fn list(layers: &Path) -> io::Result<Vec<Digest>> {
+pub(super) fn list(layers: &Path) -> io::Result<Vec<Digest>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(layers)? {
         let name = entry?.file_name();

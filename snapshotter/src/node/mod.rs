@@ -13,10 +13,12 @@
 //! | `t/<number>/` | in mode `fuse`, a layer in the node's one FUSE file system of trees |
 
 mod compile;
+mod evict;
 mod images;
 mod layer;
 mod left;
 mod memory;
+mod mend;
 mod paths;
 mod plans;
 mod recording;
@@ -26,6 +28,7 @@ mod status;
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -39,8 +42,9 @@ use crate::keeper::Keeper;
 use crate::mount;
 use crate::profiles::{ProfileError, Profiles};
 use crate::remote::Remote;
-use crate::service::{ImageUse, LayerRequest, LazyLayers, MountError, NotLazy, Usage};
+use crate::service::{ImageUse, InUse, LayerRequest, LazyLayers, MountError, NotLazy, Usage};
 
+pub use evict::Quota;
 use layer::Slot;
 use left::Numbers;
 pub use plans::ProfileSource;
@@ -72,8 +76,12 @@ pub struct Config {
     pub profiles: ProfileConfig,
     /// How long after its mount the rest of a layer is downloaded, if at all.
     pub background: Option<Duration>,
+    /// How much the layers may take on disk.
+    pub quota: Quota,
     /// Layers of one image whose TOCs are fetched and compiled at once.
     pub opening: usize,
+    /// Bytes of memory for all TOCs that are fetched and compiled at once.
+    pub toc_memory: u64,
     /// Who keeps the node's FUSE mounts for the next process.
     pub keeper: Arc<Keeper>,
 }
@@ -88,7 +96,9 @@ impl Config {
             prefetch: true,
             profiles: ProfileConfig::default(),
             background: Some(Duration::from_secs(10)),
+            quota: Quota::default(),
             opening: 8,
+            toc_memory: 160 << 20,
             keeper: Arc::default(),
         }
     }
@@ -139,7 +149,9 @@ pub enum StartError {
     #[error("{0}")]
     Mount(#[from] mount::Error),
     /// The configured mode does not work here.
-    #[error("mount mode erofs was asked for, but {0}; choose mode auto or fuse")]
+    #[error(
+        "mount mode erofs was asked for, but {0}; choose mode fuse, or leave the choice to the probe"
+    )]
     NoErofs(#[source] mount::erofs::Unsupported),
 }
 
@@ -159,6 +171,8 @@ struct Inner {
     sessions: Mutex<Vec<(Mode, fuse::Session)>>,
     numbers: Numbers,
     opening: Semaphore,
+    /// Whether it was told that there is more in use than there may be.
+    overfull: AtomicBool,
     profiles: Arc<Profiles>,
     recordings: Recordings,
 }
@@ -220,6 +234,10 @@ impl LazyLayers for Node {
 
     async fn retain(&self, known: HashSet<Digest>) -> Result<(), MountError> {
         self.retain_layers(&known).await
+    }
+
+    async fn make_room(&self, in_use: InUse) {
+        self.evict_layers(&in_use).await;
     }
 }
 

@@ -5,8 +5,10 @@ use std::fs;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use parking_lot::Mutex;
 use sluice_registry::Client;
 use tokio::runtime::Handle;
@@ -21,7 +23,7 @@ use crate::fuse::tree::Trees;
 use crate::fuse::{Kept, Reader, Session, SessionError, TreeTable};
 use crate::mount;
 use crate::profiles::Profiles;
-use crate::remote::Remote;
+use crate::remote::{Remote, TocBudget};
 
 /// The layers' directories.
 pub(super) const LAYERS: &str = "layers";
@@ -58,6 +60,8 @@ impl Node {
                 make_directory(&path)?;
             }
         }
+        // Also where no attempt follows.
+        mount::erofs::clear_probe(root).map_err(failed(&root.join(mount::erofs::PROBE)))?;
         let mode = match config.mode {
             Some(Mode::Fuse) => Mode::Fuse,
             wanted => match mount::erofs::probe(root) {
@@ -77,7 +81,7 @@ impl Node {
         let runtime = Handle::current();
         let node = Self(Arc::new(Inner {
             engine: Engine::new(config.fetch.clone(), runtime.clone()),
-            remote: Remote::new(client),
+            remote: Remote::new(client, TocBudget::new(config.toc_memory)),
             slots: Mutex::new(HashMap::new()),
             sessions: Mutex::default(),
             numbers: Numbers::load(root, &layers)?,
@@ -87,6 +91,7 @@ impl Node {
             mode,
             blobs: BlobTable::new(),
             trees: TreeTable::new(),
+            overfull: AtomicBool::new(false),
             config,
         }));
         node.go_on(layers, &left)?;
@@ -137,9 +142,8 @@ impl Node {
     pub async fn stop(&self) {
         self.end_recordings(|_| true).await;
         let slots: Vec<_> = self.0.slots.lock().drain().collect();
-        for (_, slot) in slots {
-            slot.close(self).await;
-        }
+        // All at once, for each may wait a moment for its users to go.
+        join_all(slots.iter().map(|(_, slot)| slot.close(self))).await;
         let sessions = std::mem::take(&mut *self.0.sessions.lock());
         for (mode, session) in sessions {
             self.0.config.keeper.forget(left::name_of(mode));

@@ -15,8 +15,9 @@ use super::directories::{Directories, Found, Owner};
 use super::error::Error;
 use super::filter::Filter;
 use super::labels;
-use super::lazy_layers::{ImageUse, LayerRequest, LazyLayers, Usage};
+use super::lazy_layers::{ImageUse, LayerRequest, LazyLayers, MountError, Usage};
 use super::mounts::{Mount, OverlayOptions, mounts};
+use super::pins::{Pinned, Pins};
 use super::snapshot::{Content, Info, Key, Kind, Labels, SnapshotId};
 use super::store::{LabelChange, NewSnapshot, Store, UsageSource};
 
@@ -28,6 +29,7 @@ pub struct Snapshots<L> {
     layers: Arc<L>,
     overlay: OverlayOptions,
     locks: Arc<LayerLocks>,
+    pins: Pins,
     /// Layers that nothing refers to and that could not be removed.
     leftovers: Mutex<HashSet<Digest>>,
 }
@@ -47,6 +49,7 @@ impl<L: LazyLayers> Snapshots<L> {
             layers,
             overlay,
             locks: Arc::default(),
+            pins: Pins::default(),
             leftovers: Mutex::default(),
         };
         snapshots.restore_directories().await?;
@@ -174,6 +177,25 @@ impl<L: LazyLayers> Snapshots<L> {
         }
     }
 
+    /// Drops content that no snapshot is mounted from, as far as there is more
+    /// on disk than there may be.
+    pub async fn make_room(&self) {
+        let (store, pins) = (Arc::clone(&self.store), self.pins.clone());
+        let in_use = move || {
+            // In this order: a pin goes when its record is there.
+            let mut in_use = pins.held();
+            match store.mounted_layers() {
+                Ok(mounted) => in_use.extend(mounted),
+                Err(error) => {
+                    tracing::warn!(%error, "nothing is evicted while it is not known what is in use");
+                    return None;
+                }
+            }
+            Some(in_use)
+        };
+        self.layers.make_room(Arc::new(in_use)).await;
+    }
+
     /// Removes what earlier removals have left behind.
     pub async fn cleanup(&self) -> Result<(), Error> {
         self.remove_orphans().await?;
@@ -257,6 +279,8 @@ impl<L: LazyLayers> Snapshots<L> {
         labels: Labels,
     ) -> Result<Vec<Mount>, Error> {
         let below = self.store.would_create(key.clone(), parent.clone()).await?;
+        // Until it is recorded that something is mounted from them.
+        let _pinned = self.pin(&below);
         let lower = self.lower(&below).await?;
         // What containerd unpacks a layer into is nobody's start.
         let starts = kind == Kind::Active && labels::target(&labels).is_none();
@@ -321,10 +345,46 @@ impl<L: LazyLayers> Snapshots<L> {
         try_join_all(below.iter().map(|content| async move {
             match *content {
                 Content::Directory(id) => Ok(self.directories.upper(id)),
-                Content::Lazy(layer) => Ok(self.layers.mount(layer).await?),
+                Content::Lazy(layer) => self.mount_layer(layer).await,
             }
         }))
         .await
+    }
+
+    /// Mounts a layer. One that the disk has lost is made again as the labels
+    /// of its snapshots say.
+    async fn mount_layer(&self, layer: Digest) -> Result<PathBuf, Error> {
+        match self.layers.mount(layer).await {
+            Err(MountError::Unknown(_)) => {}
+            mounted => return Ok(mounted?),
+        }
+        let _lock = self.locks.lock(layer).await;
+        let mut why = None;
+        for labels in self.store.labels_of_layer(layer).await? {
+            let Ok(request) = labels::layer_request(&labels) else {
+                continue;
+            };
+            match self.layers.open(request).await {
+                Ok(()) => {
+                    tracing::warn!(%layer, "it was not on this node any more, and is made again");
+                    return Ok(self.layers.mount(layer).await?);
+                }
+                Err(error) => why = Some(error),
+            }
+        }
+        Err(match why {
+            Some(error) => MountError::failed(layer, error),
+            None => MountError::Unknown(layer),
+        }
+        .into())
+    }
+
+    fn pin(&self, below: &[Content]) -> Pinned {
+        self.pins
+            .hold(below.iter().filter_map(|content| match content {
+                Content::Lazy(layer) => Some(*layer),
+                Content::Directory(_) => None,
+            }))
     }
 
     fn overlay(&self, kind: Kind, id: SnapshotId, lower: &[PathBuf]) -> Vec<Mount> {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 use serde_json::json;
-use sluice_oci::{Descriptor, Digest, Hasher, Index, Manifest, media_type};
+use sluice_oci::{Descriptor, Digest, Hasher, Index, Manifest, Platform, media_type};
 
 /// How a layer is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,18 +78,14 @@ impl LayoutWriter {
 
     /// Writes configuration, manifest and index under a tag.
     pub fn finish(self, tag: &str, command: &[&str]) -> Result<()> {
-        let architecture = match std::env::consts::ARCH {
-            "x86_64" => "amd64",
-            "aarch64" => "arm64",
-            other => other,
-        };
+        let platform = Platform::of_this_machine();
         let history: Vec<_> = (self.layers.iter())
             .map(|_| json!({"created": "2020-01-01T00:00:00Z", "created_by": "test harness"}))
             .collect();
         let config = json!({
             "created": "2020-01-01T00:00:00Z",
-            "architecture": architecture,
-            "os": "linux",
+            "architecture": platform.architecture,
+            "os": platform.os,
             "config": {
                 "Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
                 "Cmd": command,

@@ -13,7 +13,7 @@ mod tables;
 mod tests;
 mod writer;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -422,6 +422,44 @@ impl Store {
     /// Every layer that a snapshot refers to.
     pub(crate) async fn layers(&self) -> Result<HashSet<Digest>, Error> {
         self.read(|tables| tables.layers()).await
+    }
+
+    /// Every layer below an active snapshot or a view, to be asked from a
+    /// thread that may block.
+    pub(crate) fn mounted_layers(&self) -> Result<HashSet<Digest>, Error> {
+        self.database.read(|tables| {
+            let mut all = HashMap::new();
+            tables.each(|key, record| {
+                all.insert(key, (record.kind, record.parent, record.layer));
+            })?;
+            let mut mounted = HashSet::new();
+            let mut seen = HashSet::new();
+            for (key, (kind, ..)) in &all {
+                let mut next = (*kind != Kind::Committed).then_some(key);
+                while let Some(key) = next.filter(|&key| seen.insert(key)) {
+                    let Some((_, parent, layer)) = all.get(key) else {
+                        break;
+                    };
+                    mounted.extend(layer);
+                    next = parent.as_ref();
+                }
+            }
+            Ok(mounted)
+        })
+    }
+
+    /// The labels of every snapshot of a layer.
+    pub(crate) async fn labels_of_layer(&self, layer: Digest) -> Result<Vec<Labels>, Error> {
+        self.read(move |tables| {
+            let mut all = Vec::new();
+            tables.each(|key, record| {
+                if record.layer == Some(layer) {
+                    all.push(record.info(key).labels);
+                }
+            })?;
+            Ok(all)
+        })
+        .await
     }
 
     /// Whether a snapshot refers to the layer.

@@ -5,6 +5,7 @@ use tempfile::tempdir;
 
 use super::*;
 use crate::service::{ErrorKind, Key};
+use crate::testing::Tmpfs;
 
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 
@@ -99,38 +100,10 @@ fn changes_that_come_together_are_all_answered() {
     });
 }
 
-/// Mounts a small file system for a test.
-struct Tmpfs(tempfile::TempDir);
-
-impl Tmpfs {
-    fn new(size: &str) -> Self {
-        let directory = tempdir().unwrap();
-        rustix::mount::mount(
-            "tmpfs",
-            directory.path(),
-            "tmpfs",
-            rustix::mount::MountFlags::empty(),
-            Some(
-                std::ffi::CString::new(format!("size={size}"))
-                    .unwrap()
-                    .as_c_str(),
-            ),
-        )
-        .unwrap();
-        Self(directory)
-    }
-}
-
-impl Drop for Tmpfs {
-    fn drop(&mut self) {
-        rustix::mount::unmount(self.0.path(), rustix::mount::UnmountFlags::DETACH).unwrap();
-    }
-}
-
 #[test]
 fn after_a_full_disk_it_goes_on() {
     let disk = Tmpfs::new("8m");
-    let root = disk.0.path();
+    let root = disk.path();
     let store = Store::open(root).unwrap();
     runtime().block_on(async {
         store
