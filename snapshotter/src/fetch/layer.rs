@@ -386,6 +386,9 @@ impl Content for LazyLayer {
         self.counters.waits();
         Box::pin(async move {
             let read = self.fetch_and_read(offset, len).await;
+            if read.is_ok() {
+                self.counters.read();
+            }
             Ok(read.inspect_err(|error| {
                 if let FetchError::Corrupt { .. } | FetchError::Disk { .. } = error {
                     let chunk = self.dir.chunks().overlapping(offset, len as u64).next();

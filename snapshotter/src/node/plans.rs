@@ -46,7 +46,7 @@ impl Node {
             profiles::chunks(layer.dir(), &profile).map_err(|error| error.to_string())
         });
         match order.await {
-            Ok(Ok(order)) => Some(Plan::Order(order.into())),
+            Ok(Ok(order)) => Some(Plan::Timed(order.into())),
             Ok(Err(error)) => {
                 tracing::warn!(layer = %digest, "not fetched ahead: {error}");
                 None

@@ -50,9 +50,9 @@ pub fn reads(
 }
 
 /// The chunks of a layer that the profile names, each once, in the order of
-/// first need. What the layer does not hold is passed over: a profile may be
+/// first need and with its time. What the layer does not hold is passed over: a profile may be
 /// of another version of the image, or made up.
-pub fn chunks(dir: &LayerDir, profile: &Profile) -> Result<Vec<ChunkId>, Error> {
+pub fn chunks(dir: &LayerDir, profile: &Profile) -> Result<Vec<(ChunkId, Duration)>, Error> {
     let mut extents = HashMap::new();
     let mut seen = HashSet::new();
     let mut order = Vec::new();
@@ -71,7 +71,8 @@ pub fn chunks(dir: &LayerDir, profile: &Profile) -> Result<Vec<ChunkId>, Error> 
         };
         let len = read.len.min(extent.size - read.offset);
         let overlapping = dir.chunks().overlapping(extent.offset + read.offset, len);
-        order.extend(overlapping.filter(|chunk| seen.insert(*chunk)));
+        let new = overlapping.filter(|chunk| seen.insert(*chunk));
+        order.extend(new.map(|chunk| (chunk, read.at)));
     }
     Ok(order)
 }
