@@ -22,6 +22,7 @@ mod endpoint;
 mod error;
 mod http_client;
 mod redirect;
+mod referrers;
 mod retry;
 mod transport;
 mod upload;
