@@ -9,7 +9,7 @@
 mod build;
 mod error;
 mod json;
-mod names;
+pub(crate) mod names;
 mod read;
 mod time;
 mod tree;
