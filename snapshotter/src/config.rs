@@ -30,6 +30,8 @@ pub struct Config {
     pub fetch: Fetch,
     /// Fetching what an image says it will need.
     pub prefetch: Prefetch,
+    /// Recording what images read while they start.
+    pub profiles: Profiles,
     /// Fetching the rest when nothing else is wanted.
     pub background: Background,
 }
@@ -97,6 +99,23 @@ pub struct Prefetch {
     pub enabled: bool,
 }
 
+/// Section `[profiles]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Profiles {
+    /// Whether starts are recorded. Default true. Recorded profiles are used
+    /// when `[prefetch]` is enabled.
+    pub record: bool,
+    /// How long a start is recorded at most. Default 120.
+    pub seconds: NonZeroU64,
+    /// A start is over when nothing new was read for so long, in seconds.
+    /// Default 10.
+    pub idle_seconds: NonZeroU64,
+    /// Images whose profiles are kept; those least recently used go first.
+    /// Default 256.
+    pub images: NonZeroU64,
+}
+
 /// Section `[background]`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -118,6 +137,7 @@ impl Default for Config {
             mount: Mount::default(),
             fetch: Fetch::default(),
             prefetch: Prefetch::default(),
+            profiles: Profiles::default(),
             background: Background::default(),
         }
     }
@@ -157,6 +177,17 @@ impl Default for Fetch {
 impl Default for Prefetch {
     fn default() -> Self {
         Self { enabled: true }
+    }
+}
+
+impl Default for Profiles {
+    fn default() -> Self {
+        Self {
+            record: true,
+            seconds: nonzero(120),
+            idle_seconds: nonzero(10),
+            images: nonzero(256),
+        }
     }
 }
 
@@ -238,14 +269,16 @@ mod tests {
              ca_certificates = ['/ca.pem']\n\
              [mount]\nmode = 'fuse'\n\
              [fetch]\nmemory_mib = 32\nconnections = 4\nread_ahead_mib = 0\ndeadline_seconds = 9\n\
-             [prefetch]\nenabled = false\n[background]\nenabled = false\n",
+             [prefetch]\nenabled = false\n[profiles]\nrecord = false\nidle_seconds = 3\n\
+             [background]\nenabled = false\n",
         )
         .unwrap();
         assert_eq!(config.root, Path::new("/r"));
         assert_eq!(config.registry.plain_http, ["10.0.0.1:5000"]);
         assert_eq!(config.mount.mode, MountMode::Fuse);
         assert_eq!(config.fetch.deadline_seconds.get(), 9);
-        assert!(!config.background.enabled);
+        assert!(!config.background.enabled && !config.profiles.record);
+        assert_eq!(config.profiles.idle_seconds.get(), 3);
     }
 
     #[test]
@@ -297,6 +330,10 @@ mod tests {
             "deadline_seconds",
             "enabled",
             "delay_seconds",
+            "record",
+            "seconds",
+            "idle_seconds",
+            "images",
         ] {
             assert!(text.contains(&format!("\n{key} = ")), "{key}");
         }

@@ -13,10 +13,11 @@ use tokio_util::task::TaskTracker;
 use tonic::transport::Server;
 
 use crate::config::{Config, MountMode};
+use crate::control::{self, Control};
 use crate::fetch;
 use crate::keeper::Keeper;
 use crate::node::{self, Node};
-use crate::service::{self, LazyLayers, OverlayOptions, Snapshots, Store};
+use crate::service::{self, OverlayOptions, Snapshots, Store};
 use crate::socket::{self, Root, Socket};
 
 /// How long calls that are under way may take to finish when the daemon stops.
@@ -106,14 +107,16 @@ async fn serve_node(
     let layers = Arc::new(node.clone());
     let snapshots = Snapshots::start(root.path(), store, layers, overlay).await?;
     let snapshots = Arc::new(snapshots);
-    let served = serve(config, Arc::clone(&snapshots), listener, keeper, stop).await;
+    let control = Control::new(Arc::clone(&snapshots), node.clone());
+    let snapshots_and = (Arc::clone(&snapshots), control);
+    let served = serve(config, snapshots_and, listener, keeper, stop).await;
     snapshots.close().await;
     served
 }
 
-async fn serve<L: LazyLayers>(
+async fn serve(
     config: &Config,
-    snapshots: Arc<Snapshots<L>>,
+    (snapshots, control): (Arc<Snapshots<Node>>, Control),
     listener: std::os::unix::net::UnixListener,
     keeper: &Keeper,
     stop: impl Future<Output = Stop> + Send,
@@ -130,6 +133,7 @@ async fn serve<L: LazyLayers>(
     let (drain, drained) = tokio::sync::oneshot::channel::<()>();
     let server = Server::builder()
         .add_service(service::server(snapshots, calls.clone()))
+        .add_service(control::server(control))
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async {
             let _ = drained.await;
         });
@@ -181,6 +185,12 @@ fn node_config(config: &Config, root: &Path) -> node::Config {
             ..fetch::Config::default()
         },
         prefetch: config.prefetch.enabled,
+        profiles: node::ProfileConfig {
+            record: config.profiles.record,
+            longest: Duration::from_secs(config.profiles.seconds.get()),
+            idle: Duration::from_secs(config.profiles.idle_seconds.get()),
+            images: config.profiles.images.get() as usize,
+        },
         background: config
             .background
             .enabled

@@ -9,9 +9,24 @@ use sluice_layer::Unit;
 use tokio::task::AbortHandle;
 
 use super::decode::Arrived;
+use super::inflight::Claim;
 use super::layer::LazyLayer;
-use super::stream::{Arriving, Decoding, Patience, window};
+use super::plan;
+use super::stream::{Arriving, Decoding, Patience, fetch_claimed, window};
 use super::{Priority, SourceError};
+use crate::layer_dir::ChunkId;
+
+/// What is fetched before it is read.
+#[derive(Debug, Clone)]
+pub enum Plan {
+    /// The files that the image says come first.
+    Landmark,
+    /// These chunks, in this order.
+    Order(Arc<[ChunkId]>),
+}
+
+/// Bytes of an ordered plan that are asked for at once.
+const ORDERED: u64 = 8 << 20;
 
 /// Work that goes on by itself and ends when this is dropped.
 #[derive(Debug)]
@@ -24,14 +39,43 @@ impl Drop for Handle {
 }
 
 impl LazyLayer {
-    /// Streams the prioritized files, if the layer has any, while the
-    /// container runs already.
-    pub fn prefetch(self: &Arc<Self>) -> Option<Handle> {
-        let end = self.dir().identity().prefetch_end?;
+    /// Fetches what is planned while the container runs already. None when
+    /// the layer holds nothing of the kind.
+    pub fn prefetch(self: &Arc<Self>, plan: Plan) -> Option<Handle> {
         let layer = Arc::clone(self);
-        Some(self.go(async move {
-            layer.stream(0..end, Priority::Prefetch).await;
-        }))
+        match plan {
+            Plan::Landmark => {
+                let end = self.dir().identity().prefetch_end?;
+                Some(self.go(async move {
+                    layer.stream(0..end, Priority::Prefetch).await;
+                }))
+            }
+            Plan::Order(chunks) if chunks.is_empty() => None,
+            Plan::Order(chunks) => Some(self.go(async move { layer.in_order(&chunks).await })),
+        }
+    }
+
+    /// A part of the order at a time, in as few requests as pay.
+    async fn in_order(self: &Arc<Self>, chunks: &[ChunkId]) {
+        let table = self.dir().chunks();
+        let mut next = chunks.iter().peekable();
+        while next.peek().is_some() {
+            let mut claims: Vec<Claim> = Vec::new();
+            let mut bytes = 0;
+            while bytes < ORDERED
+                && let Some(&chunk) = next.next()
+            {
+                if let Some(claim) = self.claim(table.get(chunk).unit) {
+                    bytes += claim.unit().size;
+                    claims.push(claim);
+                }
+            }
+            claims.sort_by_key(|claim| claim.unit().offset);
+            let gap = self.link().worthwhile_gap();
+            for planned in plan::group(claims, Claim::unit, gap, ORDERED) {
+                fetch_claimed(self, planned.wanted, Priority::Prefetch).await;
+            }
+        }
     }
 
     /// Downloads what is missing, after `delay`, in one stream that pauses
@@ -136,8 +180,8 @@ impl LazyLayer {
             self.engine().idle().await;
         }
         let gap = self.link().worthwhile_gap();
-        let mut arriving = Arriving::request(self, run.start, run.end).await?;
-        let mut decoding = Decoding::new(self);
+        let mut arriving = Arriving::request(self, run.start, run.end, priority).await?;
+        let mut decoding = Decoding::new(self, priority);
         let mut outcome = Ok(());
         let mut units = self.units(run.start, run.end).peekable();
         while let Some(unit) = units.next() {

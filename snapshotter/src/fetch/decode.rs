@@ -6,9 +6,9 @@ use std::sync::Arc;
 use bytes::Bytes;
 use sluice_layer::{DecodeError, Wanted, decode_unit};
 
-use super::FetchError;
 use super::inflight::Claim;
 use super::layer::LazyLayer;
+use super::{FetchError, Priority};
 use crate::layer_dir::{ChunkId, LayerDir};
 
 /// A unit that has arrived.
@@ -21,7 +21,11 @@ pub(super) struct Arrived {
 
 /// Decodes units, tells who waits, and returns those that are to be fetched
 /// once more because their bytes were wrong.
-pub(super) fn decode_all(layer: &LazyLayer, arrived: Vec<Arrived>) -> Vec<Claim> {
+pub(super) fn decode_all(
+    layer: &LazyLayer,
+    priority: Priority,
+    arrived: Vec<Arrived>,
+) -> Vec<Claim> {
     let mut wrong = Vec::new();
     for Arrived {
         claim,
@@ -33,7 +37,7 @@ pub(super) fn decode_all(layer: &LazyLayer, arrived: Vec<Arrived>) -> Vec<Claim>
         let digest = layer.digest();
         match decode_one(layer.dir(), unit.offset, &bytes) {
             Ok(()) => {
-                layer.count_decoded(bytes.len() as u64);
+                layer.count_decoded(priority, bytes.len() as u64);
                 claim.finish(Ok(()));
             }
             Err(Failure::Content(error)) if !again => {

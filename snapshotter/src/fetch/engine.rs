@@ -9,7 +9,8 @@ use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
-use super::{Admission, Link};
+use super::activity::UnderWay;
+use super::{Admission, Link, LinkFigures, Request};
 
 /// How the node fetches.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,6 +62,7 @@ struct Shared {
     decoders: Arc<Semaphore>,
     links: Mutex<HashMap<String, Arc<Link>>>,
     demand: Demand,
+    under_way: UnderWay,
 }
 
 /// Readers that wait now.
@@ -90,6 +92,7 @@ impl Engine {
                 last_end: AtomicU64::new(0),
                 none: Notify::new(),
             },
+            under_way: UnderWay::default(),
             config,
         }))
     }
@@ -107,6 +110,31 @@ impl Engine {
     /// Its budget.
     pub fn admission(&self) -> &Admission {
         &self.0.admission
+    }
+
+    pub(super) fn under_way(&self) -> &UnderWay {
+        &self.0.under_way
+    }
+
+    /// The requests that are under way, the oldest first.
+    pub fn requests(&self) -> Vec<Request> {
+        self.0.under_way.list()
+    }
+
+    /// Readers that wait now.
+    pub fn waiting(&self) -> u64 {
+        self.0.demand.waiting.load(Ordering::Relaxed)
+    }
+
+    /// What is known of the links, by host.
+    pub fn links(&self) -> Vec<(String, LinkFigures)> {
+        let links = self.0.links.lock();
+        let mut links: Vec<_> = links
+            .iter()
+            .map(|(host, link)| (host.clone(), link.figures()))
+            .collect();
+        links.sort_by(|(a, _), (b, _)| a.cmp(b));
+        links
     }
 
     /// What is known of the link to `host`.

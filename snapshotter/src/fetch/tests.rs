@@ -424,7 +424,10 @@ async fn random_readers_are_not_read_ahead_for() {
 async fn prefetch_takes_the_prioritized_files_and_nothing_else() {
     let s = setup();
     let end = s.layer.dir().identity().prefetch_end.unwrap();
-    let handle = s.layer.prefetch().expect("there is a landmark");
+    let handle = s
+        .layer
+        .prefetch(Plan::Landmark)
+        .expect("there is a landmark");
     until(|| s.layer.dir().present().count() == 8).await;
     for file in 0..4 {
         s.read(file).await.unwrap();

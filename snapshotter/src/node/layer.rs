@@ -11,16 +11,19 @@ use tokio::task::spawn_blocking;
 
 use super::compile::compile;
 use super::paths::path_of;
+use super::plans::ProfileSource;
 use super::start::{BLOBS, MOUNTS, TREES};
+use super::status::LayerStatus;
 use super::{Mode, Node, source};
 use crate::erofs::Image;
-use crate::fetch::{Handle, LazyLayer};
+use crate::fetch::{Handle, LazyLayer, Plan};
 use crate::fuse::blobs::BlobTable;
 use crate::fuse::{Content, Tree, TreeTable};
 use crate::layer_dir::{LayerDir, TEMPORARY};
 use crate::mount;
+use crate::profiles::ImageId;
 use crate::remote::Known;
-use crate::service::{MountError, NotLazy, Usage};
+use crate::service::{LayerRequest, MountError, NotLazy, Usage};
 
 /// The place of a layer, whether it is there or not. The lock is held while
 /// the layer is being opened, mounted or removed.
@@ -31,8 +34,10 @@ pub(super) struct Slot(tokio::sync::Mutex<Option<Open>>);
 pub(super) struct Open {
     layer: Arc<LazyLayer>,
     mounted: Option<PathBuf>,
-    prefetch: Option<Handle>,
+    prefetch: Option<(ProfileSource, Handle)>,
     download: Option<Handle>,
+    /// A former process mounted it: what was read before is not known.
+    resumed: bool,
 }
 
 impl Node {
@@ -41,7 +46,7 @@ impl Node {
     /// another image, which claimed other content for the same layer.
     pub(super) async fn open_layer(
         &self,
-        reference: &Reference,
+        request: &LayerRequest,
         digest: Digest,
         known: &Known,
     ) -> Result<(), NotLazy> {
@@ -52,7 +57,7 @@ impl Node {
             *place = self.load(digest).await.map_err(not_lazy)?;
         }
         if place.is_none() {
-            self.make(reference, digest, known)
+            self.make(&request.reference, digest, known)
                 .await
                 .map_err(not_lazy)?;
             *place = self.load(digest).await.map_err(not_lazy)?;
@@ -67,9 +72,12 @@ impl Node {
                     .to_owned(),
             ));
         }
-        if self.0.config.prefetch && open.prefetch.is_none() && !open.layer.dir().is_complete() {
-            open.prefetch = open.layer.prefetch();
-        }
+        let image = ImageId {
+            reference: Some(request.reference.to_string()),
+            manifest: request.manifest_digest,
+            layers: request.image_layers.clone(),
+        };
+        self.prefetch(open, &image).await;
         Ok(())
     }
 
@@ -137,6 +145,7 @@ impl Node {
             mounted: None,
             prefetch: None,
             download: None,
+            resumed: false,
         }
     }
 
@@ -164,16 +173,51 @@ impl Node {
         }
         .map_err(|error| MountError::failed(digest, error))?;
         open.mounted = Some(path.clone());
-        self.fetch_ahead(open);
+        self.download(open);
         Ok(path)
     }
 
-    /// Starts to fetch what a mounted layer lacks.
-    fn fetch_ahead(&self, open: &mut Open) {
+    /// Starts to fetch what `image` will need of the layer, if anything says
+    /// what that is and it was not started before.
+    async fn prefetch(&self, open: &mut Open, image: &ImageId) {
+        if !self.0.config.prefetch || open.prefetch.is_some() || open.layer.dir().is_complete() {
+            return;
+        }
+        if let Some((source, plan)) = self.plan(&open.layer, image).await {
+            open.prefetch = open.layer.prefetch(plan).map(|handle| (source, handle));
+        }
+    }
+
+    /// A container of `image` is about to start. Returns its layers, and
+    /// whether nothing was read of them before that was not seen.
+    pub(super) async fn starting(&self, image: &ImageId) -> (Vec<Arc<LazyLayer>>, bool) {
+        let mut layers = Vec::new();
+        let mut whole = true;
+        for &digest in &image.layers {
+            let slot = self.0.slots.lock().get(&digest).cloned();
+            let Some(slot) = slot else {
+                whole = false;
+                continue;
+            };
+            let mut place = slot.0.lock().await;
+            let Some(open) = place.as_mut() else {
+                whole = false;
+                continue;
+            };
+            // Of a layer whose content is all here, the kernel reads it alone.
+            let dir = open.layer.dir();
+            let activity = open.layer.activity();
+            let unread = activity.reads == 0 && activity.waited == 0;
+            whole &= dir.chunks().is_empty() || (unread && !open.resumed && !dir.is_complete());
+            self.prefetch(open, image).await;
+            layers.push(Arc::clone(&open.layer));
+        }
+        (layers, whole)
+    }
+
+    /// Starts to download what a mounted layer lacks.
+    fn download(&self, open: &mut Open) {
         if !open.layer.dir().is_complete() {
-            if self.0.config.prefetch && open.prefetch.is_none() {
-                open.prefetch = open.layer.prefetch();
-            }
             if let (Some(delay), None) = (self.0.config.background, &open.download) {
                 open.download = Some(open.layer.download(delay));
             }
@@ -194,9 +238,14 @@ impl Node {
         if tree {
             self.insert_tree(&open.layer, Image::open(&meta)?);
         }
+        open.resumed = true;
         if mounted.is_some() {
             open.mounted = mounted;
-            self.fetch_ahead(&mut open);
+            if self.0.config.prefetch {
+                let landmark = open.layer.prefetch(Plan::Landmark);
+                open.prefetch = landmark.map(|handle| (ProfileSource::Image, handle));
+            }
+            self.download(&mut open);
         }
         // Nobody else knows the slot yet.
         if let Ok(mut place) = self.slot(digest).0.try_lock() {
@@ -260,6 +309,8 @@ impl Node {
 
     /// Unmounts and deletes the layer.
     pub(super) async fn remove_layer(&self, digest: Digest) -> Result<(), MountError> {
+        // Their files could not be named later.
+        self.end_recordings(|recording| recording.of(digest)).await;
         let slot = self.slot(digest);
         let mut place = slot.0.lock().await;
         let failed = |error: io::Error| MountError::failed(digest, error);
@@ -326,6 +377,18 @@ impl Node {
         first_failure
     }
 
+    /// What each open layer is and does, by digest.
+    pub(super) fn layer_statuses(&self) -> Vec<LayerStatus> {
+        let slots: Vec<Arc<Slot>> = self.0.slots.lock().values().cloned().collect();
+        let mut statuses: Vec<LayerStatus> = slots
+            .iter()
+            // One that is being opened or removed is not there.
+            .filter_map(|slot| Some(slot.0.try_lock().ok()?.as_ref()?.status()))
+            .collect();
+        statuses.sort_by_key(|status| status.digest);
+        statuses
+    }
+
     /// Makes what has become present durable.
     pub(super) async fn persist(&self) {
         let slots: Vec<Arc<Slot>> = self.0.slots.lock().values().cloned().collect();
@@ -358,6 +421,20 @@ impl Slot {
 }
 
 impl Open {
+    fn status(&self) -> LayerStatus {
+        let dir = self.layer.dir();
+        LayerStatus {
+            digest: self.layer.digest(),
+            image: dir.identity().reference.to_string(),
+            mounted: self.mounted.is_some(),
+            blob_size: dir.identity().blob_size,
+            chunks: dir.chunks().len(),
+            present: dir.present().count(),
+            activity: self.layer.activity(),
+            profile: self.prefetch.as_ref().map(|(source, _)| *source),
+        }
+    }
+
     async fn close(self, node: &Node, keep: bool) {
         self.layer.close();
         let number = self.layer.dir().identity().number;

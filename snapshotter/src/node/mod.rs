@@ -9,6 +9,7 @@
 //! | `blobs/` | in mode `erofs`, mount point of the node's one FUSE file system of contents |
 //! | `m/<number>/` | in mode `erofs`, a mounted layer |
 //! | `next-layer` | the number that the next layer gets |
+//! | `profiles/` | what images read while they start |
 //! | `t/<number>/` | in mode `fuse`, a layer in the node's one FUSE file system of trees |
 
 mod compile;
@@ -17,7 +18,10 @@ mod layer;
 mod left;
 mod memory;
 mod paths;
+mod plans;
+mod recording;
 mod start;
+mod status;
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
@@ -33,11 +37,16 @@ use crate::fuse::blobs::BlobTable;
 use crate::fuse::{self, SessionError, TreeTable};
 use crate::keeper::Keeper;
 use crate::mount;
+use crate::profiles::{ProfileError, Profiles};
 use crate::remote::Remote;
-use crate::service::{LayerRequest, LazyLayers, MountError, NotLazy, Usage};
+use crate::service::{ImageUse, LayerRequest, LazyLayers, MountError, NotLazy, Usage};
 
 use layer::Slot;
 use left::Numbers;
+pub use plans::ProfileSource;
+pub use recording::Recorded;
+use recording::Recordings;
+pub use status::{LayerStatus, NodeStatus};
 
 /// How layers are mounted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,8 +66,10 @@ pub struct Config {
     pub mode: Option<Mode>,
     /// How to fetch.
     pub fetch: fetch::Config,
-    /// Whether prioritized files are fetched before they are read.
+    /// Whether what a profile or the image names is fetched before it is read.
     pub prefetch: bool,
+    /// How starts are recorded.
+    pub profiles: ProfileConfig,
     /// How long after its mount the rest of a layer is downloaded, if at all.
     pub background: Option<Duration>,
     /// Layers of one image whose TOCs are fetched and compiled at once.
@@ -75,9 +86,34 @@ impl Config {
             mode: None,
             fetch: fetch::Config::default(),
             prefetch: true,
+            profiles: ProfileConfig::default(),
             background: Some(Duration::from_secs(10)),
             opening: 8,
             keeper: Arc::default(),
+        }
+    }
+}
+
+/// How starts are recorded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProfileConfig {
+    /// Whether they are, beyond those that are asked for.
+    pub record: bool,
+    /// How long a recording lasts at most.
+    pub longest: Duration,
+    /// A recording ends when nothing new was read for so long.
+    pub idle: Duration,
+    /// Images whose profiles are kept.
+    pub images: usize,
+}
+
+impl Default for ProfileConfig {
+    fn default() -> Self {
+        Self {
+            record: true,
+            longest: Duration::from_secs(120),
+            idle: Duration::from_secs(10),
+            images: 256,
         }
     }
 }
@@ -96,6 +132,9 @@ pub enum StartError {
     /// No FUSE.
     #[error("{0}")]
     Session(#[from] SessionError),
+    /// The directory of profiles.
+    #[error(transparent)]
+    Profiles(#[from] ProfileError),
     /// Mounts that a former process left behind cannot be listed or removed.
     #[error("{0}")]
     Mount(#[from] mount::Error),
@@ -120,6 +159,8 @@ struct Inner {
     sessions: Mutex<Vec<(Mode, fuse::Session)>>,
     numbers: Numbers,
     opening: Semaphore,
+    profiles: Arc<Profiles>,
+    recordings: Recordings,
 }
 
 impl Node {
@@ -158,12 +199,15 @@ impl LazyLayers for Node {
             .known(&request)
             .await
             .map_err(|error| NotLazy::new(request.digest, error.to_string()))?;
-        self.open_layer(&request.reference, request.digest, &known)
-            .await
+        self.open_layer(&request, request.digest, &known).await
     }
 
     async fn mount(&self, layer: Digest) -> Result<PathBuf, MountError> {
         self.mount_layer(layer).await
+    }
+
+    async fn starts(&self, image: ImageUse) {
+        self.begin(image).await;
     }
 
     async fn remove(&self, layer: Digest) -> Result<(), MountError> {

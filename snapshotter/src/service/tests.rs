@@ -30,6 +30,7 @@ struct FakeState {
     not_lazy: HashSet<Digest>,
     broken: HashSet<Digest>,
     requests: Vec<LayerRequest>,
+    starts: Vec<ImageUse>,
 }
 
 impl Fake {
@@ -92,6 +93,10 @@ impl LazyLayers for Fake {
         let directory = self.directory(layer);
         fs::create_dir_all(&directory).unwrap();
         Ok(directory)
+    }
+
+    async fn starts(&self, image: ImageUse) {
+        self.state.lock().starts.push(image);
     }
 
     async fn remove(&self, layer: Digest) -> Result<(), MountError> {

@@ -13,7 +13,7 @@ mod tables;
 mod tests;
 mod writer;
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -307,6 +307,25 @@ impl Store {
                 kind: record.kind,
                 parents: tables.contents(record.parent)?,
             })
+        })
+        .await
+    }
+
+    /// The committed snapshots over which there are active ones or views: their
+    /// labels, what they are mounted from, and how many stand on them.
+    pub(crate) async fn in_use(&self) -> Result<Vec<(Labels, Vec<Content>, usize)>, Error> {
+        self.read(|tables| {
+            let mut users: BTreeMap<Key, usize> = BTreeMap::new();
+            tables.each(|_, record| {
+                if let (Kind::Active | Kind::View, Some(parent)) = (record.kind, record.parent) {
+                    *users.entry(parent).or_default() += 1;
+                }
+            })?;
+            let found = users.into_iter().map(|(key, users)| {
+                let labels = tables.need(&key)?.info(key.clone()).labels;
+                Ok((labels, tables.contents(Some(key))?, users))
+            });
+            found.collect()
         })
         .await
     }
