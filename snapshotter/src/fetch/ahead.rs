@@ -9,24 +9,23 @@ use sluice_layer::Unit;
 use tokio::task::AbortHandle;
 
 use super::decode::Arrived;
-use super::inflight::Claim;
 use super::layer::LazyLayer;
-use super::plan;
 use super::stream::{Arriving, Decoding, Patience, fetch_claimed, window};
-use super::{Priority, SourceError};
+use super::{Priority, SourceError, plan};
 use crate::layer_dir::ChunkId;
 
-/// What is fetched before it is read.
-#[derive(Debug, Clone)]
+/// Chunks of an order that are looked at together, so that neighbours among
+/// them share a request.
+const TOGETHER: usize = 64;
+
+/// What to fetch before it is read.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Plan {
-    /// The files that the image says come first.
+    /// The prioritized files of the layer itself, in the order of the blob.
     Landmark,
-    /// These chunks, in this order.
+    /// These chunks, in the order in which they are expected to be read.
     Order(Arc<[ChunkId]>),
 }
-
-/// Bytes of an ordered plan that are asked for at once.
-const ORDERED: u64 = 8 << 20;
 
 /// Work that goes on by itself and ends when this is dropped.
 #[derive(Debug)]
@@ -39,8 +38,8 @@ impl Drop for Handle {
 }
 
 impl LazyLayer {
-    /// Fetches what is planned while the container runs already. None when
-    /// the layer holds nothing of the kind.
+    /// Streams what `plan` names while the container runs already. None where
+    /// that is nothing: a layer without prioritized files, an empty order.
     pub fn prefetch(self: &Arc<Self>, plan: Plan) -> Option<Handle> {
         let layer = Arc::clone(self);
         match plan {
@@ -50,30 +49,28 @@ impl LazyLayer {
                     layer.stream(0..end, Priority::Prefetch).await;
                 }))
             }
-            Plan::Order(chunks) if chunks.is_empty() => None,
-            Plan::Order(chunks) => Some(self.go(async move { layer.in_order(&chunks).await })),
+            Plan::Order(order) if order.is_empty() => None,
+            Plan::Order(order) => Some(self.go(async move {
+                layer.follow(&order).await;
+            })),
         }
     }
 
-    /// A part of the order at a time, in as few requests as pay.
-    async fn in_order(self: &Arc<Self>, chunks: &[ChunkId]) {
-        let table = self.dir().chunks();
-        let mut next = chunks.iter().peekable();
-        while next.peek().is_some() {
-            let mut claims: Vec<Claim> = Vec::new();
-            let mut bytes = 0;
-            while bytes < ORDERED
-                && let Some(&chunk) = next.next()
-            {
-                if let Some(claim) = self.claim(table.get(chunk).unit) {
-                    bytes += claim.unit().size;
-                    claims.push(claim);
-                }
-            }
-            claims.sort_by_key(|claim| claim.unit().offset);
+    /// Fetches chunks in the order given, but for neighbours.
+    async fn follow(self: &Arc<Self>, order: &[ChunkId]) {
+        for together in order.chunks(TOGETHER) {
+            let mut units: Vec<Unit> = together
+                .iter()
+                .map(|&chunk| self.dir().chunks().get(chunk).unit)
+                .collect();
+            units.sort_unstable_by_key(|unit| unit.offset);
+            units.dedup();
             let gap = self.link().worthwhile_gap();
-            for planned in plan::group(claims, Claim::unit, gap, ORDERED) {
-                fetch_claimed(self, planned.wanted, Priority::Prefetch).await;
+            let longest = self.engine().config().longest_range;
+            for planned in plan::group(units, |unit| *unit, gap, longest) {
+                let units = planned.wanted.into_iter();
+                let claims = units.filter_map(|unit| self.claim(unit)).collect();
+                fetch_claimed(self, claims, Priority::Prefetch).await;
             }
         }
     }

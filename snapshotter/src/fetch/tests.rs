@@ -440,6 +440,22 @@ async fn prefetch_takes_the_prioritized_files_and_nothing_else() {
 }
 
 #[tokio::test]
+async fn prefetch_follows_an_order() {
+    let s = setup();
+    assert!(s.layer.prefetch(Plan::Order(Arc::default())).is_none());
+    let table = s.layer.dir().chunks();
+    let order: Vec<_> = [9, 2]
+        .into_iter()
+        .flat_map(|file| table.overlapping(s.starts[file], 60_000))
+        .collect();
+    let _handle = s.layer.prefetch(Plan::Order(order.into()));
+    until(|| s.layer.dir().present().count() == 4).await;
+    s.read(9).await.unwrap();
+    s.read(2).await.unwrap();
+    assert!(s.source.take_requests().len() <= 2);
+}
+
+#[tokio::test]
 async fn a_reader_does_not_wait_for_what_a_stream_has_before_it() {
     let s = setup();
     s.source.gate.send_replace(s.unit(1, 0).0 + 10);

@@ -99,8 +99,12 @@ pub(crate) fn layer_request(labels: &Labels) -> Result<LayerRequest, String> {
 /// The image of `layers`, lowest first, from the labels of its topmost
 /// snapshot and of the one that is made over it.
 pub(crate) fn image_use(top: &Labels, new: &Labels, layers: Vec<Digest>) -> ImageUse {
+    let reference = REFERENCE.iter().find_map(|name| top.get(*name));
     ImageUse {
-        reference: REFERENCE.iter().find_map(|name| top.get(*name)).cloned(),
+        reference: reference.map(|text| match text.parse::<Reference>() {
+            Ok(reference) => reference.to_string(),
+            Err(_) => text.clone(),
+        }),
         manifest_digest: top.get(MANIFEST).and_then(|text| text.parse().ok()),
         layers,
         recording: new.get(RECORD).cloned(),
