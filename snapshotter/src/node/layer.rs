@@ -6,6 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use futures_util::future::BoxFuture;
 use sluice_oci::{Digest, Reference};
 use tokio::task::spawn_blocking;
 
@@ -23,7 +24,7 @@ use crate::layer_dir::{LayerDir, TEMPORARY};
 use crate::mount;
 use crate::profiles::ImageId;
 use crate::remote::Known;
-use crate::service::{LayerRequest, MountError, NotLazy, Usage};
+use crate::service::{MountError, NotLazy, Usage};
 
 /// The place of a layer, whether it is there or not. The lock is held while
 /// the layer is being opened, mounted or removed.
@@ -34,7 +35,9 @@ pub(super) struct Slot(tokio::sync::Mutex<Option<Open>>);
 pub(super) struct Open {
     layer: Arc<LazyLayer>,
     mounted: Option<PathBuf>,
-    prefetch: Option<(ProfileSource, Handle)>,
+    /// Who says what is fetched ahead, once that was looked for, and its
+    /// fetching.
+    prefetch: Option<(Option<ProfileSource>, Option<Handle>)>,
     download: Option<Handle>,
     /// A former process mounted it: what was read before is not known.
     resumed: bool,
@@ -46,7 +49,8 @@ impl Node {
     /// another image, which claimed other content for the same layer.
     pub(super) async fn open_layer(
         &self,
-        request: &LayerRequest,
+        reference: &Reference,
+        image: &ImageId,
         digest: Digest,
         known: &Known,
     ) -> Result<(), NotLazy> {
@@ -57,7 +61,7 @@ impl Node {
             *place = self.load(digest).await.map_err(not_lazy)?;
         }
         if place.is_none() {
-            self.make(&request.reference, digest, known)
+            self.make(reference, digest, known)
                 .await
                 .map_err(not_lazy)?;
             *place = self.load(digest).await.map_err(not_lazy)?;
@@ -72,12 +76,7 @@ impl Node {
                     .to_owned(),
             ));
         }
-        let image = ImageId {
-            reference: Some(request.reference.to_string()),
-            manifest: request.manifest_digest,
-            layers: request.image_layers.clone(),
-        };
-        self.prefetch(open, &image).await;
+        self.prefetch(open, image);
         Ok(())
     }
 
@@ -179,12 +178,31 @@ impl Node {
 
     /// Starts to fetch what `image` will need of the layer, if anything says
     /// what that is and it was not started before.
-    async fn prefetch(&self, open: &mut Open, image: &ImageId) {
+    fn prefetch(&self, open: &mut Open, image: &ImageId) {
         if !self.0.config.prefetch || open.prefetch.is_some() || open.layer.dir().is_complete() {
             return;
         }
-        if let Some((source, plan)) = self.plan(&open.layer, image).await {
-            open.prefetch = open.layer.prefetch(plan).map(|handle| (source, handle));
+        open.prefetch = Some((None, None));
+        let (node, image) = (self.clone(), image.clone());
+        let layer = Arc::clone(&open.layer);
+        // It may have to ask the registry, and nobody waits for that.
+        let ahead: BoxFuture<'static, ()> =
+            Box::pin(async move { node.fetch_ahead(layer, &image).await });
+        tokio::spawn(ahead);
+    }
+
+    /// Notes who says what is fetched ahead of the layer, and the fetching,
+    /// which ends with the layer.
+    pub(super) async fn follows(
+        &self,
+        digest: Digest,
+        source: ProfileSource,
+        fetching: Option<Handle>,
+    ) {
+        let slot = self.0.slots.lock().get(&digest).cloned();
+        let Some(slot) = slot else { return };
+        if let Some(open) = slot.0.lock().await.as_mut() {
+            open.prefetch = Some((Some(source), fetching));
         }
     }
 
@@ -209,7 +227,7 @@ impl Node {
             let activity = open.layer.activity();
             let unread = activity.reads == 0 && activity.waited == 0;
             whole &= dir.chunks().is_empty() || (unread && !open.resumed && !dir.is_complete());
-            self.prefetch(open, image).await;
+            self.prefetch(open, image);
             layers.push(Arc::clone(&open.layer));
         }
         (layers, whole)
@@ -243,7 +261,10 @@ impl Node {
             open.mounted = mounted;
             if self.0.config.prefetch {
                 let landmark = open.layer.prefetch(Plan::Landmark);
-                open.prefetch = landmark.map(|handle| (ProfileSource::Image, handle));
+                open.prefetch = landmark.map(|fetching| {
+                    let image = ProfileSource::Image;
+                    (Some(image), Some(fetching))
+                });
             }
             self.download(&mut open);
         }
@@ -421,6 +442,11 @@ impl Slot {
 }
 
 impl Open {
+    /// The layer.
+    pub(super) fn layer(&self) -> Arc<LazyLayer> {
+        Arc::clone(&self.layer)
+    }
+
     fn status(&self) -> LayerStatus {
         let dir = self.layer.dir();
         LayerStatus {
@@ -431,7 +457,7 @@ impl Open {
             chunks: dir.chunks().len(),
             present: dir.present().count(),
             activity: self.layer.activity(),
-            profile: self.prefetch.as_ref().map(|(source, _)| *source),
+            profile: self.prefetch.as_ref().and_then(|(source, _)| *source),
         }
     }
 

@@ -12,6 +12,7 @@
 //! | `profiles/` | what images read while they start |
 //! | `t/<number>/` | in mode `fuse`, a layer in the node's one FUSE file system of trees |
 
+mod attached;
 mod compile;
 mod images;
 mod layer;
@@ -37,10 +38,11 @@ use crate::fuse::blobs::BlobTable;
 use crate::fuse::{self, SessionError, TreeTable};
 use crate::keeper::Keeper;
 use crate::mount;
-use crate::profiles::{ProfileError, Profiles};
+use crate::profiles::{ImageId, ProfileError, Profiles};
 use crate::remote::Remote;
 use crate::service::{ImageUse, LayerRequest, LazyLayers, MountError, NotLazy, Usage};
 
+use attached::Attachments;
 use layer::Slot;
 use left::Numbers;
 pub use plans::ProfileSource;
@@ -99,6 +101,8 @@ impl Config {
 pub struct ProfileConfig {
     /// Whether they are, beyond those that are asked for.
     pub record: bool,
+    /// Whether registries are asked for profiles attached to images.
+    pub attached: bool,
     /// How long a recording lasts at most.
     pub longest: Duration,
     /// A recording ends when nothing new was read for so long.
@@ -111,6 +115,7 @@ impl Default for ProfileConfig {
     fn default() -> Self {
         Self {
             record: true,
+            attached: true,
             longest: Duration::from_secs(120),
             idle: Duration::from_secs(10),
             images: 256,
@@ -161,6 +166,7 @@ struct Inner {
     opening: Semaphore,
     profiles: Arc<Profiles>,
     recordings: Recordings,
+    attachments: Attachments,
 }
 
 impl Node {
@@ -190,16 +196,22 @@ impl Node {
 
 impl LazyLayers for Node {
     async fn open(&self, request: LayerRequest) -> Result<(), NotLazy> {
-        let ahead = self.clone();
-        let image = request.clone();
-        if image.image_layers.len() > 1 {
-            tokio::spawn(async move { ahead.open_image(&image).await });
+        let image = ImageId::from(&request);
+        if self.0.config.prefetch {
+            let (ahead, image) = (self.clone(), image.clone());
+            tokio::spawn(async move { ahead.attached(&image).await });
+        }
+        if request.image_layers.len() > 1 {
+            let (ahead, request) = (self.clone(), request.clone());
+            tokio::spawn(async move { ahead.open_image(&request).await });
         }
         let known = self
             .known(&request)
             .await
             .map_err(|error| NotLazy::new(request.digest, error.to_string()))?;
-        self.open_layer(&request, request.digest, &known).await
+        let reference = &request.reference;
+        self.open_layer(reference, &image, request.digest, &known)
+            .await
     }
 
     async fn mount(&self, layer: Digest) -> Result<PathBuf, MountError> {

@@ -12,6 +12,7 @@ use sluice_registry::Client;
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
+use super::attached::Attachments;
 use super::left::{self, Left, Numbers, clear, tidy};
 use super::recording::Recordings;
 use super::{Config, Inner, Mode, Node, StartError, memory};
@@ -83,6 +84,7 @@ impl Node {
             numbers: Numbers::load(root, &layers)?,
             opening: Semaphore::new(config.opening.max(1)),
             profiles: Arc::new(profiles),
+            attachments: Attachments::new(),
             recordings: Recordings::default(),
             mode,
             blobs: BlobTable::new(),
@@ -135,6 +137,7 @@ impl Node {
     /// Ends all fetches, makes what is present durable, and unmounts. What
     /// something still uses is detached, and fails when its bytes are missing.
     pub async fn stop(&self) {
+        self.0.attachments.end();
         self.end_recordings(|_| true).await;
         let slots: Vec<_> = self.0.slots.lock().drain().collect();
         for (_, slot) in slots {

@@ -1,5 +1,6 @@
 //! From what containerd says of a layer to its verified TOC.
 
+mod attached;
 mod images;
 mod toc;
 
@@ -10,6 +11,7 @@ use sluice_layer::{FooterError, LayerAnnotations, Limits, TocError, TocTrust};
 use sluice_oci::{Digest, Reference};
 use sluice_registry::Client;
 
+pub use attached::AttachedProfile;
 pub use images::{ImageLayer, Images};
 pub use toc::FetchedToc;
 
@@ -37,6 +39,9 @@ pub enum Error {
     /// The TOC is refused.
     #[error("{0}")]
     Toc(#[from] TocError),
+    /// An attached profile cannot be used.
+    #[error("{0}")]
+    Profile(String),
     /// The registry told no size.
     #[error("the registry does not tell the blob's size")]
     NoSize,
