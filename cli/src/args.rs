@@ -49,6 +49,10 @@ pub(crate) struct RegistryArgs {
     /// no flag.
     #[arg(long)]
     pub(crate) plain_http: bool,
+    /// Directory with hosts.toml files, which name mirrors of registries, such as
+    /// /etc/containerd/certs.d. May be given several times.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) hosts_dir: Vec<PathBuf>,
 }
 
 /// The formats of a lazily loadable layer.
@@ -155,7 +159,7 @@ pub(crate) struct Mount {
     #[arg(long, value_name = "DIR")]
     pub(crate) root: Option<PathBuf>,
     /// The platform to mount, as OS/ARCHITECTURE[/VARIANT]; this machine's by default.
-    #[arg(long, value_name = "P", value_parser = crate::pull::parse_platform)]
+    #[arg(long, value_name = "P")]
     pub(crate) platform: Option<Platform>,
     #[command(flatten)]
     pub(crate) registry: RegistryArgs,
@@ -184,7 +188,7 @@ pub(crate) struct Pull {
     #[arg(long, value_name = "NAME", default_value = "sluice")]
     pub(crate) snapshotter: String,
     /// The platform to pull, as OS/ARCHITECTURE[/VARIANT]; this machine's by default.
-    #[arg(long, value_name = "P", value_parser = crate::pull::parse_platform)]
+    #[arg(long, value_name = "P")]
     pub(crate) platform: Option<Platform>,
     #[command(flatten)]
     pub(crate) registry: RegistryArgs,

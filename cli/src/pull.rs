@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::bail;
+use sluice_oci::Platform;
 use sluice_registry::Client;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -25,7 +26,7 @@ use layers::Layers;
 use node::Node;
 use report::Report;
 
-pub(crate) use image::{Image, choose, parse_platform, this_platform};
+pub(crate) use image::{Image, choose};
 
 /// Runs it.
 pub(crate) async fn run(args: Pull) -> anyhow::Result<ExitCode> {
@@ -64,7 +65,10 @@ pub(crate) async fn pull(
 ) -> anyhow::Result<Arc<Image>> {
     let started = Instant::now();
     node.check_snapshotter(&args.snapshotter).await?;
-    let platform = args.platform.clone().unwrap_or_else(this_platform);
+    let platform = args
+        .platform
+        .clone()
+        .unwrap_or_else(Platform::of_this_machine);
     let image = image::fetch(node, client, &args.image, &platform).await?;
     let image = Arc::new(image);
     let report = Report::default();

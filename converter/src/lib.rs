@@ -29,7 +29,7 @@ pub use convert::{Conversion, Report};
 pub use error::Error;
 pub use inspect::{InspectedImage, InspectedLayer, InspectedToc, Inspection, Lazy};
 pub use location::{Location, LocationError};
-pub use platform::{PlatformError, Platforms, WantedPlatform, platform_text};
+pub use platform::Platforms;
 pub use progress::{Event, LayerOutcome, Progress};
 pub use verify::Verification;
 

@@ -20,6 +20,7 @@ use crate::toc::names;
 
 pub use attachment::{
     ARTIFACT_TYPE, Attachment, CONTENT_TYPE, CONTENT_WINDOW_LOG, DOCUMENT_TYPE, Part,
+    decode_content,
 };
 
 /// The most bytes of a document that are parsed.

@@ -10,8 +10,9 @@ use sluice_oci::{Descriptor, Digest, Index, Manifest, Reference, media_type};
 use crate::auth::Scope;
 use crate::client::{MAX_MANIFEST, about_manifest};
 use crate::document::Document;
+use crate::endpoint::Endpoint;
 use crate::error::{Context, Error, ErrorKind};
-use crate::transport::{Call, body_up_to};
+use crate::transport::{Call, Purpose, body_up_to};
 use crate::upload::Stored;
 use crate::{Client, document};
 
@@ -50,12 +51,37 @@ impl Client {
         artifact_type: &str,
     ) -> Result<Option<Index>, Error> {
         let context = about_manifest("list referrers of", &reference.with_digest(subject));
-        let endpoint = self.transport.endpoint(reference, &context)?;
-        let mut url = endpoint.url(&format!("referrers/{subject}"));
+        let purpose = Purpose::Resolve;
+        let mut round = self.transport.round(reference, purpose, None, &context)?;
+        while let Some(endpoint) = round.next() {
+            match self
+                .listed_at(&endpoint, reference, subject, artifact_type, &context)
+                .await
+            {
+                Ok(listed) => {
+                    round.delivered(&endpoint);
+                    return Ok(listed);
+                }
+                Err(error) => round.failed(&endpoint, error),
+            }
+        }
+        Err(round.error(&context))
+    }
+
+    async fn listed_at(
+        &self,
+        endpoint: &Endpoint,
+        reference: &Reference,
+        subject: Digest,
+        artifact_type: &str,
+        context: &Context,
+    ) -> Result<Option<Index>, Error> {
+        let context = &endpoint.context(context);
+        let mut url = endpoint.pull_url(&format!("referrers/{subject}"));
         url.query_pairs_mut()
             .append_pair("artifactType", artifact_type);
         let scope = Scope::pull(reference.repository());
-        let mut call = Call::new(Method::GET, &endpoint, &scope, &context);
+        let mut call = Call::new(Method::GET, endpoint, &scope, context);
         call.headers = HeaderMap::from_iter([(ACCEPT, HeaderValue::from_static(document::ACCEPT))]);
         let mut response = self.transport.fetch(&call, url, None).await?;
         match response.status() {
@@ -64,7 +90,7 @@ impl Client {
             StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED | StatusCode::BAD_REQUEST => {
                 return Ok(None);
             }
-            _ => return Err(self.transport.refusal(&context, response).await),
+            _ => return Err(self.transport.refusal(context, response).await),
         }
         let content_type = response.headers().get(CONTENT_TYPE);
         let is_index = content_type
@@ -75,8 +101,8 @@ impl Client {
             return Ok(None);
         }
         let stall = self.transport.config.stall_timeout;
-        let bytes = body_up_to(&mut response, MAX_MANIFEST, stall, &context).await?;
-        parse_index(bytes, &context).map(Some)
+        let bytes = body_up_to(&mut response, MAX_MANIFEST, stall, context).await?;
+        parse_index(bytes, context).map(Some)
     }
 
     /// The index under the tag, or none.
@@ -150,5 +176,9 @@ fn parse_index(bytes: Bytes, context: &Context) -> Result<Index, Error> {
 }
 
 fn has_type(descriptor: &Descriptor, artifact_type: &str) -> bool {
-    descriptor.other.get("artifactType").and_then(|t| t.as_str()) == Some(artifact_type)
+    descriptor
+        .other
+        .get("artifactType")
+        .and_then(|t| t.as_str())
+        == Some(artifact_type)
 }

@@ -21,7 +21,7 @@ use crate::document::check_digest;
 use crate::endpoint::Endpoint;
 use crate::error::{Context, Error, ErrorKind};
 use crate::referrers::OCI_SUBJECT;
-use crate::transport::{Call, Payload, Transport, location};
+use crate::transport::{Call, Payload, Purpose, Transport, location};
 
 /// What the registry did with a manifest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,11 +48,15 @@ impl Destination {
             host: reference.host().to_owned(),
         };
         let transport = Arc::clone(&client.transport);
+        // One host: what is stored must not be spread over several.
+        let endpoint = transport
+            .endpoints(reference, Purpose::Push, &context)?
+            .swap_remove(0);
         Ok(Self {
-            endpoint: transport.endpoint(reference, &context)?,
+            context: endpoint.context(&context),
+            endpoint,
             scope: Scope::push(reference.repository()),
             transport,
-            context,
         })
     }
 

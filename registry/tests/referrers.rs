@@ -57,9 +57,8 @@ async fn found(listed: Reply, tagged: Reply) -> (Result<usize, ErrorKind>, Vec<S
 
 #[tokio::test]
 async fn what_the_registry_lists_counts() {
-    let index_of = |kinds: &[&str]| {
-        Reply::new(200, index(kinds)).with("Content-Type", media_type::OCI_INDEX)
-    };
+    let index_of =
+        |kinds: &[&str]| Reply::new(200, index(kinds)).with("Content-Type", media_type::OCI_INDEX);
     let missing = || Reply::new(404, "");
     // A registry may ignore the type that was asked for.
     let (listed, log) = found(index_of(&[KIND, "other"]), missing()).await;
@@ -98,10 +97,9 @@ async fn trouble_is_told_and_not_tried_again() {
 
 #[tokio::test]
 async fn a_registry_that_lists_needs_no_tag() {
-    let server = FaultServer::start(|_, _| {
-        Reply::new(201, "").with("OCI-Subject", subject().to_string())
-    })
-    .await;
+    let server =
+        FaultServer::start(|_, _| Reply::new(201, "").with("OCI-Subject", subject().to_string()))
+            .await;
     let artifact: Manifest = serde_json::from_value(json!({
         "schemaVersion": 2,
         "mediaType": media_type::OCI_MANIFEST,

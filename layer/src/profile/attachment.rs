@@ -6,7 +6,7 @@
 //! the artifact there need not fetch its manifest.
 
 use std::collections::BTreeMap;
-use std::io::Read as _;
+use std::io::{self, BufRead, Read};
 
 use sluice_oci::Digest;
 
@@ -68,22 +68,26 @@ impl Attachment {
     }
 }
 
+/// Reads the content of an artifact, whoever wrote it: its bytes, within a
+/// bounded window of memory. Nothing vouches for them.
+pub fn decode_content<R: BufRead>(stored: R) -> io::Result<impl Read> {
+    let mut decoder = zstd::Decoder::with_buffer(stored)?.single_frame();
+    decoder.window_log_max(CONTENT_WINDOW_LOG)?;
+    Ok(decoder)
+}
+
 impl Profile {
     /// The document as an artifact stores it.
-    pub fn compress(&self) -> std::io::Result<Vec<u8>> {
+    pub fn compress(&self) -> io::Result<Vec<u8>> {
         zstd::bulk::compress(self.to_json().as_bytes(), zstd::DEFAULT_COMPRESSION_LEVEL)
     }
 
     /// Parses a document as an artifact stores it, whoever wrote it.
     pub fn parse_compressed(document: &[u8]) -> Result<Self, ProfileError> {
-        let failed = |error: std::io::Error| ProfileError::Compression(error.to_string());
         let mut text = Vec::new();
-        let mut decoder = zstd::Decoder::with_buffer(document).map_err(failed)?;
-        decoder
-            .window_log_max(CONTENT_WINDOW_LOG)
-            .map_err(failed)?;
-        let mut bounded = decoder.take(MAX_BYTES as u64 + 1);
-        bounded.read_to_end(&mut text).map_err(failed)?;
+        decode_content(document)
+            .and_then(|decoder| decoder.take(MAX_BYTES as u64 + 1).read_to_end(&mut text))
+            .map_err(|error| ProfileError::Compression(error.to_string()))?;
         Self::parse(&text)
     }
 }
@@ -106,7 +110,12 @@ mod tests {
             let annotations = attachment.to_annotations();
             assert_eq!(Attachment::parse(&annotations), Some(attachment));
         }
-        for wrong in ["", "sha256:00 1", "sha256:00", &format!("{} 0", part(1).digest)] {
+        for wrong in [
+            "",
+            "sha256:00 1",
+            "sha256:00",
+            &format!("{} 0", part(1).digest),
+        ] {
             let annotations = [(DOCUMENT.to_owned(), wrong.to_owned())].into();
             assert_eq!(Attachment::parse(&annotations), None, "{wrong}");
         }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use bytes::{Buf as _, Bytes, BytesMut};
 use futures_util::future::select_all;
 use futures_util::stream::{FuturesOrdered, StreamExt as _};
-use sluice_layer::profile::CONTENT_WINDOW_LOG;
+use sluice_layer::profile::decode_content;
 use sluice_layer::verify_chunk;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -17,8 +17,8 @@ use super::ahead::Handle;
 use super::inflight::Claim;
 use super::layer::LazyLayer;
 use super::reads::Planned;
-use super::stream::{Patience, longest_way};
-use super::{Link, Permit, Priority, RangeSource, SourceError};
+use super::stream::{Patience, courtesy};
+use super::{Link, Permit, Priority, RangeSource, SourceError, Unstored};
 use crate::layer_dir::{ChunkId, Present};
 
 /// Readers of what is within so many uncompressed bytes of the place that the
@@ -56,9 +56,8 @@ impl Content {
     pub fn receive(self, done: impl FnOnce(bool) + Send + 'static) -> Option<Handle> {
         let chunks = |piece: &Piece| piece.chunk.clone();
         let first = self.pieces.iter().find_map(chunks)?.0;
-        let missing = |(layer, chunk): &(Arc<LazyLayer>, ChunkId)| {
-            !layer.dir().present().contains(*chunk)
-        };
+        let missing =
+            |(layer, chunk): &(Arc<LazyLayer>, ChunkId)| !layer.dir().present().contains(*chunk);
         if !self.pieces.iter().filter_map(chunks).any(|c| missing(&c)) {
             return None;
         }
@@ -120,7 +119,8 @@ async fn fetch(
             // Of one layer at least, what it carries is being read.
             select_all(layers.iter().map(|layer| Box::pin(layer.reads().pays()))).await;
             let engine = by.engine();
-            engine.give_way(longest_way(&link), || false).await;
+            let (quiet, longest) = courtesy(by);
+            engine.give_way(quiet, longest, || false).await;
             let len = link.piece().min(size - next);
             let permit = engine.admission().admit(Priority::Prefetch, len).await;
             let offset = next;
@@ -199,7 +199,11 @@ struct Arriving {
 
 impl BufRead for Arriving {
     fn fill_buf(&mut self) -> io::Result<&[u8]> {
-        while self.current.as_ref().is_none_or(|(bytes, _)| bytes.is_empty()) {
+        while self
+            .current
+            .as_ref()
+            .is_none_or(|(bytes, _)| bytes.is_empty())
+        {
             // Its memory is free now.
             self.current = None;
             match self.receiver.blocking_recv() {
@@ -232,8 +236,7 @@ fn decode(pieces: Vec<Piece>, receiver: mpsc::Receiver<Arrived>) -> io::Result<(
         receiver,
         current: None,
     };
-    let mut decoder = zstd::Decoder::with_buffer(arriving)?.single_frame();
-    decoder.window_log_max(CONTENT_WINDOW_LOG)?;
+    let mut decoder = decode_content(arriving)?;
     let mut claims = Claims::default();
     let mut bytes = Vec::new();
     let mut wrong = 0;
@@ -245,7 +248,8 @@ fn decode(pieces: Vec<Piece>, receiver: mpsc::Receiver<Arrived>) -> io::Result<(
                 decoder.read_exact(&mut bytes)?;
                 let digest = layer.dir().chunks().get(*chunk).digest;
                 match verify_chunk(&bytes, digest) {
-                    Some(verified) => layer.dir().store(*chunk, &verified)?,
+                    // What the disk does not take is fetched when it is read.
+                    Some(verified) => drop(layer.store(*chunk, &verified)),
                     None => wrong += 1,
                 }
             }
@@ -313,7 +317,7 @@ impl Claims {
                 && let Some((Some(claim), _)) = self.claims.remove(&key)
             {
                 // Who waits looks whether what it needs was among it.
-                claim.finish(Ok(()));
+                claim.finish(Ok(Unstored::default()));
             }
         }
     }

@@ -13,7 +13,6 @@ use sluice_oci::{Digest, Reference};
 use tokio::sync::OnceCell;
 use tokio::task::spawn_blocking;
 
-use super::layer::Open;
 use super::{Node, source};
 use crate::fetch::{Content, Handle, LazyLayer, Piece};
 use crate::profiles::{self, ImageId};
@@ -105,7 +104,7 @@ impl Node {
             let pieces = spawn_blocking(move || pieces(&profile, &layers)).await;
             let ended = {
                 let node = Arc::downgrade(&node.0);
-                move |whole| {
+                move |whole: bool| {
                     let Some(node) = node.upgrade().map(Node) else {
                         return;
                     };
@@ -160,7 +159,7 @@ impl Node {
     pub(super) async fn layer(&self, digest: Digest) -> Option<Arc<LazyLayer>> {
         let slot = self.0.slots.lock().get(&digest).cloned()?;
         let place = slot.0.lock().await;
-        place.as_ref().map(Open::layer)
+        place.as_ref().map(|open| Arc::clone(&open.layer))
     }
 }
 

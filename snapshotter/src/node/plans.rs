@@ -38,7 +38,11 @@ impl Node {
             let mut plan = None;
             match attached.content {
                 Some(content) => self.receive(image, attached, content),
-                None => plan = self.plan(&layer, move || Ok(attached.profile.clone())).await,
+                None => {
+                    plan = self
+                        .plan(&layer, move || Ok(attached.profile.clone()))
+                        .await
+                }
             }
             return self.follows(digest, ProfileSource::Attached, plan).await;
         }

@@ -68,17 +68,18 @@ pub fn exact_chunks(dir: &LayerDir, profile: &Profile) -> Result<Vec<Option<Chun
         .collect()
 }
 
-/// The chunks of a layer that the profile names, each once, in the order of
-/// first need. What the layer does not hold is passed over: a profile may be
+/// The chunks of a layer that the profile names, each once, with the time of
+/// first need and in its order. What the layer does not hold is passed over: a profile may be
 /// of another version of the image, or made up.
-pub fn chunks(dir: &LayerDir, profile: &Profile) -> Result<Vec<ChunkId>, Error> {
+pub fn chunks(dir: &LayerDir, profile: &Profile) -> Result<Vec<(ChunkId, Duration)>, Error> {
     let mut extents = Extents::new(dir)?;
     let mut seen = HashSet::new();
     let mut order = Vec::new();
     for read in profile.reads_of(dir.identity().digest) {
         if let Some((offset, len)) = extents.range(read)? {
             let overlapping = dir.chunks().overlapping(offset, len);
-            order.extend(overlapping.filter(|chunk| seen.insert(*chunk)));
+            let new = overlapping.filter(|chunk| seen.insert(*chunk));
+            order.extend(new.map(|chunk| (chunk, read.at)));
         }
     }
     Ok(order)

@@ -30,6 +30,8 @@ struct FakeState {
     not_lazy: HashSet<Digest>,
     broken: HashSet<Digest>,
     requests: Vec<LayerRequest>,
+    /// What the last call to make room was told.
+    in_use: Option<HashSet<Digest>>,
     starts: Vec<ImageUse>,
 }
 
@@ -95,6 +97,16 @@ impl LazyLayers for Fake {
         Ok(directory)
     }
 
+    async fn owner(&self, layer: Digest) -> Result<Owner, MountError> {
+        let metadata = fs::metadata(self.mount(layer).await?);
+        let metadata = metadata.map_err(|error| MountError::failed(layer, error))?;
+        use std::os::unix::fs::MetadataExt as _;
+        Ok(Owner {
+            uid: metadata.uid(),
+            gid: metadata.gid(),
+        })
+    }
+
     async fn starts(&self, image: ImageUse) {
         self.state.lock().starts.push(image);
     }
@@ -126,6 +138,11 @@ impl LazyLayers for Fake {
     async fn retain(&self, known: HashSet<Digest>) -> Result<(), MountError> {
         self.state.lock().on_disk.retain(|l| known.contains(l));
         Ok(())
+    }
+
+    async fn make_room(&self, in_use: InUse) {
+        let in_use = tokio::task::spawn_blocking(move || in_use()).await;
+        self.state.lock().in_use = in_use.unwrap();
     }
 }
 
@@ -683,4 +700,58 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn what_is_mounted_is_told_before_anything_is_evicted() {
+    let rig = Rig::new();
+    let told = || {
+        rig.run(async |s| s.make_room().await);
+        rig.fake.state.lock().in_use.take().unwrap()
+    };
+    for (n, (chain, parent)) in (1..).zip([("a", ""), ("b", "a"), ("c", "b"), ("x", "")]) {
+        assert_kind(
+            rig.prepare("tmp", parent, lazy(chain, layer(n))),
+            ErrorKind::AlreadyExists,
+        );
+    }
+    assert_eq!(
+        told(),
+        HashSet::new(),
+        "nothing is mounted from committed ones"
+    );
+    rig.prepare("container", "b", Labels::new()).unwrap();
+    assert_eq!(told(), [layer(1), layer(2)].into());
+    rig.view("view", "x").unwrap();
+    assert_eq!(told(), [layer(1), layer(2), layer(4)].into());
+    rig.remove("container").unwrap();
+    assert_eq!(told(), [layer(4)].into());
+}
+
+#[test]
+fn a_layer_that_the_disk_has_lost_is_made_again() {
+    let rig = Rig::new();
+    assert_kind(
+        rig.prepare("tmp", "", lazy("chain", layer(1))),
+        ErrorKind::AlreadyExists,
+    );
+    rig.prepare("c", "chain", Labels::new()).unwrap();
+    rig.fake.state.lock().on_disk.clear();
+    let mounts = rig.mounts("c").unwrap();
+    assert_eq!(mounts[0].options.len(), 3);
+    let requests = rig.fake.state.lock().requests.clone();
+    assert_eq!(requests.len(), 2);
+    assert_eq!(requests[0], requests[1]);
+    // Where that fails, the reason is told and nothing is forgotten.
+    let mut state = rig.fake.state.lock();
+    state.on_disk.clear();
+    state.not_lazy.insert(layer(1));
+    drop(state);
+    let error = rig.mounts("c").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable);
+    assert!(
+        error.to_string().contains("no table of contents"),
+        "{error}"
+    );
+    rig.stat("c").unwrap();
 }
