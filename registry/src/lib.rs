@@ -25,6 +25,8 @@ mod content_range;
 mod document;
 mod endpoint;
 mod error;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod hosts;
 mod http_client;
 mod redirect;

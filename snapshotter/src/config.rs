@@ -70,6 +70,9 @@ pub struct Registry {
 pub struct Mount {
     /// `auto` (default), `erofs` or `fuse`.
     pub mode: MountMode,
+    /// Places from which images are mounted lazily: `host[:port]`, or that and
+    /// the beginning of a repository. Default: none, which is all.
+    pub lazy_from: Vec<String>,
 }
 
 /// How a layer becomes a directory.
@@ -95,10 +98,10 @@ pub struct Fetch {
     /// which is enough for a layer of some 350,000 files. One that needs more
     /// is unpacked.
     pub toc_memory_mib: NonZeroU64,
-    /// Requests to registries at once. Default 16.
+    /// Requests to registries at once. Default 32.
     pub connections: NonZeroU64,
-    /// How far ahead of a sequential reader is fetched at most, in MiB.
-    /// Default 16; 0 turns it off.
+    /// How far ahead of a reader is fetched at most, in MiB. Default 32; with
+    /// 0, nothing is fetched but what is asked for.
     pub read_ahead_mib: u64,
     /// How long a read waits for a registry that does not deliver, in seconds,
     /// before it fails with EIO. Default 300.
@@ -225,8 +228,8 @@ impl Default for Fetch {
         Self {
             memory_mib: nonzero(64),
             toc_memory_mib: nonzero(160),
-            connections: nonzero(16),
-            read_ahead_mib: 16,
+            connections: nonzero(32),
+            read_ahead_mib: 32,
             deadline_seconds: nonzero(300),
         }
     }
@@ -334,7 +337,7 @@ mod tests {
             "root = '/r'\naddress = '/s'\nlog_level = 'debug'\n\
              [registry]\nplain_http = ['10.0.0.1:5000']\ndocker_config = '/d.json'\n\
              ca_certificates = ['/ca.pem']\nconfig_path = '/a:/b'\n\
-             [mount]\nmode = 'fuse'\n\
+             [mount]\nmode = 'fuse'\nlazy_from = ['r.io/team']\n\
              [fetch]\nmemory_mib = 32\nconnections = 4\nread_ahead_mib = 0\ndeadline_seconds = 9\n\
              [prefetch]\nenabled = false\n[profiles]\nrecord = false\nidle_seconds = 3\n\
              [background]\nenabled = false\n\
@@ -351,6 +354,7 @@ mod tests {
         let none = parse("[registry]\nconfig_path = ''").unwrap();
         assert!(none.registry.hosts_dirs.is_empty());
         assert_eq!(config.mount.mode, MountMode::Fuse);
+        assert_eq!(config.mount.lazy_from, ["r.io/team"]);
         assert_eq!(config.fetch.deadline_seconds.get(), 9);
         assert!(!config.background.enabled && !config.profiles.record);
         assert_eq!(config.profiles.idle_seconds.get(), 3);
@@ -402,6 +406,7 @@ mod tests {
             "ca_certificates",
             "config_path",
             "mode",
+            "lazy_from",
             "memory_mib",
             "toc_memory_mib",
             "connections",

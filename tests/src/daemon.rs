@@ -45,6 +45,8 @@ pub struct Options {
     pub supervised: bool,
     /// The program, when it is not the one just built.
     pub program: Option<PathBuf>,
+    /// Whether it logs all that it can.
+    pub traced: bool,
 }
 
 const DOCKER_CONFIG: &str = "docker.json";
@@ -87,6 +89,9 @@ impl Daemon {
             .arg("--config")
             .arg(dir.join("config.toml"))
             .env("DOCKER_CONFIG", "/nonexistent");
+        if options.traced {
+            command.env("RUST_LOG", "trace");
+        }
         Ok(command)
     }
 
@@ -165,13 +170,16 @@ fn config(dir: &Path, options: &Options) -> String {
         .collect();
     let mut text = format!(
         "root = {:?}\naddress = {:?}\n\
-         [registry]\nplain_http = [{}]\ndocker_config = {:?}\nconfig_path = {:?}\n",
+         [registry]\nplain_http = [{}]\nconfig_path = {:?}\n",
         dir.join("root"),
         dir.join("snapshotter.sock"),
         hosts.join(", "),
-        dir.join(DOCKER_CONFIG),
         dir.join(HOSTS_DIR),
     );
+    // A test may have a file of its own.
+    if !options.more.contains("docker_config") {
+        text += &format!("docker_config = {:?}\n", dir.join(DOCKER_CONFIG));
+    }
     if let Some(mode) = options.mode {
         text += &format!("[mount]\nmode = {:?}\n", mode.name());
     }

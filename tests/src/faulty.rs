@@ -128,6 +128,12 @@ impl World {
         Ok(true)
     }
 
+    /// Waits until a file can be read to its end. The first read that follows
+    /// a fault may still meet a request from before.
+    pub fn read_in_the_end(&self, dir: &Path, number: u64) -> Result<()> {
+        command::wait_for("the file", || Ok(self.read(dir, number)?.then_some(())))
+    }
+
     /// All files in turn.
     pub fn read_all(&self, dir: &Path) -> Result<Vec<bool>> {
         (0..FILES).map(|number| self.read(dir, number)).collect()

@@ -6,6 +6,8 @@
 
 mod challenge;
 mod config;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod token;
 
 use std::collections::HashMap;

@@ -20,6 +20,8 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::WaitStatus;
 
 use child::Child;
+#[cfg(any(test, fuzzing))]
+pub(crate) use inbox::forgotten;
 use inbox::{Inbox, Kept, Told};
 
 /// How long the daemon may take to stop. Killing it loses nothing: the next
