@@ -47,6 +47,9 @@ pub struct Options {
     pub program: Option<PathBuf>,
     /// Whether it logs all that it can.
     pub traced: bool,
+    /// The file that arms its crash points; then the program is the one that
+    /// has some.
+    pub crash_points: Option<PathBuf>,
 }
 
 const DOCKER_CONFIG: &str = "docker.json";
@@ -76,11 +79,15 @@ impl Daemon {
 
     /// The command that starts the daemon whose files are in `dir`.
     fn command(dir: &Path, options: &Options) -> Result<Command> {
-        let program = match &options.program {
-            Some(program) => program.clone(),
-            None => crate::programs::snapshotter()?,
+        let program = match (&options.program, &options.crash_points) {
+            (Some(program), _) => program.clone(),
+            (None, Some(_)) => crate::programs::crashing_snapshotter()?,
+            (None, None) => crate::programs::snapshotter()?,
         };
         let mut command = Command::new(program);
+        if let Some(file) = &options.crash_points {
+            command.env(sluice_snapshotter::crash_points::FILE, file);
+        }
         if options.supervised {
             command.args(["supervise", "--"]);
         }
@@ -148,6 +155,19 @@ impl Daemon {
     pub fn serving(&self) -> Option<u32> {
         let lock = fs::read_to_string(self.root().join("lock")).ok()?;
         lock.trim().parse().ok()
+    }
+
+    /// Waits until another process than `former`, of those that `supervise`
+    /// starts, has come to the end of its start.
+    pub fn wait_until_ready(&self, former: u32) -> Result<u32> {
+        wait_for("the next process to be ready", || {
+            if !self.process.is_running() {
+                bail!("{} ended: {}", self.dir.display(), self.log());
+            }
+            let next = self.serving().filter(|next| *next != former);
+            let is_ready = |next: &u32| self.log().contains(&format!("process {next} is ready"));
+            Ok(next.filter(is_ready))
+        })
     }
 
     /// Waits until another process than `former` serves.

@@ -82,6 +82,7 @@ const MODULES: &[(&str, &[&str])] = &[
     ("keeper", &["fuse"]),
     ("service", &[]),
     ("socket", &[]),
+    ("crash_points", &[]),
     (
         "config",
         &["mount", "fuse", "fetch", "node", "remote", "service"],
@@ -112,6 +113,7 @@ const MODULES: &[(&str, &[&str])] = &[
     ),
     // The program: arguments in, exit status out.
     ("cleanup", &["mount", "socket"]),
+    ("crashing", &[]),
     (
         "main",
         &["daemon", "config", "keeper", "cleanup", "scrub", "socket"],

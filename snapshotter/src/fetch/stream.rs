@@ -296,6 +296,7 @@ pub(super) async fn fetch_claimed(
     claims: Vec<Claim>,
     mut terms: Terms,
 ) -> Result<(), SourceError> {
+    crash_point!("fill.claimed");
     let mut pending: VecDeque<(Claim, bool)> = claims.into_iter().map(|c| (c, false)).collect();
     let mut patience = Patience::new(layer);
     let mut failed: Option<SourceError> = None;

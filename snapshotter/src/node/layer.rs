@@ -22,11 +22,11 @@ use crate::erofs::Image;
 use crate::fetch::{Handle, LazyLayer, Plan};
 use crate::fuse::blobs::BlobTable;
 use crate::fuse::{Content, Tree, TreeTable};
-use crate::layer_dir::{self, LayerDir, TEMPORARY};
+use crate::layer_dir::{self, LayerDir, META, TEMPORARY};
 use crate::mount;
 use crate::profiles::ImageId;
 use crate::remote::{FetchedToc, Known};
-use crate::service::{LayerRequest, MountError, NotLazy, Usage};
+use crate::service::{LayerRequest, MountError, NotLazy, Owner, Usage};
 
 /// The place of a layer, whether it is there or not. The lock is held while
 /// the layer is being opened, mounted or removed.
@@ -291,10 +291,10 @@ impl Node {
 
     /// Starts to download what a mounted layer lacks.
     fn download(&self, open: &mut Open) {
-        if !open.layer.dir().is_complete() {
-            if let (Some(delay), None) = (self.0.config.background, &open.download) {
-                open.download = Some(open.layer.download(delay));
-            }
+        if !open.layer.dir().is_complete()
+            && let (Some(delay), None) = (self.0.config.background, &open.download)
+        {
+            open.download = Some(open.layer.download(delay));
         }
     }
 
@@ -364,7 +364,9 @@ impl Node {
                 }
                 _ => {}
             }
+            crash_point!("mount.target-made");
             mount::erofs::mount(&meta, &data, &target, options)?;
+            crash_point!("mount.mounted");
             Ok(target)
         })
         .await?
@@ -378,6 +380,7 @@ impl Node {
         let meta = layer.dir().meta_path();
         let image = spawn_blocking(move || Image::open(&meta)).await??;
         self.insert_tree(layer, image);
+        crash_point!("mount.shown");
         let name = TreeTable::directory_name(number);
         Ok(self.0.config.root.join(TREES).join(name))
     }
@@ -398,6 +401,7 @@ impl Node {
         if let Some(open) = place.take() {
             open.close(self, false).await;
         }
+        crash_point!("release.closed");
         let path = self.layer_path(digest);
         let deleted = spawn_blocking(move || delete(&path)).await;
         deleted
@@ -428,6 +432,23 @@ impl Node {
         if Arc::strong_count(slot) == 2 && slot.0.try_lock().is_ok_and(|place| place.is_none()) {
             slots.remove(&digest);
         }
+    }
+
+    /// Who owns the layer's root directory.
+    pub(super) async fn layer_owner(&self, digest: Digest) -> Result<Owner, MountError> {
+        let meta = self.layer_path(digest).join(META);
+        let read = spawn_blocking(move || {
+            let image = Image::open(&meta)?;
+            image.attributes(image.root())
+        });
+        let failed =
+            |error: Box<dyn std::error::Error + Send + Sync>| MountError::failed(digest, error);
+        let root = read.await.map_err(|e| failed(e.into()))?;
+        let root = root.map_err(|e| failed(e.into()))?;
+        Ok(Owner {
+            uid: root.uid,
+            gid: root.gid,
+        })
     }
 
     /// What the layer takes on disk.
@@ -596,13 +617,21 @@ fn unmount(target: &Path) -> io::Result<()> {
         std::thread::sleep(pause);
         pause *= 2;
     }
-    fs::remove_dir(target)
+    crash_point!("release.unmounted");
+    fs::remove_dir(target)?;
+    crash_point!("release.target-removed");
+    Ok(())
 }
 
 /// The same, unless something uses it: says whether it is unmounted.
 pub(super) fn unmount_unused(target: &Path) -> io::Result<bool> {
     match mount::unmount(target) {
-        Ok(()) => fs::remove_dir(target).map(|()| true),
+        Ok(()) => {
+            crash_point!("evict.unmounted");
+            fs::remove_dir(target)?;
+            crash_point!("evict.target-removed");
+            Ok(true)
+        }
         Err(mount::Error::Unmount { source, .. })
             if source.kind() == io::ErrorKind::ResourceBusy =>
         {
@@ -618,7 +647,12 @@ fn delete(path: &Path) -> io::Result<()> {
     let doomed = path.with_file_name(format!("{TEMPORARY}{name}.deleted"));
     let _ = fs::remove_dir_all(&doomed);
     match fs::rename(path, &doomed) {
-        Ok(()) => fs::remove_dir_all(&doomed),
+        Ok(()) => {
+            crash_point!("release.renamed");
+            fs::remove_dir_all(&doomed)?;
+            crash_point!("release.deleted");
+            Ok(())
+        }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),
     }

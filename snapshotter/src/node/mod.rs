@@ -43,10 +43,12 @@ use crate::fetch::{self, Engine};
 use crate::fuse::blobs::BlobTable;
 use crate::fuse::{self, SessionError, TreeTable};
 use crate::keeper::Keeper;
-use crate::mount;
+use crate::mount::{self, users::Overlay};
 use crate::profiles::{ProfileError, Profiles};
 use crate::remote::Remote;
-use crate::service::{ImageUse, InUse, LayerRequest, LazyLayers, MountError, NotLazy, Usage};
+use crate::service::{
+    ImageUse, InUse, LayerRequest, LazyLayers, MountError, NotLazy, Owner, Usage,
+};
 
 pub use allowed::LazyFrom;
 pub use evict::Quota;
@@ -182,6 +184,10 @@ struct Inner {
     /// The node's own, and one that a process in the other mode left.
     sessions: Mutex<Vec<(Mode, fuse::Session)>>,
     numbers: Numbers,
+    /// Layers whose mounts were lost.
+    lost: Mutex<Vec<Digest>>,
+    /// Who stood on them.
+    affected: Vec<Overlay>,
     opening: Semaphore,
     /// Whether it was told that there is more in use than there may be.
     overfull: AtomicBool,
@@ -200,6 +206,12 @@ impl Node {
     /// Its mount mode.
     pub fn mode(&self) -> Mode {
         self.0.mode
+    }
+
+    /// The overlays that stand on layers which a former process served and
+    /// whose FUSE device was not kept.
+    pub fn affected(&self) -> &[Overlay] {
+        &self.0.affected
     }
 
     /// Bytes and requests under way.
@@ -242,6 +254,10 @@ impl LazyLayers for Node {
 
     async fn mount(&self, layer: Digest) -> Result<PathBuf, MountError> {
         self.mount_layer(layer).await
+    }
+
+    async fn owner(&self, layer: Digest) -> Result<Owner, MountError> {
+        self.layer_owner(layer).await
     }
 
     async fn starts(&self, image: ImageUse) {

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::error::Error;
-use super::lazy_layers::Usage;
+use super::lazy_layers::{Owner, Usage};
 use super::snapshot::{Kind, SnapshotId};
 
 /// Modes as containerd's overlayfs snapshotter gives them.
@@ -25,13 +25,6 @@ pub(crate) struct Directories {
     path: PathBuf,
     /// Directories that no record in the database refers to yet.
     pending: Mutex<HashSet<SnapshotId>>,
-}
-
-/// User and group of a directory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Owner {
-    uid: u32,
-    gid: u32,
 }
 
 /// A new directory. It goes when this value is dropped before `keep`.
@@ -66,6 +59,13 @@ impl Directories {
         self.directory(id).join("work")
     }
 
+    /// Whose [`Self::upper`] this is.
+    pub(crate) fn id_of(&self, upper: &Path) -> Option<SnapshotId> {
+        let inside = upper.strip_prefix(&self.path).ok()?;
+        let id = inside.iter().next()?.to_str()?.parse().ok()?;
+        Some(SnapshotId(id))
+    }
+
     fn directory(&self, id: SnapshotId) -> PathBuf {
         self.path.join(id.to_string())
     }
@@ -92,16 +92,31 @@ impl Directories {
             make(path, mode).map_err(|error| Error::directory("create", path, error))
         };
         create(&self.directory(id), 0o700)?;
+        crash_point!("prepare.directory-made");
         let upper = self.upper(id);
         create(&upper, FS_MODE)?;
+        crash_point!("prepare.upper-made");
         if let Some(Owner { uid, gid }) = owner {
             std::os::unix::fs::chown(&upper, Some(uid), Some(gid))
                 .map_err(|error| Error::directory("set the owner of", &upper, error))?;
+            crash_point!("prepare.upper-owned");
         }
         if kind == Kind::Active {
             create(&self.work(id), WORK_MODE)?;
         }
+        crash_point!("prepare.directories-made");
         Ok(())
+    }
+
+    /// Who owns what a snapshot shows.
+    pub(crate) fn owner(&self, id: SnapshotId) -> Result<Owner, Error> {
+        let upper = self.upper(id);
+        let metadata = fs::metadata(&upper)
+            .map_err(|error| Error::directory("look at the parent's", &upper, error))?;
+        Ok(Owner {
+            uid: metadata.uid(),
+            gid: metadata.gid(),
+        })
     }
 
     /// Deletes the directories of a snapshot, if they are there.
@@ -192,18 +207,6 @@ impl Drop for NewDirectory {
             tracing::warn!(%error, "a directory of a snapshot that was not made stays");
         }
         self.directories.pending.lock().remove(&self.id);
-    }
-}
-
-impl Owner {
-    /// Of what is at `path`.
-    pub(crate) fn of(path: &Path) -> Result<Self, Error> {
-        let metadata = fs::metadata(path)
-            .map_err(|error| Error::directory("look at the parent's", path, error))?;
-        Ok(Self {
-            uid: metadata.uid(),
-            gid: metadata.gid(),
-        })
     }
 }
 

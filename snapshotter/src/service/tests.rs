@@ -97,6 +97,16 @@ impl LazyLayers for Fake {
         Ok(directory)
     }
 
+    async fn owner(&self, layer: Digest) -> Result<Owner, MountError> {
+        let metadata = fs::metadata(self.mount(layer).await?);
+        let metadata = metadata.map_err(|error| MountError::failed(layer, error))?;
+        use std::os::unix::fs::MetadataExt as _;
+        Ok(Owner {
+            uid: metadata.uid(),
+            gid: metadata.gid(),
+        })
+    }
+
     async fn starts(&self, image: ImageUse) {
         self.state.lock().starts.push(image);
     }

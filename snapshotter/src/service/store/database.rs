@@ -82,10 +82,13 @@ impl Database {
         write: impl FnOnce(&mut Write<'_>) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
         let transaction = begin_write(database, &self.path)?;
+        crash_point!("database.begun");
         let value = write(&mut write_tables(&transaction, &self.path)?)?;
+        crash_point!("database.changed");
         transaction
             .commit()
             .map_err(|e| StoreError::new(&self.path, e))?;
+        crash_point!("database.committed");
         Ok(value)
     }
 
@@ -180,12 +183,19 @@ fn create_file(path: &Path) -> Result<(), StoreError> {
     let made = builder()
         .create(&draft)
         .map_err(|e| StoreError::new(path, e))
-        .and_then(|database| initialise(&database, path))
-        .and_then(|()| fs::rename(&draft, path).map_err(fail));
+        .and_then(|database| {
+            crash_point!("database.drafted");
+            initialise(&database, path)
+        })
+        .and_then(|()| {
+            crash_point!("database.initialised");
+            fs::rename(&draft, path).map_err(fail)
+        });
     if made.is_err() {
         let _ = fs::remove_file(&draft);
         return made;
     }
+    crash_point!("database.named");
     let directory = path.parent().unwrap_or(Path::new("."));
     File::open(directory)
         .and_then(|directory| directory.sync_all())

@@ -232,7 +232,8 @@ impl Store {
     }
 
     /// Turns the active snapshot `key` into the committed snapshot `name`.
-    /// Labels are replaced, not inherited.
+    /// Labels are replaced, not inherited. A commit that was made, and whose
+    /// answer was lost, succeeds again.
     pub(crate) async fn commit(
         &self,
         key: Key,
@@ -243,9 +244,12 @@ impl Store {
     ) -> Result<(), Error> {
         self.writer
             .write(move |tables| {
-                let mut record = tables.committable(&key, &name)?;
-                record.committed(labels, usage, now);
-                tables.remove(&key, &record)?;
+                let (before, mut record) = match tables.committed_before(&key, &name)? {
+                    Some(before) => (before.clone(), tables.need(&before)?),
+                    None => (key.clone(), tables.committable(&key, &name)?),
+                };
+                record.committed(key, labels, usage, now);
+                tables.remove(&before, &record)?;
                 tables.insert(&name, &record)
             })
             .await
@@ -287,6 +291,20 @@ impl Store {
                 Ok(record.info(key))
             })
             .await
+    }
+
+    /// The key or name of the snapshot with this number.
+    pub(crate) async fn key_of(&self, id: SnapshotId) -> Result<Option<Key>, Error> {
+        self.read(move |tables| {
+            let mut found = None;
+            tables.each(|key, record| {
+                if record.id == id {
+                    found = Some(key);
+                }
+            })?;
+            Ok(found)
+        })
+        .await
     }
 
     /// What is known of one snapshot.
@@ -359,8 +377,13 @@ impl Store {
 
     /// The number of the active snapshot `key`. Fails as `commit` would.
     pub(crate) async fn would_commit(&self, key: Key, name: Key) -> Result<SnapshotId, Error> {
-        self.read(move |tables| Ok(tables.committable(&key, &name)?.id))
-            .await
+        self.read(move |tables| {
+            Ok(match tables.committed_before(&key, &name)? {
+                Some(before) => tables.need(&before)?.id,
+                None => tables.committable(&key, &name)?.id,
+            })
+        })
+        .await
     }
 
     /// Where the usage of a snapshot is known.

@@ -52,6 +52,9 @@ pub(super) struct Record {
     /// Bytes and inodes, measured at the commit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     usage: Option<(u64, u64)>,
+    /// The key that it had before the commit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    was: Option<Key>,
 }
 
 impl Record {
@@ -66,11 +69,14 @@ impl Record {
             labels: without_empty(new.labels.clone()),
             layer: None,
             usage: None,
+            was: None,
         }
     }
 
-    pub(super) fn committed(&mut self, labels: Labels, usage: Usage, now: SystemTime) {
+    /// Of the active snapshot `key`.
+    pub(super) fn committed(&mut self, key: Key, labels: Labels, usage: Usage, now: SystemTime) {
         self.kind = Kind::Committed;
+        self.was = Some(key);
         self.created = nanoseconds(now);
         self.updated = self.created;
         self.labels = without_empty(labels);
@@ -199,6 +205,34 @@ where
             });
         }
         Ok(record)
+    }
+
+    /// The snapshot that a commit of `key` as `name` has made before, when the
+    /// client never heard of it: its name, which may have another number of
+    /// containerd's than this time.
+    pub(super) fn committed_before(&self, key: &Key, name: &Key) -> Result<Option<Key>, Error> {
+        if self.get(key)?.is_some() {
+            return Ok(None);
+        }
+        let is_it = |found: &Key, record: &Record| {
+            record.kind == Kind::Committed
+                && record.was.as_ref() == Some(key)
+                && found.in_containerd() == name.in_containerd()
+        };
+        if let Some(record) = self.get(name)? {
+            return Ok(is_it(name, &record).then(|| name.clone()));
+        }
+        // Rare: containerd has given out numbers since.
+        let mut before = None;
+        self.each(|found, record| {
+            if is_it(&found, &record) {
+                before = Some((found, record.id));
+            }
+        })?;
+        match before {
+            Some((before, id)) if !self.has_children(id)? => Ok(Some(before)),
+            _ => Ok(None),
+        }
     }
 
     /// The parent's number. It must be committed.

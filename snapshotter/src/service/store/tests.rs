@@ -137,3 +137,48 @@ fn after_a_full_disk_it_goes_on() {
         store.close().await;
     });
 }
+
+#[test]
+fn regression_a_commit_whose_answer_was_lost_succeeds_again() {
+    let root = tempdir().unwrap();
+    let store = Store::open(root.path()).unwrap();
+    let key = |text: &str| Key::try_from(text).unwrap();
+    let commit = |name: &str| {
+        let (name, active) = (key(name), key("ns/1/active"));
+        store.commit(
+            active,
+            name,
+            Labels::new(),
+            Usage::default(),
+            SystemTime::now(),
+        )
+    };
+    runtime().block_on(async {
+        let active = new(&store, "ns/1/active");
+        let id = active.id;
+        store.create(Kind::Active, active).await.unwrap();
+        commit("ns/2/name").await.unwrap();
+        commit("ns/2/name").await.unwrap();
+        // containerd counts on between its attempts, and does not know of the
+        // first.
+        let would = store.would_commit(key("ns/1/active"), key("ns/5/name"));
+        assert_eq!(would.await.unwrap(), id);
+        commit("ns/5/name").await.unwrap();
+        let names: Vec<_> = store.list(Vec::new()).await.unwrap();
+        let names: Vec<_> = names.iter().map(|info| info.name.as_str()).collect();
+        assert_eq!(names, ["ns/5/name"]);
+
+        // What is another's, or is in use, is left alone.
+        for name in ["ns/6/other", "other/5/name"] {
+            let refused = commit(name).await.unwrap_err();
+            assert_eq!(refused.kind(), ErrorKind::NotFound, "{name}");
+        }
+        let child = NewSnapshot {
+            parent: Some(key("ns/5/name")),
+            ..new(&store, "ns/7/child")
+        };
+        store.create(Kind::View, child).await.unwrap();
+        let refused = commit("ns/8/name").await.unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::NotFound);
+    });
+}
