@@ -7,7 +7,7 @@ mod content;
 mod image;
 mod labels;
 mod layers;
-mod node;
+pub(crate) mod node;
 mod report;
 mod time;
 
@@ -26,7 +26,7 @@ use layers::Layers;
 use node::Node;
 use report::Report;
 
-pub(crate) use image::choose;
+pub(crate) use image::{Image, choose};
 
 /// Runs it.
 pub(crate) async fn run(args: Pull) -> anyhow::Result<ExitCode> {
@@ -38,8 +38,8 @@ pub(crate) async fn run(args: Pull) -> anyhow::Result<ExitCode> {
     };
     let released = node.release(done.is_err()).await;
     match (done, released) {
-        (Ok(()), Ok(())) => Ok(ExitCode::SUCCESS),
-        (Ok(()), Err(error)) => {
+        (Ok(_), Ok(())) => Ok(ExitCode::SUCCESS),
+        (Ok(_), Err(error)) => {
             tracing::warn!(%error, "the lease stays until it expires");
             Ok(ExitCode::SUCCESS)
         }
@@ -48,7 +48,7 @@ pub(crate) async fn run(args: Pull) -> anyhow::Result<ExitCode> {
 }
 
 /// Fails when somebody wants the program to end.
-async fn interruption() -> anyhow::Result<()> {
+pub(crate) async fn interruption<T>() -> anyhow::Result<T> {
     let mut terminate = signal(SignalKind::terminate())?;
     tokio::select! {
         pressed = tokio::signal::ctrl_c() => pressed?,
@@ -57,7 +57,12 @@ async fn interruption() -> anyhow::Result<()> {
     bail!("interrupted; nothing of the image was kept")
 }
 
-async fn pull(args: &Pull, client: &Client, node: &Arc<Node>) -> anyhow::Result<()> {
+/// Pulls the image under the node's lease.
+pub(crate) async fn pull(
+    args: &Pull,
+    client: &Client,
+    node: &Arc<Node>,
+) -> anyhow::Result<Arc<Image>> {
     let started = Instant::now();
     node.check_snapshotter(&args.snapshotter).await?;
     let platform = args
@@ -83,5 +88,5 @@ async fn pull(args: &Pull, client: &Client, node: &Arc<Node>) -> anyhow::Result<
     node.put_image(&image.reference.to_string(), &image.target)
         .await?;
     report.done(&image, &outcomes, &args.snapshotter, started.elapsed());
-    Ok(())
+    Ok(image)
 }

@@ -215,7 +215,11 @@ fn decompress(format: Format, data: &[u8]) -> Vec<u8> {
     let mut reader: Box<dyn Read + '_> = match format {
         Format::Estargz => Box::new(flate2::bufread::MultiGzDecoder::new(data)),
         Format::ZstdChunked => match zstd::stream::read::Decoder::with_buffer(data) {
-            Ok(decoder) => Box::new(decoder),
+            // Frames with larger windows are refused.
+            Ok(mut decoder) => match decoder.window_log_max(25) {
+                Ok(()) => Box::new(decoder),
+                Err(_) => return Vec::new(),
+            },
             Err(_) => return Vec::new(),
         },
     };

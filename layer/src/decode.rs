@@ -6,6 +6,7 @@ use std::ops::{Deref, Range};
 use sluice_oci::Digest;
 
 use crate::Format;
+use crate::toc::ZSTD_WINDOW_LOG;
 
 /// A chunk that is wanted from a unit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -174,7 +175,12 @@ impl<'a> OpenUnit<'a> {
         }
         let reader: Box<dyn Read + 'a> = match format {
             Format::Estargz => Box::new(flate2::bufread::MultiGzDecoder::new(compressed)),
-            Format::ZstdChunked => Box::new(zstd::stream::read::Decoder::with_buffer(compressed)?),
+            Format::ZstdChunked => {
+                let mut decoder = zstd::stream::read::Decoder::with_buffer(compressed)?;
+                // Memory that a frame asks for, whatever it holds.
+                decoder.window_log_max(ZSTD_WINDOW_LOG)?;
+                Box::new(decoder)
+            }
         };
         Ok(Self::Stream {
             reader,

@@ -21,11 +21,9 @@ pub mod containerd {
     }
 }
 
-/// Sluice's own, for its operator.
-pub mod sluice {
-    pub mod control {
-        pub mod v1 {
-            tonic::include_proto!("sluice.control.v1");
-        }
+/// Sluice's own service.
+pub mod control {
+    pub mod v1 {
+        tonic::include_proto!("sluice.control.v1");
     }
 }

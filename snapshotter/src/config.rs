@@ -30,6 +30,8 @@ pub struct Config {
     pub fetch: Fetch,
     /// Fetching what an image says it will need.
     pub prefetch: Prefetch,
+    /// Recording what images read while they start.
+    pub profiles: Profiles,
     /// Fetching the rest when nothing else is wanted.
     pub background: Background,
     /// How much may be kept.
@@ -83,6 +85,10 @@ pub enum MountMode {
 pub struct Fetch {
     /// Memory for everything in flight, in MiB. Default 64.
     pub memory_mib: NonZeroU64,
+    /// Memory for tables of contents that are being read, in MiB. Default 160,
+    /// which is enough for a layer of some 350,000 files. One that needs more
+    /// is unpacked.
+    pub toc_memory_mib: NonZeroU64,
     /// Requests to registries at once. Default 16.
     pub connections: NonZeroU64,
     /// How far ahead of a sequential reader is fetched at most, in MiB.
@@ -99,6 +105,23 @@ pub struct Fetch {
 pub struct Prefetch {
     /// Default true.
     pub enabled: bool,
+}
+
+/// Section `[profiles]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Profiles {
+    /// Whether starts are recorded. Default true. Recorded profiles are used
+    /// when `[prefetch]` is enabled.
+    pub record: bool,
+    /// How long a start is recorded at most. Default 120.
+    pub seconds: NonZeroU64,
+    /// A start is over when nothing new was read for so long, in seconds.
+    /// Default 10.
+    pub idle_seconds: NonZeroU64,
+    /// Images whose profiles are kept; those least recently used go first.
+    /// Default 256.
+    pub images: NonZeroU64,
 }
 
 /// Section `[background]`.
@@ -145,6 +168,7 @@ impl Default for Config {
             mount: Mount::default(),
             fetch: Fetch::default(),
             prefetch: Prefetch::default(),
+            profiles: Profiles::default(),
             background: Background::default(),
             cache: Cache::default(),
             scrub: Scrub::default(),
@@ -176,6 +200,7 @@ impl Default for Fetch {
     fn default() -> Self {
         Self {
             memory_mib: nonzero(64),
+            toc_memory_mib: nonzero(160),
             connections: nonzero(16),
             read_ahead_mib: 16,
             deadline_seconds: nonzero(300),
@@ -186,6 +211,17 @@ impl Default for Fetch {
 impl Default for Prefetch {
     fn default() -> Self {
         Self { enabled: true }
+    }
+}
+
+impl Default for Profiles {
+    fn default() -> Self {
+        Self {
+            record: true,
+            seconds: nonzero(120),
+            idle_seconds: nonzero(10),
+            images: nonzero(256),
+        }
     }
 }
 
@@ -276,7 +312,8 @@ mod tests {
              ca_certificates = ['/ca.pem']\n\
              [mount]\nmode = 'fuse'\n\
              [fetch]\nmemory_mib = 32\nconnections = 4\nread_ahead_mib = 0\ndeadline_seconds = 9\n\
-             [prefetch]\nenabled = false\n[background]\nenabled = false\n\
+             [prefetch]\nenabled = false\n[profiles]\nrecord = false\nidle_seconds = 3\n\
+             [background]\nenabled = false\n\
              [cache]\nlimit_mib = 7\nmin_free_mib = 8\n\
              [scrub]\ninterval_hours = 0\nmib_per_second = 9\n",
         )
@@ -285,7 +322,8 @@ mod tests {
         assert_eq!(config.registry.plain_http, ["10.0.0.1:5000"]);
         assert_eq!(config.mount.mode, MountMode::Fuse);
         assert_eq!(config.fetch.deadline_seconds.get(), 9);
-        assert!(!config.background.enabled);
+        assert!(!config.background.enabled && !config.profiles.record);
+        assert_eq!(config.profiles.idle_seconds.get(), 3);
         assert_eq!((config.cache.limit_mib, config.cache.min_free_mib), (7, 8));
         assert_eq!(config.scrub.interval_hours, 0);
     }
@@ -334,6 +372,7 @@ mod tests {
             "ca_certificates",
             "mode",
             "memory_mib",
+            "toc_memory_mib",
             "connections",
             "read_ahead_mib",
             "deadline_seconds",
@@ -343,6 +382,10 @@ mod tests {
             "min_free_mib",
             "interval_hours",
             "mib_per_second",
+            "record",
+            "seconds",
+            "idle_seconds",
+            "images",
         ] {
             assert!(text.contains(&format!("\n{key} = ")), "{key}");
         }

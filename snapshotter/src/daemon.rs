@@ -13,6 +13,7 @@ use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 use tonic::transport::Server;
 
 use crate::config::{Config, MountMode};
+use crate::control::{self, Control};
 use crate::fetch;
 use crate::keeper::Keeper;
 use crate::node::{self, Node};
@@ -119,16 +120,9 @@ async fn serve_node(
             timer.scrub_every(interval).await;
         }
     }));
-    let scrubber = Arc::new(node.clone());
-    let served = serve(
-        config,
-        Arc::clone(&snapshots),
-        scrubber,
-        listener,
-        keeper,
-        stop,
-    )
-    .await;
+    let control = Control::new(Arc::clone(&snapshots), node.clone());
+    let snapshots_and = (Arc::clone(&snapshots), control);
+    let served = serve(config, snapshots_and, listener, keeper, stop).await;
     snapshots.close().await;
     served
 }
@@ -141,10 +135,9 @@ async fn keep_room<L: LazyLayers>(snapshots: Arc<Snapshots<L>>) {
     }
 }
 
-async fn serve<L: LazyLayers>(
+async fn serve(
     config: &Config,
-    snapshots: Arc<Snapshots<L>>,
-    scrubber: Arc<Node>,
+    (snapshots, control): (Arc<Snapshots<Node>>, Control),
     listener: std::os::unix::net::UnixListener,
     keeper: &Keeper,
     stop: impl Future<Output = Stop> + Send,
@@ -161,7 +154,8 @@ async fn serve<L: LazyLayers>(
     let (drain, drained) = tokio::sync::oneshot::channel::<()>();
     let server = Server::builder()
         .add_service(service::server(snapshots, calls.clone()))
-        .add_service(scrub::server(scrubber))
+        .add_service(scrub::server(Arc::new(control.node().clone())))
+        .add_service(control::server(control))
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async {
             let _ = drained.await;
         });
@@ -212,7 +206,14 @@ fn node_config(config: &Config, root: &Path) -> node::Config {
             deadline: Duration::from_secs(config.fetch.deadline_seconds.get()),
             ..fetch::Config::default()
         },
+        toc_memory: mebibytes(config.fetch.toc_memory_mib.get()),
         prefetch: config.prefetch.enabled,
+        profiles: node::ProfileConfig {
+            record: config.profiles.record,
+            longest: Duration::from_secs(config.profiles.seconds.get()),
+            idle: Duration::from_secs(config.profiles.idle_seconds.get()),
+            images: config.profiles.images.get() as usize,
+        },
         background: config
             .background
             .enabled

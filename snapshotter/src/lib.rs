@@ -3,6 +3,7 @@
 
 pub mod cleanup;
 pub mod config;
+pub mod control;
 pub mod daemon;
 pub mod erofs;
 pub mod fetch;
@@ -11,6 +12,7 @@ pub mod keeper;
 pub mod layer_dir;
 pub mod mount;
 pub mod node;
+pub mod profiles;
 pub mod remote;
 #[cfg(test)]
 mod sample;

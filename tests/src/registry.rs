@@ -22,8 +22,9 @@ const HTPASSWD: &str = "sluice:$2y$05$KaeO666nai22X9LEUuoBQ.suB0DifaRy9EllsFEUk3
 
 /// A running registry.
 pub struct Registry {
+    scratch: Scratch,
+    dir: PathBuf,
     host: String,
-    storage: PathBuf,
     process: Process,
 }
 
@@ -60,20 +61,19 @@ impl Registry {
 
     fn start_at(
         scratch: &Scratch,
-        mut command: Command,
+        command: Command,
         address: Ipv4Addr,
         port: u16,
         password: bool,
     ) -> Result<Self> {
         let dir = scratch.fresh_dir("registry")?;
-        let storage = dir.join("storage");
         let host = format!("{address}:{port}");
         let mut config = format!(
             "version: 0.1\n\
              log: {{level: warn}}\n\
              storage:\n  filesystem: {{rootdirectory: {}}}\n  delete: {{enabled: true}}\n\
              http: {{addr: \"{host}\"}}\n",
-            storage.display()
+            dir.join("storage").display()
         );
         if password {
             let file = dir.join("htpasswd");
@@ -83,22 +83,25 @@ impl Registry {
                 file.display()
             );
         }
-        let config_file = dir.join("config.yml");
-        fs::write(&config_file, config)?;
-        command.arg("serve").arg(&config_file);
-        let name = dir.file_name().unwrap_or_default().to_string_lossy();
-        let process = scratch.spawn(&name, command)?;
-        wait_for("the registry", || {
-            if !process.is_running() {
-                bail!("docker-registry ended: {}", process.log());
-            }
-            Ok(TcpStream::connect((address, port)).ok())
-        })?;
+        fs::write(dir.join("config.yml"), config)?;
         Ok(Self {
+            process: launch(scratch, &dir, command, &host)?,
+            scratch: scratch.clone(),
             host,
-            storage,
-            process,
+            dir,
         })
+    }
+
+    /// Starts it again at the same address, with what it has stored, after
+    /// its process has ended. On loopback only.
+    pub fn start_again(&mut self) -> Result<()> {
+        self.process = wait_for("the registry's port", || {
+            let command = Command::new("docker-registry");
+            // Somebody may have the port for a moment, as one end of a
+            // connection.
+            Ok(launch(&self.scratch, &self.dir, command, &self.host).ok())
+        })?;
+        Ok(())
     }
 
     /// Host and port, as references name it.
@@ -119,8 +122,8 @@ impl Registry {
     /// The file that holds a blob or manifest, by digest `sha256:<hex>`.
     pub fn blob_file(&self, digest: &str) -> PathBuf {
         let hex = digest.strip_prefix("sha256:").unwrap_or(digest);
-        self.storage
-            .join("docker/registry/v2/blobs/sha256")
+        self.dir
+            .join("storage/docker/registry/v2/blobs/sha256")
             .join(&hex[..2])
             .join(hex)
             .join("data")
@@ -174,6 +177,19 @@ impl Registry {
             .arg(format!("docker://{reference}")))?;
         Ok(reference)
     }
+}
+
+fn launch(scratch: &Scratch, dir: &Path, mut command: Command, host: &str) -> Result<Process> {
+    command.arg("serve").arg(dir.join("config.yml"));
+    let name = dir.file_name().unwrap_or_default().to_string_lossy();
+    let process = scratch.spawn(&name, command)?;
+    wait_for("the registry", || {
+        if !process.is_running() {
+            bail!("docker-registry ended: {}", process.log());
+        }
+        Ok(TcpStream::connect(host).ok())
+    })?;
+    Ok(process)
 }
 
 /// A loopback port that was free a moment ago.

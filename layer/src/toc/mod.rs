@@ -9,11 +9,13 @@
 mod build;
 mod error;
 mod json;
-mod names;
+mod memory;
+pub(crate) mod names;
 mod read;
 mod time;
 mod tree;
 mod units;
+mod unpack;
 mod xattrs;
 
 use std::ops::Range;
@@ -24,6 +26,7 @@ use crate::Format;
 
 pub use error::{EntryError, TocError};
 pub use read::{Limits, TocTrust, UntrustedToc, read_toc, read_toc_json};
+pub(crate) use unpack::ZSTD_WINDOW_LOG;
 
 /// Index of a [`Node`] within its [`Toc`]. The root is [`NodeId::ROOT`]; a
 /// directory precedes its subdirectories.

@@ -10,8 +10,22 @@ use tokio::task::AbortHandle;
 
 use super::decode::Arrived;
 use super::layer::LazyLayer;
-use super::stream::{Arriving, Decoding, Patience, window};
-use super::{Priority, SourceError};
+use super::stream::{Arriving, Decoding, Patience, fetch_claimed, window};
+use super::{Priority, SourceError, plan};
+use crate::layer_dir::ChunkId;
+
+/// Chunks of an order that are looked at together, so that neighbours among
+/// them share a request.
+const TOGETHER: usize = 64;
+
+/// What to fetch before it is read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Plan {
+    /// The prioritized files of the layer itself, in the order of the blob.
+    Landmark,
+    /// These chunks, in the order in which they are expected to be read.
+    Order(Arc<[ChunkId]>),
+}
 
 /// How long nothing is fetched ahead when the disk does not take it; it
 /// doubles.
@@ -30,14 +44,41 @@ impl Drop for Handle {
 }
 
 impl LazyLayer {
-    /// Streams the prioritized files, if the layer has any, while the
-    /// container runs already.
-    pub fn prefetch(self: &Arc<Self>) -> Option<Handle> {
-        let end = self.dir().identity().prefetch_end?;
+    /// Streams what `plan` names while the container runs already. None where
+    /// that is nothing: a layer without prioritized files, an empty order.
+    pub fn prefetch(self: &Arc<Self>, plan: Plan) -> Option<Handle> {
         let layer = Arc::clone(self);
-        Some(self.go(async move {
-            layer.stream(0..end, Priority::Prefetch).await;
-        }))
+        match plan {
+            Plan::Landmark => {
+                let end = self.dir().identity().prefetch_end?;
+                Some(self.go(async move {
+                    layer.stream(0..end, Priority::Prefetch).await;
+                }))
+            }
+            Plan::Order(order) if order.is_empty() => None,
+            Plan::Order(order) => Some(self.go(async move {
+                layer.follow(&order).await;
+            })),
+        }
+    }
+
+    /// Fetches chunks in the order given, but for neighbours.
+    async fn follow(self: &Arc<Self>, order: &[ChunkId]) {
+        for together in order.chunks(TOGETHER) {
+            let mut units: Vec<Unit> = together
+                .iter()
+                .map(|&chunk| self.dir().chunks().get(chunk).unit)
+                .collect();
+            units.sort_unstable_by_key(|unit| unit.offset);
+            units.dedup();
+            let gap = self.link().worthwhile_gap();
+            let longest = self.engine().config().longest_range;
+            for planned in plan::group(units, |unit| *unit, gap, longest) {
+                let units = planned.wanted.into_iter();
+                let claims = units.filter_map(|unit| self.claim(unit)).collect();
+                fetch_claimed(self, claims, Priority::Prefetch).await;
+            }
+        }
     }
 
     /// Downloads what is missing, after `delay`, in one stream that pauses
@@ -153,8 +194,8 @@ impl LazyLayer {
             self.engine().idle().await;
         }
         let gap = self.link().worthwhile_gap();
-        let mut arriving = Arriving::request(self, run.start, run.end).await?;
-        let mut decoding = Decoding::new(self);
+        let mut arriving = Arriving::request(self, run.start, run.end, priority).await?;
+        let mut decoding = Decoding::new(self, priority);
         let mut outcome = Ok(());
         let mut units = self.units(run.start, run.end).peekable();
         while let Some(unit) = units.next() {

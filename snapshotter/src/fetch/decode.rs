@@ -1,12 +1,12 @@
 //! From a unit's compressed bytes to verified chunks in `data`.
 
 use bytes::Bytes;
-use sluice_layer::{DecodeError, Wanted, decode_unit};
+use sluice_layer::{DecodeError, Format, Unit, Wanted, decode_unit};
 
 use super::inflight::Claim;
 use super::layer::LazyLayer;
-use super::{FetchError, Unstored};
-use crate::layer_dir::ChunkId;
+use super::{FetchError, Priority, Unstored};
+use crate::layer_dir::{ChunkId, LayerDir};
 
 /// A unit that has arrived.
 pub(super) struct Arrived {
@@ -18,7 +18,11 @@ pub(super) struct Arrived {
 
 /// Decodes units, tells who waits, and returns those that are to be fetched
 /// once more because their bytes were wrong.
-pub(super) fn decode_all(layer: &LazyLayer, arrived: Vec<Arrived>) -> Vec<Claim> {
+pub(super) fn decode_all(
+    layer: &LazyLayer,
+    priority: Priority,
+    arrived: Vec<Arrived>,
+) -> Vec<Claim> {
     let mut wrong = Vec::new();
     for Arrived {
         claim,
@@ -30,7 +34,7 @@ pub(super) fn decode_all(layer: &LazyLayer, arrived: Vec<Arrived>) -> Vec<Claim>
         let digest = layer.digest();
         match decode_one(layer, unit.offset, &bytes, claim.is_awaited()) {
             Ok(unstored) => {
-                layer.count_decoded(bytes.len() as u64);
+                layer.count_decoded(priority, bytes.len() as u64);
                 claim.finish(Ok(unstored));
             }
             Err(error) if !again => {
@@ -51,6 +55,26 @@ pub(super) fn decode_all(layer: &LazyLayer, arrived: Vec<Arrived>) -> Vec<Claim>
         }
     }
     wrong
+}
+
+/// Bytes of memory that decoding a unit takes at most: a small one may hold
+/// much.
+pub(super) fn decoded_size(dir: &LayerDir, unit: Unit) -> u64 {
+    const SURPLUS: u64 = 1 << 20;
+    const PER_CHUNK: u64 = 128;
+    let mut needed = SURPLUS;
+    let mut chunks = 0;
+    for chunk in dir.chunks().of_unit(unit.offset) {
+        let record = dir.chunks().get(chunk);
+        needed = needed.max(SURPLUS + u64::from(record.inner_offset) + u64::from(record.size));
+        chunks += PER_CHUNK;
+    }
+    // A decompressor that does not know the size holds a window as well.
+    let window = match dir.identity().format {
+        Format::Estargz => 0,
+        Format::ZstdChunked => needed,
+    };
+    needed + window + chunks
 }
 
 /// Stores the unit's chunks that are missing, and returns those that could not

@@ -9,13 +9,15 @@ use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
+use super::activity::UnderWay;
 use super::unstored::Storage;
-use super::{Admission, Link};
+use super::{Admission, Link, LinkFigures, Request};
 
 /// How the node fetches.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
-    /// Bytes of fetched, not yet decoded data in memory at once.
+    /// Bytes of fetched, not yet decoded data in memory at once, and as many
+    /// of what it is decoded to.
     pub memory: u64,
     /// Requests under way at once.
     pub connections: u64,
@@ -60,9 +62,12 @@ struct Shared {
     config: Config,
     admission: Admission,
     decoders: Arc<Semaphore>,
+    /// Kibibytes that may be decoded to at once.
+    decoded: Arc<Semaphore>,
     links: Mutex<HashMap<String, Arc<Link>>>,
     demand: Demand,
     storage: Storage,
+    under_way: UnderWay,
 }
 
 /// Part of the memory that may hold what the disk does not take.
@@ -88,6 +93,7 @@ impl Engine {
             runtime,
             admission: Admission::new(config.memory, config.connections),
             decoders: Arc::new(Semaphore::new(config.decoders.max(1))),
+            decoded: Arc::new(Semaphore::new(kibibytes(config.memory) as usize)),
             links: Mutex::default(),
             demand: Demand {
                 waiting: AtomicU64::new(0),
@@ -96,6 +102,7 @@ impl Engine {
                 none: Notify::new(),
             },
             storage: Storage::new(config.memory / UNSTORED),
+            under_way: UnderWay::default(),
             config,
         }))
     }
@@ -120,6 +127,31 @@ impl Engine {
         &self.0.storage
     }
 
+    pub(super) fn under_way(&self) -> &UnderWay {
+        &self.0.under_way
+    }
+
+    /// The requests that are under way, the oldest first.
+    pub fn requests(&self) -> Vec<Request> {
+        self.0.under_way.list()
+    }
+
+    /// Readers that wait now.
+    pub fn waiting(&self) -> u64 {
+        self.0.demand.waiting.load(Ordering::Relaxed)
+    }
+
+    /// What is known of the links, by host.
+    pub fn links(&self) -> Vec<(String, LinkFigures)> {
+        let links = self.0.links.lock();
+        let mut links: Vec<_> = links
+            .iter()
+            .map(|(host, link)| (host.clone(), link.figures()))
+            .collect();
+        links.sort_by(|(a, _), (b, _)| a.cmp(b));
+        links
+    }
+
     /// What is known of the link to `host`.
     pub(super) fn link(&self, host: &str) -> Arc<Link> {
         let mut links = self.0.links.lock();
@@ -129,9 +161,15 @@ impl Engine {
         }
     }
 
-    /// Waits for a core to decode on.
-    pub(super) async fn decoder(&self) -> Option<OwnedSemaphorePermit> {
-        Arc::clone(&self.0.decoders).acquire_owned().await.ok()
+    /// Waits for a core to decode on, and for memory for `bytes` of output:
+    /// more than there may be at once counts as all of it.
+    pub(super) async fn decoder(&self, bytes: u64) -> Option<Decoder> {
+        let output = kibibytes(bytes.min(self.0.config.memory));
+        let output = Arc::clone(&self.0.decoded).acquire_many_owned(output);
+        Some(Decoder {
+            _output: output.await.ok()?,
+            _core: Arc::clone(&self.0.decoders).acquire_owned().await.ok()?,
+        })
     }
 
     /// A reader waits until the guard is dropped.
@@ -157,6 +195,17 @@ impl Engine {
             tokio::time::sleep(IDLE.saturating_sub(quiet)).await;
         }
     }
+}
+
+/// The right to decode, until it is dropped.
+#[derive(Debug)]
+pub(super) struct Decoder {
+    _output: OwnedSemaphorePermit,
+    _core: OwnedSemaphorePermit,
+}
+
+fn kibibytes(bytes: u64) -> u32 {
+    u32::try_from(bytes / 1024).unwrap_or(u32::MAX).max(1)
 }
 
 /// While it lives, a reader waits.

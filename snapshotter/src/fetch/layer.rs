@@ -3,7 +3,6 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use futures_util::future::BoxFuture;
@@ -12,11 +11,13 @@ use sluice_layer::Unit;
 use sluice_oci::Digest;
 use tokio_util::sync::CancellationToken;
 
+use super::activity::{Activity, Counters};
 use super::engine::Engine;
 use super::inflight::{Abandoned, Claim, InFlight};
 use super::plan::{self, Planned};
 use super::readahead::ReadAhead;
 use super::stream;
+use super::trace::{Recording, Trace};
 use super::{FetchError, Link, Priority, RangeSource, Unstored};
 use crate::fuse::Content;
 use crate::layer_dir::{ChunkId, LayerDir};
@@ -39,10 +40,11 @@ pub struct LazyLayer {
     path_of: PathOf,
     trouble: Mutex<HashSet<String>>,
     closed: CancellationToken,
-    fetched: AtomicU64,
     /// Chunks that the disk did not give back, and how often.
     pub(super) unreadable: Mutex<HashMap<ChunkId, u32>>,
     mended: Mutex<Option<String>>,
+    counters: Counters,
+    trace: Trace,
 }
 
 impl std::fmt::Debug for LazyLayer {
@@ -69,9 +71,10 @@ impl LazyLayer {
             in_flight: InFlight::default(),
             trouble: Mutex::default(),
             closed: CancellationToken::new(),
-            fetched: AtomicU64::new(0),
             unreadable: Mutex::default(),
             mended: Mutex::default(),
+            counters: Counters::default(),
+            trace: Trace::new(dir.chunks().len()),
             path_of,
             source,
             dir,
@@ -121,11 +124,25 @@ impl LazyLayer {
 
     /// Compressed bytes of units that were decoded since the layer was opened.
     pub fn fetched_bytes(&self) -> u64 {
-        self.fetched.load(Ordering::Relaxed)
+        self.activity().fetched.iter().sum()
     }
 
-    pub(super) fn count_decoded(&self, bytes: u64) {
-        self.fetched.fetch_add(bytes, Ordering::Relaxed);
+    /// What happened to it since it was opened.
+    pub fn activity(&self) -> Activity {
+        self.counters.get()
+    }
+
+    pub(super) fn count_decoded(&self, priority: Priority, bytes: u64) {
+        self.counters.fetched(priority, bytes);
+    }
+
+    /// Records what is read of it from now on.
+    pub fn record(self: &Arc<Self>) -> Recording {
+        Recording::begin(Arc::clone(self))
+    }
+
+    pub(super) fn trace(&self) -> &Trace {
+        &self.trace
     }
 
     /// Ends all fetches; readers that wait get an error.
@@ -286,6 +303,10 @@ impl Content for LazyLayer {
     }
 
     fn try_read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<bool> {
+        if self.trace.is_active() {
+            let chunks = self.dir.chunks().overlapping(offset, buffer.len() as u64);
+            self.trace.note(chunks);
+        }
         let len = buffer.len() as u64;
         if !self.dir.has(offset, len) {
             return Ok(false);
@@ -295,6 +316,7 @@ impl Content for LazyLayer {
             self.unreadable(offset, len, &error);
             return Ok(false);
         }
+        self.counters.read();
         if self.read_ahead.is_active() {
             self.read_on(offset, buffer.len() as u64);
         }
@@ -306,6 +328,7 @@ impl Content for LazyLayer {
         offset: u64,
         len: usize,
     ) -> BoxFuture<'static, io::Result<Vec<u8>>> {
+        self.counters.waits();
         Box::pin(async move {
             let read = self.fetch_and_read(offset, len).await;
             Ok(read.inspect_err(|error| {

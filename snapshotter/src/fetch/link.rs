@@ -14,6 +14,15 @@ const LARGEST_GAP: u64 = 512 << 10;
 /// Bandwidth is taken over at least this long.
 const SAMPLE: Duration = Duration::from_millis(50);
 
+/// What is known of a link.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LinkFigures {
+    /// Round-trip time.
+    pub round_trip: Duration,
+    /// Bytes a second.
+    pub bandwidth: u64,
+}
+
 /// Round-trip time and bandwidth to one host.
 #[derive(Debug)]
 pub struct Link(Mutex<State>);
@@ -65,6 +74,15 @@ impl Link {
         }
         state.since = Some(now);
         state.bytes = 0;
+    }
+
+    /// What was measured, or is supposed until something was.
+    pub fn figures(&self) -> LinkFigures {
+        let state = self.0.lock();
+        LinkFigures {
+            round_trip: Duration::from_secs_f64(state.round_trip),
+            bandwidth: state.bandwidth as u64,
+        }
     }
 
     /// Bytes that arrive in one round trip: a smaller gap between two ranges

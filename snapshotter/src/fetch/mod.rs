@@ -5,6 +5,7 @@
 //! Any other joins the fetches that are in flight, starts those that are not,
 //! and waits. Bytes are decoded and verified unit by unit as they arrive.
 
+mod activity;
 mod admission;
 mod ahead;
 mod decode;
@@ -17,18 +18,21 @@ mod plan;
 mod readahead;
 mod source;
 mod stream;
+mod trace;
 mod unstored;
 
 use std::io;
 
 use sluice_oci::Digest;
 
+pub use activity::{Activity, Request};
 pub use admission::{Admission, Permit, Priority};
-pub use ahead::Handle;
+pub use ahead::{Handle, Plan};
 pub use engine::{Config, Engine};
 pub use layer::{LazyLayer, PathOf};
-pub use link::Link;
+pub use link::{Link, LinkFigures};
 pub use source::{RangeBody, RangeSource, RegistryBlob, SourceError};
+pub use trace::Recording;
 pub use unstored::Unstored;
 
 /// Why missing bytes could not be made present.

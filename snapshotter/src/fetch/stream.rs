@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use bytes::{Bytes, BytesMut};
 use tokio::task::JoinSet;
 
-use super::decode::{Arrived, decode_all};
+use super::activity::{Entered, Request};
+use super::decode::{Arrived, decode_all, decoded_size};
 use super::inflight::Claim;
 use super::layer::LazyLayer;
 use super::{FetchError, Link, Priority, RangeBody, SourceError};
@@ -31,6 +32,7 @@ pub(super) struct Arriving<'a> {
     link: &'a Link,
     buffered: Bytes,
     position: u64,
+    _under_way: Entered,
 }
 
 impl<'a> Arriving<'a> {
@@ -39,8 +41,16 @@ impl<'a> Arriving<'a> {
         layer: &'a LazyLayer,
         start: u64,
         end: u64,
+        priority: Priority,
     ) -> Result<Self, SourceError> {
         let sent = Instant::now();
+        let under_way = layer.engine().under_way().enter(Request {
+            layer: layer.digest(),
+            start,
+            end,
+            priority,
+            since: sent,
+        });
         let body = layer.source().range(start, end - start).await?;
         layer.link().answered(sent.elapsed());
         Ok(Self {
@@ -48,6 +58,7 @@ impl<'a> Arriving<'a> {
             link: layer.link(),
             buffered: Bytes::new(),
             position: start,
+            _under_way: under_way,
         })
     }
 
@@ -109,15 +120,17 @@ impl<'a> Arriving<'a> {
 /// Decodes what arrives on blocking threads, a batch at a time.
 pub(super) struct Decoding<'a> {
     layer: &'a Arc<LazyLayer>,
+    priority: Priority,
     batch: Vec<Arrived>,
     bytes: usize,
     jobs: JoinSet<Vec<Claim>>,
 }
 
 impl<'a> Decoding<'a> {
-    pub(super) fn new(layer: &'a Arc<LazyLayer>) -> Self {
+    pub(super) fn new(layer: &'a Arc<LazyLayer>, priority: Priority) -> Self {
         Self {
             layer,
+            priority,
             batch: Vec::new(),
             bytes: 0,
             jobs: JoinSet::new(),
@@ -138,15 +151,19 @@ impl<'a> Decoding<'a> {
         if self.batch.is_empty() {
             return;
         }
-        let Some(core) = self.layer.engine().decoder().await else {
+        let units = self.batch.iter().map(|arrived| arrived.claim.unit());
+        let output = units.map(|unit| decoded_size(self.layer.dir(), unit)).max();
+        let engine = self.layer.engine();
+        let Some(core) = engine.decoder(output.unwrap_or_default()).await else {
             return;
         };
         let batch = std::mem::take(&mut self.batch);
         self.bytes = 0;
         let layer = Arc::clone(self.layer);
+        let priority = self.priority;
         self.jobs.spawn_blocking(move || {
             let _core = core;
-            decode_all(&layer, batch)
+            decode_all(&layer, priority, batch)
         });
     }
 
@@ -220,7 +237,7 @@ pub(super) async fn fetch_claimed(layer: &Arc<LazyLayer>, claims: Vec<Claim>, pr
         let bytes = window(range, largest.unwrap_or(0));
         let permit = layer.engine().admission().admit(priority, bytes).await;
         let before = pending.len();
-        let attempt = attempt(layer, &mut pending).await;
+        let attempt = attempt(layer, &mut pending, priority).await;
         drop(permit);
         if pending.len() < before {
             patience.renew();
@@ -261,15 +278,16 @@ async fn within<T>(
 async fn attempt(
     layer: &Arc<LazyLayer>,
     pending: &mut VecDeque<(Claim, bool)>,
+    priority: Priority,
 ) -> Result<(), SourceError> {
     let (Some((first, _)), Some((last, _))) = (pending.front(), pending.back()) else {
         return Ok(());
     };
     let end = last.unit().offset + last.unit().size;
     let limit = layer.engine().config().deadline;
-    let request = Arriving::request(layer, first.unit().offset, end);
+    let request = Arriving::request(layer, first.unit().offset, end, priority);
     let mut arriving = within(limit, request).await?;
-    let mut decoding = Decoding::new(layer);
+    let mut decoding = Decoding::new(layer, priority);
     let mut outcome = Ok(());
     while let Some((claim, _)) = pending.front() {
         let unit = claim.unit();

@@ -437,7 +437,10 @@ async fn random_readers_are_not_read_ahead_for() {
 async fn prefetch_takes_the_prioritized_files_and_nothing_else() {
     let s = setup();
     let end = s.layer.dir().identity().prefetch_end.unwrap();
-    let handle = s.layer.prefetch().expect("there is a landmark");
+    let handle = s
+        .layer
+        .prefetch(Plan::Landmark)
+        .expect("there is a landmark");
     until(|| s.layer.dir().present().count() == 8).await;
     for file in 0..4 {
         s.read(file).await.unwrap();
@@ -447,6 +450,22 @@ async fn prefetch_takes_the_prioritized_files_and_nothing_else() {
     assert!(requests[0].1 <= end);
     drop(handle);
     until(|| s.nothing_is_held()).await;
+}
+
+#[tokio::test]
+async fn prefetch_follows_an_order() {
+    let s = setup();
+    assert!(s.layer.prefetch(Plan::Order(Arc::default())).is_none());
+    let table = s.layer.dir().chunks();
+    let order: Vec<_> = [9, 2]
+        .into_iter()
+        .flat_map(|file| table.overlapping(s.starts[file], 60_000))
+        .collect();
+    let _handle = s.layer.prefetch(Plan::Order(order.into()));
+    until(|| s.layer.dir().present().count() == 4).await;
+    s.read(9).await.unwrap();
+    s.read(2).await.unwrap();
+    assert!(s.source.take_requests().len() <= 2);
 }
 
 #[tokio::test]

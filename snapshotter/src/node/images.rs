@@ -53,7 +53,7 @@ impl Node {
             let Ok(_turn) = self.0.opening.acquire().await else {
                 return;
             };
-            let opened = self.open_layer(&request.reference, layer.digest, &layer.known);
+            let opened = self.open_layer(request, layer.digest, &layer.known);
             if let Err(error) = opened.await {
                 tracing::debug!("not opened ahead: {error}");
             }

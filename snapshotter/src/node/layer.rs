@@ -10,18 +10,21 @@ use std::sync::atomic::Ordering;
 use sluice_oci::{Digest, Reference};
 use tokio::task::spawn_blocking;
 
-use super::compile::{self, compile};
+use super::compile;
 use super::paths::path_of;
+use super::plans::ProfileSource;
 use super::start::{BLOBS, MOUNTS, TREES};
+use super::status::LayerStatus;
 use super::{Mode, Node, source};
 use crate::erofs::Image;
-use crate::fetch::{Handle, LazyLayer};
+use crate::fetch::{Handle, LazyLayer, Plan};
 use crate::fuse::blobs::BlobTable;
 use crate::fuse::{Content, Tree, TreeTable};
 use crate::layer_dir::{self, LayerDir, TEMPORARY};
 use crate::mount;
+use crate::profiles::ImageId;
 use crate::remote::Known;
-use crate::service::{MountError, NotLazy, Usage};
+use crate::service::{LayerRequest, MountError, NotLazy, Usage};
 
 /// The place of a layer, whether it is there or not. The lock is held while
 /// the layer is being opened, mounted or removed.
@@ -32,10 +35,12 @@ pub(super) struct Slot(pub(super) tokio::sync::Mutex<Option<Open>>);
 pub(super) struct Open {
     pub(super) layer: Arc<LazyLayer>,
     pub(super) mounted: Option<PathBuf>,
-    pub(super) prefetch: Option<Handle>,
+    pub(super) prefetch: Option<(ProfileSource, Handle)>,
     download: Option<Handle>,
     /// Whether a snapshot was mounted from it, and nobody noted that yet.
     pub(super) used: bool,
+    /// A former process mounted it: what was read before is not known.
+    resumed: bool,
     /// Whether the kernel reads its content without asking.
     pub(super) direct: bool,
 }
@@ -46,7 +51,7 @@ impl Node {
     /// another image, which claimed other content for the same layer.
     pub(super) async fn open_layer(
         &self,
-        reference: &Reference,
+        request: &LayerRequest,
         digest: Digest,
         known: &Known,
     ) -> Result<(), NotLazy> {
@@ -57,7 +62,7 @@ impl Node {
             *place = self.load(digest).await.map_err(not_lazy)?;
         }
         if place.is_none() {
-            self.make(reference, digest, known)
+            self.make(&request.reference, digest, known)
                 .await
                 .map_err(not_lazy)?;
             *place = self.load(digest).await.map_err(not_lazy)?;
@@ -72,9 +77,12 @@ impl Node {
                     .to_owned(),
             ));
         }
-        if self.0.config.prefetch && open.prefetch.is_none() && !open.layer.dir().is_complete() {
-            open.prefetch = open.layer.prefetch();
-        }
+        let image = ImageId {
+            reference: Some(request.reference.to_string()),
+            manifest: request.manifest_digest,
+            layers: request.image_layers.clone(),
+        };
+        self.prefetch(open, &image).await;
         Ok(())
     }
 
@@ -98,7 +106,10 @@ impl Node {
             }
             made => made,
         };
-        made.map_err(|error| error.to_string())
+        made.map_err(|error| match error.needs_more_memory() {
+            true => format!("{error}; raise toc_memory_mib in section [fetch]"),
+            false => error.to_string(),
+        })
     }
 
     async fn make_once(
@@ -109,13 +120,9 @@ impl Node {
     ) -> Result<(), compile::Error> {
         let fetched = self.0.remote.fetch_toc(reference, digest, known).await?;
         let number = self.0.numbers.take().map_err(compile::Error::Number)?;
-        let node = self.clone();
-        let reference = reference.clone();
-        let compiled = spawn_blocking(move || {
-            let layers = node.layers_dir();
-            compile(&layers, &node.0.remote, fetched, digest, &reference, number)
-        });
-        compiled.await.unwrap_or(Err(compile::Error::Panicked))
+        let layers = self.layers_dir();
+        self.compile(layers, fetched, digest, reference, number)
+            .await
     }
 
     /// Opens the layer's directory, if there is one, and checks all of it but
@@ -184,6 +191,7 @@ impl Node {
             download: None,
             used: false,
             direct: false,
+            resumed: false,
         }
     }
 
@@ -214,16 +222,51 @@ impl Node {
         .map_err(|error| MountError::failed(digest, error))?;
         open.mounted = Some(path.clone());
         open.direct = direct;
-        self.fetch_ahead(open);
+        self.download(open);
         Ok(path)
     }
 
-    /// Starts to fetch what a mounted layer lacks.
-    fn fetch_ahead(&self, open: &mut Open) {
+    /// Starts to fetch what `image` will need of the layer, if anything says
+    /// what that is and it was not started before.
+    async fn prefetch(&self, open: &mut Open, image: &ImageId) {
+        if !self.0.config.prefetch || open.prefetch.is_some() || open.layer.dir().is_complete() {
+            return;
+        }
+        if let Some((source, plan)) = self.plan(&open.layer, image).await {
+            open.prefetch = open.layer.prefetch(plan).map(|handle| (source, handle));
+        }
+    }
+
+    /// A container of `image` is about to start. Returns its layers, and
+    /// whether nothing was read of them before that was not seen.
+    pub(super) async fn starting(&self, image: &ImageId) -> (Vec<Arc<LazyLayer>>, bool) {
+        let mut layers = Vec::new();
+        let mut whole = true;
+        for &digest in &image.layers {
+            let slot = self.0.slots.lock().get(&digest).cloned();
+            let Some(slot) = slot else {
+                whole = false;
+                continue;
+            };
+            let mut place = slot.0.lock().await;
+            let Some(open) = place.as_mut() else {
+                whole = false;
+                continue;
+            };
+            // Of a layer whose content is all here, the kernel reads it alone.
+            let dir = open.layer.dir();
+            let activity = open.layer.activity();
+            let unread = activity.reads == 0 && activity.waited == 0;
+            whole &= dir.chunks().is_empty() || (unread && !open.resumed && !dir.is_complete());
+            self.prefetch(open, image).await;
+            layers.push(Arc::clone(&open.layer));
+        }
+        (layers, whole)
+    }
+
+    /// Starts to download what a mounted layer lacks.
+    fn download(&self, open: &mut Open) {
         if !open.layer.dir().is_complete() {
-            if self.0.config.prefetch && open.prefetch.is_none() {
-                open.prefetch = open.layer.prefetch();
-            }
             if let (Some(delay), None) = (self.0.config.background, &open.download) {
                 open.download = Some(open.layer.download(delay));
             }
@@ -254,11 +297,16 @@ impl Node {
 
     /// Goes on with the mount of a former process.
     pub(super) fn resume_mount(&self, open: &mut Open, mounted: Option<PathBuf>) {
+        open.resumed = true;
         if mounted.is_some() {
             open.mounted = mounted;
             // Perhaps; it had to be complete for that.
             open.direct = self.0.mode == Mode::Erofs && open.layer.dir().is_complete();
-            self.fetch_ahead(open);
+            if self.0.config.prefetch {
+                let landmark = open.layer.prefetch(Plan::Landmark);
+                open.prefetch = landmark.map(|handle| (ProfileSource::Image, handle));
+            }
+            self.download(open);
         }
     }
 
@@ -317,6 +365,8 @@ impl Node {
 
     /// Unmounts and deletes the layer.
     pub(super) async fn remove_layer(&self, digest: Digest) -> Result<(), MountError> {
+        // Their files could not be named later.
+        self.end_recordings(|recording| recording.of(digest)).await;
         let slot = self.slot(digest);
         let mut place = slot.0.lock().await;
         let failed = |error: io::Error| MountError::failed(digest, error);
@@ -395,6 +445,18 @@ impl Node {
         first_failure
     }
 
+    /// What each open layer is and does, by digest.
+    pub(super) fn layer_statuses(&self) -> Vec<LayerStatus> {
+        let slots: Vec<Arc<Slot>> = self.0.slots.lock().values().cloned().collect();
+        let mut statuses: Vec<LayerStatus> = slots
+            .iter()
+            // One that is being opened or removed is not there.
+            .filter_map(|slot| Some(slot.0.try_lock().ok()?.as_ref()?.status()))
+            .collect();
+        statuses.sort_by_key(|status| status.digest);
+        statuses
+    }
+
     /// Makes what has become present durable.
     pub(super) async fn persist(&self) {
         let slots: Vec<Arc<Slot>> = self.0.slots.lock().values().cloned().collect();
@@ -449,6 +511,20 @@ impl Open {
     pub(super) fn end(self) -> Arc<LazyLayer> {
         self.layer.close();
         self.layer
+    }
+
+    fn status(&self) -> LayerStatus {
+        let dir = self.layer.dir();
+        LayerStatus {
+            digest: self.layer.digest(),
+            image: dir.identity().reference.to_string(),
+            mounted: self.mounted.is_some(),
+            blob_size: dir.identity().blob_size,
+            chunks: dir.chunks().len(),
+            present: dir.present().count(),
+            activity: self.layer.activity(),
+            profile: self.prefetch.as_ref().map(|(source, _)| *source),
+        }
     }
 
     pub(super) async fn close(self, node: &Node, keep: bool) {

@@ -6,7 +6,6 @@ use sluice_oci::Digest;
 use tokio::task::spawn_blocking;
 
 use super::Node;
-use super::compile::compile;
 use crate::layer_dir::{self, Identity, LayerDir, TEMPORARY};
 use crate::remote::Known;
 
@@ -30,25 +29,24 @@ impl Node {
             .fetch_toc(&identity.reference, digest, &Known::trusted(identity.trust))
             .await
             .map_err(|error| error.to_string())?;
-        let node = self.clone();
+        let place = self
+            .layers_dir()
+            .join(format!("{TEMPORARY}mend-{}", digest.hex()));
+        let _ = fs::remove_dir_all(&place);
+        fs::create_dir(&place).map_err(|error| error.to_string())?;
+        let Identity {
+            reference, number, ..
+        } = identity;
+        let made = self.compile(place.clone(), fetched, digest, &reference, number);
+        let made = made.await.map_err(|error| error.to_string());
+        let path = self.layer_path(digest);
         let mended = spawn_blocking(move || {
-            let place = node
-                .layers_dir()
-                .join(format!("{TEMPORARY}mend-{}", digest.hex()));
+            let mended = made.and_then(|()| {
+                let whole = place.join(digest.hex());
+                layer_dir::mend(&path, &whole).map_err(|error| error.to_string())
+            });
             let _ = fs::remove_dir_all(&place);
-            fs::create_dir(&place).map_err(|error| error.to_string())?;
-            let Identity {
-                reference, number, ..
-            } = identity;
-            let made = compile(&place, &node.0.remote, fetched, digest, &reference, number)
-                .map_err(|error| error.to_string())
-                .and_then(|()| {
-                    let whole = place.join(digest.hex());
-                    layer_dir::mend(&node.layer_path(digest), &whole)
-                        .map_err(|error| error.to_string())
-                });
-            let _ = fs::remove_dir_all(&place);
-            made
+            mended
         });
         mended.await.map_err(|error| error.to_string())?
     }

@@ -9,6 +9,7 @@
 //! | `blobs/` | in mode `erofs`, mount point of the node's one FUSE file system of contents |
 //! | `m/<number>/` | in mode `erofs`, a mounted layer |
 //! | `next-layer` | the number that the next layer gets |
+//! | `profiles/` | what images read while they start |
 //! | `t/<number>/` | in mode `fuse`, a layer in the node's one FUSE file system of trees |
 
 mod compile;
@@ -20,9 +21,12 @@ mod marker;
 mod memory;
 mod mend;
 mod paths;
+mod plans;
+mod recording;
 mod revive;
 mod scrub;
 mod start;
+mod status;
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
@@ -39,13 +43,18 @@ use crate::fuse::blobs::BlobTable;
 use crate::fuse::{self, SessionError, TreeTable};
 use crate::keeper::Keeper;
 use crate::mount;
+use crate::profiles::{ProfileError, Profiles};
 use crate::remote::Remote;
-use crate::service::{InUse, LayerRequest, LazyLayers, MountError, NotLazy, Usage};
+use crate::service::{ImageUse, InUse, LayerRequest, LazyLayers, MountError, NotLazy, Usage};
 
 pub use evict::Quota;
 use layer::Slot;
 use left::Numbers;
 use marker::Marker;
+pub use plans::ProfileSource;
+pub use recording::Recorded;
+use recording::Recordings;
+pub use status::{LayerStatus, NodeStatus};
 
 /// How layers are mounted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,8 +74,10 @@ pub struct Config {
     pub mode: Option<Mode>,
     /// How to fetch.
     pub fetch: fetch::Config,
-    /// Whether prioritized files are fetched before they are read.
+    /// Whether what a profile or the image names is fetched before it is read.
     pub prefetch: bool,
+    /// How starts are recorded.
+    pub profiles: ProfileConfig,
     /// How long after its mount the rest of a layer is downloaded, if at all.
     pub background: Option<Duration>,
     /// How much the layers may take on disk.
@@ -75,6 +86,8 @@ pub struct Config {
     pub scrub_rate: u64,
     /// Layers of one image whose TOCs are fetched and compiled at once.
     pub opening: usize,
+    /// Bytes of memory for all TOCs that are fetched and compiled at once.
+    pub toc_memory: u64,
     /// Who keeps the node's FUSE mounts for the next process.
     pub keeper: Arc<Keeper>,
 }
@@ -87,11 +100,37 @@ impl Config {
             mode: None,
             fetch: fetch::Config::default(),
             prefetch: true,
+            profiles: ProfileConfig::default(),
             background: Some(Duration::from_secs(10)),
             quota: Quota::default(),
             scrub_rate: 50 << 20,
             opening: 8,
+            toc_memory: 160 << 20,
             keeper: Arc::default(),
+        }
+    }
+}
+
+/// How starts are recorded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProfileConfig {
+    /// Whether they are, beyond those that are asked for.
+    pub record: bool,
+    /// How long a recording lasts at most.
+    pub longest: Duration,
+    /// A recording ends when nothing new was read for so long.
+    pub idle: Duration,
+    /// Images whose profiles are kept.
+    pub images: usize,
+}
+
+impl Default for ProfileConfig {
+    fn default() -> Self {
+        Self {
+            record: true,
+            longest: Duration::from_secs(120),
+            idle: Duration::from_secs(10),
+            images: 256,
         }
     }
 }
@@ -110,6 +149,9 @@ pub enum StartError {
     /// No FUSE.
     #[error("{0}")]
     Session(#[from] SessionError),
+    /// The directory of profiles.
+    #[error(transparent)]
+    Profiles(#[from] ProfileError),
     /// Mounts that a former process left behind cannot be listed or removed.
     #[error("{0}")]
     Mount(#[from] mount::Error),
@@ -143,6 +185,8 @@ struct Inner {
     unpersisted: Mutex<HashMap<Digest, String>>,
     /// Held while all layers are verified.
     scrubbing: tokio::sync::Mutex<()>,
+    profiles: Arc<Profiles>,
+    recordings: Recordings,
 }
 
 impl Node {
@@ -181,12 +225,15 @@ impl LazyLayers for Node {
             .known(&request)
             .await
             .map_err(|error| NotLazy::new(request.digest, error.to_string()))?;
-        self.open_layer(&request.reference, request.digest, &known)
-            .await
+        self.open_layer(&request, request.digest, &known).await
     }
 
     async fn mount(&self, layer: Digest) -> Result<PathBuf, MountError> {
         self.mount_layer(layer).await
+    }
+
+    async fn starts(&self, image: ImageUse) {
+        self.begin(image).await;
     }
 
     async fn remove(&self, layer: Digest) -> Result<(), MountError> {

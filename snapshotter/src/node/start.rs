@@ -15,13 +15,15 @@ use tokio::sync::Semaphore;
 
 use super::left::{self, Left, Numbers, clear, tidy};
 use super::marker::{Before, Marker};
+use super::recording::Recordings;
 use super::{Config, Inner, Mode, Node, StartError, memory};
 use crate::fetch::Engine;
 use crate::fuse::blobs::{BlobTable, Blobs};
 use crate::fuse::tree::Trees;
 use crate::fuse::{Kept, Reader, Session, SessionError, TreeTable};
 use crate::mount;
-use crate::remote::Remote;
+use crate::profiles::Profiles;
+use crate::remote::{Remote, TocBudget};
 
 /// The layers' directories.
 pub(super) const LAYERS: &str = "layers";
@@ -31,6 +33,9 @@ pub(super) const BLOBS: &str = "blobs";
 pub(super) const MOUNTS: &str = "m";
 /// Where trees are mounted.
 pub(super) const TREES: &str = "t";
+
+/// What images read while they start.
+pub(super) const PROFILES: &str = "profiles";
 
 /// How often what has become present is made durable.
 const PERSIST: Duration = Duration::from_secs(30);
@@ -73,14 +78,17 @@ impl Node {
         let (marker, before) = Marker::set(root)?;
         let layers = tidy(&root.join(LAYERS))?;
         clear(root)?;
+        let profiles = Profiles::open(root.join(PROFILES), config.profiles.images)?;
         let runtime = Handle::current();
         let node = Self(Arc::new(Inner {
             engine: Engine::new(config.fetch.clone(), runtime.clone()),
-            remote: Remote::new(client),
+            remote: Remote::new(client, TocBudget::new(config.toc_memory)),
             slots: Mutex::new(HashMap::new()),
             sessions: Mutex::default(),
             numbers: Numbers::load(root, &layers)?,
             opening: Semaphore::new(config.opening.max(1)),
+            profiles: Arc::new(profiles),
+            recordings: Recordings::default(),
             mode,
             blobs: BlobTable::new(),
             trees: TreeTable::new(),
@@ -152,6 +160,7 @@ impl Node {
     /// Ends all fetches, makes what is present durable, and unmounts. What
     /// something still uses is detached, and fails when its bytes are missing.
     pub async fn stop(&self) {
+        self.end_recordings(|_| true).await;
         let slots: Vec<_> = self.0.slots.lock().drain().collect();
         for (_, slot) in slots {
             slot.close(self).await;
@@ -182,6 +191,7 @@ impl Node {
         if !self.0.config.keeper.keeps() {
             return self.stop().await;
         }
+        self.end_recordings(|_| true).await;
         self.persist().await;
         for (_, session) in std::mem::take(&mut *self.0.sessions.lock()) {
             session.leave();

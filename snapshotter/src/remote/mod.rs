@@ -1,5 +1,6 @@
 //! From what containerd says of a layer to its verified TOC.
 
+mod budget;
 mod images;
 mod toc;
 
@@ -10,6 +11,7 @@ use sluice_layer::{FooterError, LayerAnnotations, Limits, TocError, TocTrust};
 use sluice_oci::{Digest, Reference};
 use sluice_registry::{Client, ErrorKind};
 
+pub use budget::{Taken, TocBudget};
 pub use images::{ImageLayer, Images};
 pub use toc::FetchedToc;
 
@@ -40,6 +42,30 @@ pub enum Error {
     /// The registry told no size.
     #[error("the registry does not tell the blob's size")]
     NoSize,
+    /// It is larger than the memory for all.
+    #[error(
+        "its table of contents has {needed} bytes, compressed, and at most {limit} are taken in; \
+         raise toc_memory_mib in section [fetch]"
+    )]
+    TocMemory {
+        /// Bytes.
+        needed: u64,
+        /// Bytes.
+        limit: u64,
+    },
+    /// Other TOCs hold the memory.
+    #[error(
+        "the tables of contents of other layers have taken all memory that is set aside for them \
+         for {0:?}; raise toc_memory_mib in section [fetch]"
+    )]
+    TocsInTheWay(std::time::Duration),
+}
+
+impl Error {
+    /// Whether the TOC could be read with more memory.
+    pub fn needs_more_memory(&self) -> bool {
+        matches!(self, Self::Toc(error) if error.needs_more_memory())
+    }
 }
 
 impl Error {
@@ -68,6 +94,7 @@ pub struct Remote {
     client: Client,
     images: Images,
     limits: Limits,
+    budget: TocBudget,
 }
 
 /// What is known of a layer before any of it was fetched.
@@ -128,13 +155,20 @@ impl Known {
 }
 
 impl Remote {
-    /// All requests go through `client`.
-    pub fn new(client: Client) -> Self {
+    /// All requests go through `client`, and all TOCs together take no more
+    /// memory than `budget`.
+    pub fn new(client: Client, budget: TocBudget) -> Self {
         Self {
             client,
             images: Images::new(),
             limits: Limits::default(),
+            budget,
         }
+    }
+
+    /// The memory for TOCs.
+    pub fn budget(&self) -> &TocBudget {
+        &self.budget
     }
 
     /// The client.

@@ -1,11 +1,13 @@
 //! Fetching a TOC in as few requests as can be.
 
 use bytes::{Bytes, BytesMut};
-use sluice_layer::{FOOTER_MAX, LayerAnnotations, TocLocation, TocTrust, locate_toc, read_toc};
+use sluice_layer::{
+    FOOTER_MAX, LayerAnnotations, Limits, TocLocation, TocTrust, locate_toc, read_toc,
+};
 use sluice_oci::{Digest, Reference};
 use sluice_registry::{Blob, ByteRange};
 
-use super::{Error, Known, Remote};
+use super::{Error, Known, Remote, Taken};
 
 /// The end of a blob that is asked for when nothing is known of its size.
 const TAIL: u64 = 256 << 10;
@@ -13,6 +15,8 @@ const TAIL: u64 = 256 << 10;
 const TAIL_MIN: u64 = 64 << 10;
 const TAIL_MAX: u64 = 1 << 20;
 const TAIL_PART: u64 = 64;
+/// Memory that reading any TOC takes.
+const LEAST_MEMORY: u64 = 4 << 20;
 
 /// A TOC as it arrived, not yet checked.
 #[derive(Debug)]
@@ -21,6 +25,8 @@ pub struct FetchedToc {
     compressed: Bytes,
     trust: TocTrust,
     blob_size: u64,
+    /// The memory that it is in.
+    _memory: Taken,
 }
 
 impl Remote {
@@ -50,6 +56,7 @@ impl Remote {
         size: Option<u64>,
     ) -> Result<FetchedToc, Error> {
         location.check(&self.limits)?;
+        let memory = self.budget.arrive(location.compressed_size).await?;
         let range = ByteRange::From {
             offset: location.offset,
             len: location.compressed_size,
@@ -62,6 +69,7 @@ impl Remote {
             location,
             trust,
             blob_size,
+            _memory: memory,
         })
     }
 
@@ -80,6 +88,7 @@ impl Remote {
             .ok_or(Error::NoSize)?;
         let location = locate_toc(&tail, blob_size)?;
         location.check(&self.limits)?;
+        let memory = self.budget.arrive(location.compressed_size).await?;
         let compressed = match location.slice_of(&tail, blob_size) {
             Some(compressed) => tail.slice_ref(compressed),
             None => {
@@ -104,6 +113,7 @@ impl Remote {
             compressed,
             trust,
             blob_size,
+            _memory: memory,
         })
     }
 }
@@ -134,14 +144,33 @@ impl FetchedToc {
         Digest::of(&self.compressed)
     }
 
-    /// Checks, decompresses and parses it. Takes a core for a while.
-    pub fn read(&self, remote: &Remote) -> Result<sluice_layer::Toc, Error> {
-        let toc = read_toc(
+    /// How much memory reading it takes, going by what an honest one takes.
+    pub fn likely_memory(&self) -> u64 {
+        let stated = match (
+            self.location.uncompressed_size,
+            self.compressed.last_chunk(),
+        ) {
+            (Some(size), _) => size,
+            // A gzip member ends in its size.
+            (None, Some(size)) => u64::from(u32::from_le_bytes(*size)),
+            (None, None) => 0,
+        };
+        // The JSON, the tree and its files; names of one letter take more.
+        stated.saturating_mul(3).max(LEAST_MEMORY)
+    }
+
+    /// Checks, decompresses and parses it within `memory`. Takes a core for a
+    /// while.
+    pub fn read(&self, remote: &Remote, memory: &Taken) -> Result<sluice_layer::Toc, Error> {
+        let limits = Limits {
+            max_memory: memory.for_tree(),
+            ..remote.limits.clone()
+        };
+        Ok(read_toc(
             &self.location,
             &self.compressed,
             &self.trust,
-            &remote.limits,
-        )?;
-        Ok(toc)
+            &limits,
+        )?)
     }
 }

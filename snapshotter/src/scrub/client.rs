@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use hyper_util::rt::TokioIo;
-use sluice_proto::sluice::control::v1 as api;
+use sluice_proto::control::v1 as api;
 use tokio::net::UnixStream;
 use tonic::transport::Endpoint;
 

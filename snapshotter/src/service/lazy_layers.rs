@@ -27,6 +27,19 @@ pub struct LayerRequest {
     pub image_layers: Vec<Digest>,
 }
 
+/// An image from which a container is about to run.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ImageUse {
+    /// The image through which its topmost layer was first asked for.
+    pub reference: Option<String>,
+    /// Digest of that image's manifest, when containerd told it.
+    pub manifest_digest: Option<Digest>,
+    /// Its lazily mounted layers, lowest first.
+    pub layers: Vec<Digest>,
+    /// By what name somebody asks for a recording of what is read.
+    pub recording: Option<String>,
+}
+
 /// What a layer takes on this node.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Usage {
@@ -112,6 +125,10 @@ pub trait LazyLayers: Send + Sync + 'static {
     /// (`m/<number>`, not 64 hexadecimal digits): an image's directories share
     /// one page of mount options.
     fn mount(&self, layer: Digest) -> impl Future<Output = Result<PathBuf, MountError>> + Send;
+
+    /// A writable snapshot of an image was made, whose layers are mounted: a
+    /// container is about to read them. A hint, which cannot fail.
+    fn starts(&self, image: ImageUse) -> impl Future<Output = ()> + Send;
 
     /// Unmounts and deletes a layer that no snapshot refers to any more. A
     /// layer that is not there is no error.

@@ -15,7 +15,7 @@ use super::directories::{Directories, Found, Owner};
 use super::error::Error;
 use super::filter::Filter;
 use super::labels;
-use super::lazy_layers::{LayerRequest, LazyLayers, MountError, Usage};
+use super::lazy_layers::{ImageUse, LayerRequest, LazyLayers, MountError, Usage};
 use super::mounts::{Mount, OverlayOptions, mounts};
 use super::pins::{Pinned, Pins};
 use super::snapshot::{Content, Info, Key, Kind, Labels, SnapshotId};
@@ -53,6 +53,11 @@ impl<L: LazyLayers> Snapshots<L> {
             leftovers: Mutex::default(),
         };
         snapshots.restore_directories().await?;
+        if snapshots.store.was_rebuilt() {
+            // What has no record may only have lost it.
+            snapshots.set_aside_orphans().await?;
+            return Ok(snapshots);
+        }
         let removed = snapshots.remove_orphans().await?;
         if removed > 0 {
             tracing::info!(removed, "directories without a snapshot removed");
@@ -282,6 +287,12 @@ impl<L: LazyLayers> Snapshots<L> {
         // Until it is recorded that something is mounted from them.
         let _pinned = self.pin(&below);
         let lower = self.lower(&below).await?;
+        // What containerd unpacks a layer into is nobody's start.
+        let starts = kind == Kind::Active && labels::target(&labels).is_none();
+        let starting = match &parent {
+            Some(parent) if starts => self.image_use(parent, &labels, &below).await?,
+            _ => None,
+        };
         let id = self.store.new_id();
         let new = NewSnapshot {
             id,
@@ -299,7 +310,38 @@ impl<L: LazyLayers> Snapshots<L> {
         .await?;
         self.store.create(kind, new).await?;
         directory.keep();
+        if let Some(image) = starting {
+            self.layers.starts(image).await;
+        }
         Ok(self.overlay(kind, id, &lower))
+    }
+
+    /// What the data plane is told of an image from which a container is about
+    /// to run, if it holds any of it.
+    async fn image_use(
+        &self,
+        parent: &Key,
+        labels: &Labels,
+        below: &[Content],
+    ) -> Result<Option<ImageUse>, Error> {
+        let layers = lazy(below);
+        if layers.is_empty() {
+            return Ok(None);
+        }
+        let top = self.store.stat(parent.clone()).await?;
+        Ok(Some(labels::image_use(&top.labels, labels, layers)))
+    }
+
+    /// The images from which active snapshots and views are made, each with
+    /// how many there are.
+    pub async fn images(&self) -> Result<Vec<(ImageUse, usize)>, Error> {
+        let in_use = self.store.in_use().await?;
+        let images = in_use.into_iter().filter_map(|(labels, below, users)| {
+            let layers = lazy(&below);
+            let known = !layers.is_empty();
+            known.then(|| (labels::image_use(&labels, &Labels::new(), layers), users))
+        });
+        Ok(images.collect())
     }
 
     /// The directories of what lies below a snapshot. Layers are mounted all
@@ -382,6 +424,19 @@ impl<L: LazyLayers> Snapshots<L> {
         blocking(move || directories.remove_orphans(|| store.known_ids())).await
     }
 
+    async fn set_aside_orphans(&self) -> Result<(), Error> {
+        let (store, directories) = (Arc::clone(&self.store), Arc::clone(&self.directories));
+        let moved = blocking(move || directories.set_aside_orphans(|| store.known_ids())).await?;
+        for path in moved {
+            tracing::error!(
+                "a snapshot's directory has no record any more; it is kept as {}, remove it when \
+                 nothing needs it",
+                path.display()
+            );
+        }
+        Ok(())
+    }
+
     async fn restore_directories(&self) -> Result<(), Error> {
         let recorded = self.store.directories().await?;
         let directories = Arc::clone(&self.directories);
@@ -401,6 +456,20 @@ impl<L: LazyLayers> Snapshots<L> {
         })
         .await
     }
+}
+
+/// The lazily mounted layers of a chain that is given nearest first, lowest
+/// first, each once.
+fn lazy(below: &[Content]) -> Vec<Digest> {
+    let mut layers = Vec::new();
+    for content in below.iter().rev() {
+        if let Content::Lazy(layer) = content
+            && !layers.contains(layer)
+        {
+            layers.push(*layer);
+        }
+    }
+    layers
 }
 
 /// Whether a snapshot that was asked for by name is there.

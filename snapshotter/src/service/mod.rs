@@ -18,7 +18,7 @@ mod tests;
 pub use error::{Error, ErrorKind};
 pub use filter::{Filter, FilterError};
 pub use grpc::{Adapter, server};
-pub use lazy_layers::{InUse, LayerRequest, LazyLayers, MountError, NotLazy, Usage};
+pub use lazy_layers::{ImageUse, InUse, LayerRequest, LazyLayers, MountError, NotLazy, Usage};
 pub use logic::Snapshots;
 pub use mounts::{Mount, OverlayOptions};
 pub use snapshot::{Chain, Content, EmptyKey, Info, Key, Kind, Labels, SnapshotId};

@@ -8,12 +8,13 @@
 //! share the next one (see `writer`).
 
 mod database;
+mod journal;
 mod tables;
 #[cfg(test)]
 mod tests;
 mod writer;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -93,6 +94,27 @@ impl StoreError {
         !matches!(self, Self::Record { .. })
     }
 
+    /// Whether the file is not what was written, or the disk does not give it
+    /// back.
+    fn is_damage(&self) -> bool {
+        let Self::Database { source, .. } = self else {
+            return false;
+        };
+        match &**source {
+            redb::Error::Corrupted(_)
+            | redb::Error::TableDoesNotExist(_)
+            | redb::Error::TableTypeMismatch { .. } => true,
+            redb::Error::Io(error) => {
+                error.raw_os_error() == Some(libc::EIO)
+                    || matches!(
+                        error.kind(),
+                        io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof
+                    )
+            }
+            _ => false,
+        }
+    }
+
     fn new(path: &Path, source: impl Into<redb::Error>) -> Self {
         let path = path.to_owned();
         match source.into() {
@@ -165,6 +187,11 @@ impl Store {
             database,
             next_id: next_id.into(),
         })
+    }
+
+    /// Whether the database was damaged and made anew from its copy.
+    pub(crate) fn was_rebuilt(&self) -> bool {
+        self.database.was_rebuilt()
     }
 
     /// A number for a new snapshot. It is burnt when the snapshot is not made.
@@ -307,6 +334,25 @@ impl Store {
                 kind: record.kind,
                 parents: tables.contents(record.parent)?,
             })
+        })
+        .await
+    }
+
+    /// The committed snapshots over which there are active ones or views: their
+    /// labels, what they are mounted from, and how many stand on them.
+    pub(crate) async fn in_use(&self) -> Result<Vec<(Labels, Vec<Content>, usize)>, Error> {
+        self.read(|tables| {
+            let mut users: BTreeMap<Key, usize> = BTreeMap::new();
+            tables.each(|_, record| {
+                if let (Kind::Active | Kind::View, Some(parent)) = (record.kind, record.parent) {
+                    *users.entry(parent).or_default() += 1;
+                }
+            })?;
+            let found = users.into_iter().map(|(key, users)| {
+                let labels = tables.need(&key)?.info(key.clone()).labels;
+                Ok((labels, tables.contents(Some(key))?, users))
+            });
+            found.collect()
         })
         .await
     }
