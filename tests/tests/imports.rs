@@ -76,6 +76,7 @@ const MODULES: &[(&str, &[&str])] = &[
             "scrub",
         ],
     ),
+    ("scrub", &["layer_dir"]),
     ("profiles", &["erofs", "layer_dir"]),
     ("control", &["node", "service", "fetch", "profiles"]),
     ("scrub", &["layer_dir"]),

@@ -44,10 +44,10 @@ pub(super) struct Open {
     download: Option<Handle>,
     /// Whether a snapshot was mounted from it, and nobody noted that yet.
     pub(super) used: bool,
-    /// Whether the kernel reads its content without asking.
-    pub(super) direct: bool,
     /// A former process mounted it: what was read before is not known.
     resumed: bool,
+    /// Whether the kernel reads its content without asking.
+    pub(super) direct: bool,
 }
 
 impl Node {
@@ -340,6 +340,7 @@ impl Node {
 
     /// Goes on with the mount of a former process.
     pub(super) fn resume_mount(&self, open: &mut Open, mounted: Option<PathBuf>) {
+        open.resumed = true;
         if mounted.is_some() {
             open.mounted = mounted;
             // Perhaps; it had to be complete for that.

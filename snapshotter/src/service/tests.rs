@@ -561,7 +561,8 @@ fn expect(world: &mut World, op: &Op) -> Option<ErrorKind> {
                 // Only its beginning is fixed when the name itself is taken.
                 let mut at = name(a);
                 if world.contains_key(&at) {
-                    at = format!("{}@{}", at, world.len() + 1000);
+                    let free = |at: &String| !world.contains_key(at);
+                    at = (0..).map(|n| format!("{at}@{n}")).find(free).unwrap();
                 }
                 let model = Model {
                     kind: Kind::Committed,
@@ -754,4 +755,29 @@ fn a_layer_that_the_disk_has_lost_is_made_again() {
         "{error}"
     );
     rig.stat("c").unwrap();
+}
+
+#[test]
+fn what_a_rebuilt_database_does_not_know_is_set_aside() {
+    let mut rig = Rig::new();
+    assert_kind(
+        rig.prepare("tmp", "", lazy("chain", layer(1))),
+        ErrorKind::AlreadyExists,
+    );
+    rig.prepare("c", "chain", Labels::new()).unwrap();
+    rig.stop();
+    let root = rig.root.path();
+    let upper = root.join("snapshots/2/fs");
+    fs::write(upper.join("precious"), "written").unwrap();
+    // Both copies of the records are gone.
+    fs::write(root.join("state.redb"), "rubbish").unwrap();
+    fs::remove_file(root.join("state.journal")).unwrap();
+    rig.restart();
+    assert_eq!(rig.list(), []);
+    let kept = rig.root.path().join("lost/2-0/fs/precious");
+    assert_eq!(fs::read(kept).unwrap(), b"written");
+    assert_eq!(rig.fake.on_disk(), [layer(1)].into(), "not this time");
+    // Numbers are not given out again.
+    rig.prepare("new", "", Labels::new()).unwrap();
+    assert!(rig.root.path().join("snapshots/3").is_dir());
 }
