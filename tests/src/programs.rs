@@ -82,13 +82,15 @@ fn build(what: &[&str]) -> Result<PathBuf> {
         .args(what)
         .args(["-p", "sluice-cli", "-p", "sluice-snapshotter"])
         .current_dir(workspace());
-    // What `cargo test` tells this process of its own package. Some build scripts
-    // look at it, and would be run anew, with all that stands on them, whenever
-    // a build from here follows one from outside.
+    // What Cargo tells this test of its own crate would make build scripts run
+    // again, and half of all dependencies with them: now and at the next test.
     for (name, _) in std::env::vars_os() {
-        let text = name.to_string_lossy();
-        if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {
-            cargo.env_remove(&name);
+        let own = ["CARGO_PKG_", "CARGO_MANIFEST_"];
+        if own
+            .iter()
+            .any(|own| name.as_encoded_bytes().starts_with(own.as_bytes()))
+        {
+            cargo.env_remove(name);
         }
     }
     let profile = if cfg!(debug_assertions) {
