@@ -11,6 +11,8 @@ pub mod daemon;
 pub mod erofs;
 pub mod fetch;
 pub mod fuse;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 pub mod keeper;
 pub mod layer_dir;
 pub mod mount;
@@ -19,6 +21,7 @@ pub mod profiles;
 pub mod remote;
 #[cfg(test)]
 mod sample;
+pub mod scrub;
 pub mod service;
 pub mod socket;
 pub mod standalone;

@@ -48,6 +48,8 @@ pub struct Options {
     /// The file that arms its crash points; then the program is the one that
     /// has some.
     pub crash_points: Option<PathBuf>,
+    /// Whether it logs all that it can.
+    pub traced: bool,
 }
 
 /// A daemon with its own root and socket.
@@ -91,6 +93,9 @@ impl Daemon {
             .arg("--config")
             .arg(dir.join("config.toml"))
             .env("DOCKER_CONFIG", "/nonexistent");
+        if options.traced {
+            command.env("RUST_LOG", "trace");
+        }
         Ok(command)
     }
 

@@ -14,7 +14,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use rustix::net::connect_unspec;
 
-pub use access::Access;
+pub use access::{Access, TOKEN};
 pub use schedule::{Fault, Rule};
 
 use crate::command::wait_for;

@@ -73,10 +73,12 @@ const MODULES: &[(&str, &[&str])] = &[
             "service",
             "keeper",
             "profiles",
+            "scrub",
         ],
     ),
     ("profiles", &["erofs", "layer_dir"]),
     ("control", &["node", "service", "fetch", "profiles"]),
+    ("scrub", &["layer_dir"]),
     ("keeper", &["fuse"]),
     ("service", &[]),
     ("socket", &[]),
@@ -99,14 +101,23 @@ const MODULES: &[(&str, &[&str])] = &[
             "fetch",
             "remote",
             "layer_dir",
+            "scrub",
         ],
     ),
     // The other composition root: an image without containerd.
     ("standalone", &["mount", "node", "service", "socket"]),
+    // For fuzzing alone: whatever reads foreign bytes.
+    (
+        "fuzzing",
+        &["erofs", "fuse", "keeper", "layer_dir", "service"],
+    ),
     // The program: arguments in, exit status out.
     ("cleanup", &["mount", "socket"]),
     ("crashing", &[]),
-    ("main", &["daemon", "config", "keeper", "cleanup"]),
+    (
+        "main",
+        &["daemon", "config", "keeper", "cleanup", "scrub", "socket"],
+    ),
 ];
 
 fn workspace() -> PathBuf {

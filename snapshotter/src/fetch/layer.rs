@@ -39,6 +39,9 @@ const LEAST_WINDOW: u64 = 8 << 20;
 /// How often a read takes over fetches that others gave up.
 const ATTEMPTS: usize = 16;
 
+/// Causes of trouble that are told until bytes come again.
+const CAUSES: usize = 32;
+
 /// A layer's directory and where its missing bytes come from.
 pub struct LazyLayer {
     me: Weak<Self>,
@@ -56,6 +59,7 @@ pub struct LazyLayer {
     pub(super) unreadable: Mutex<HashMap<ChunkId, u32>>,
     counters: Counters,
     trace: Trace,
+    mended: Mutex<Option<String>>,
 }
 
 impl std::fmt::Debug for LazyLayer {
@@ -86,6 +90,7 @@ impl LazyLayer {
             unreadable: Mutex::default(),
             counters: Counters::default(),
             trace: Trace::new(dir.chunks().len()),
+            mended: Mutex::default(),
             path_of,
             source,
             dir,
@@ -120,6 +125,21 @@ impl LazyLayer {
 
     pub(super) fn closed(&self) -> &CancellationToken {
         &self.closed
+    }
+
+    /// Fetches chunks that nobody reads now, soon.
+    pub fn fetch_again(self: &Arc<Self>, chunks: &[ChunkId]) {
+        self.start(self.claim_chunks(chunks, &BTreeSet::new()), |_| false);
+    }
+
+    /// What was wrong with the directory when it was opened, and is mended.
+    pub fn mended(&self) -> Option<String> {
+        self.mended.lock().clone()
+    }
+
+    /// Notes what was wrong with the directory.
+    pub fn was_mended(&self, what: String) {
+        *self.mended.lock() = Some(what);
     }
 
     /// Compressed bytes of units that were decoded since the layer was opened.
@@ -321,11 +341,15 @@ impl LazyLayer {
         }
     }
 
-    /// Says what is wrong, once for each cause until bytes come again.
+    /// Says what is wrong and what that means, once for each cause until bytes
+    /// come again.
     pub(super) fn report(&self, cause: &str, unit: Unit, outlook: &str) {
-        if !self.trouble.lock().insert(cause.to_owned()) {
+        let mut trouble = self.trouble.lock();
+        // A registry can word every refusal in a new way.
+        if trouble.len() >= CAUSES || !trouble.insert(format!("{cause}; {outlook}")) {
             return;
         }
+        drop(trouble);
         let chunk = self.dir.chunks().of_unit(unit.offset).next();
         let path = chunk.map(|chunk| self.path_at(self.dir.chunks().get(chunk).data_offset));
         let path = path.unwrap_or_else(|| "?".into());

@@ -35,7 +35,7 @@ pub use engine::{Config, Engine};
 pub use layer::{LazyLayer, PathOf};
 pub use link::{Link, LinkFigures};
 pub use prefetch::Plan;
-pub use source::{RangeBody, RangeSource, RegistryBlob, SourceError};
+pub use source::{Blame, RangeBody, RangeSource, RegistryBlob, SourceError};
 pub use trace::Recording;
 pub use unstored::Unstored;
 

@@ -21,6 +21,8 @@ use rustix::process::{Resource, WaitStatus, getrlimit, setrlimit};
 
 use super::fdstore::{FIRST_FD, MOST_FDS};
 use child::Child;
+#[cfg(any(test, fuzzing))]
+pub(crate) use inbox::forgotten;
 use inbox::{Inbox, Kept, Told};
 
 /// How long the daemon may take to stop. Killing it loses nothing: the next

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use parking_lot::Mutex;
 
+use super::marker::Before;
 use super::start::{BLOBS, LAYERS, MOUNTS, TREES, failed};
 use super::{Mode, Node, StartError};
 use crate::fuse::{Kept, Session, TreeTable};
@@ -187,7 +188,12 @@ impl Node {
     /// Opens the layers that a former process had mounted, so that their
     /// readers find them when the mounts are served again. One that cannot be
     /// opened fails alone.
-    pub(super) fn go_on(&self, layers: Vec<Identity>, left: &Left) -> Result<(), StartError> {
+    pub(super) fn go_on(
+        &self,
+        layers: Vec<Identity>,
+        left: &Left,
+        before: Before,
+    ) -> Result<(), StartError> {
         let root = &self.0.config.root;
         let trees = root.join(TREES);
         let shown = match left.trees {
@@ -210,18 +216,31 @@ impl Node {
             }
             // Other trees may be looked at, too, but are not in use: they are
             // mounted, and the rest of them fetched, when they are asked for.
-            let tree = trees.join(TreeTable::directory_name(identity.number));
-            let tree = Some(tree).filter(|tree| self.0.mode == Mode::Fuse && shown.contains(tree));
-            let mounted = erofs.then_some(target).or(tree);
-            let dir = match LayerDir::open(&self.layer_path(digest), digest) {
-                Ok(dir) => dir,
+            let shown_at = trees.join(TreeTable::directory_name(identity.number));
+            let in_use = self.0.mode == Mode::Fuse && shown.contains(&shown_at);
+            let mounted = erofs.then_some(target).or(in_use.then_some(shown_at));
+            let tree = left.trees.is_some();
+            let opened = LayerDir::open(&self.layer_path(digest), digest).and_then(|dir| {
+                // What this process maps must not kill it as it may have
+                // killed the last one.
+                if tree && before != Before::InOrder {
+                    dir.check_meta()?;
+                }
+                Ok(dir)
+            });
+            match opened {
+                Ok(dir) => {
+                    if let Err(error) = self.resume(dir, mounted, tree) {
+                        tracing::error!(layer = %digest, "its readers get an error: {error}");
+                    }
+                }
+                Err(error) if error.is_damage() => {
+                    tracing::error!(layer = %digest, "its readers wait: {error}");
+                    self.revive(identity, mounted, tree);
+                }
                 Err(error) => {
                     tracing::error!(layer = %digest, "its readers get an error: {error}");
-                    continue;
                 }
-            };
-            if let Err(error) = self.resume(dir, mounted, left.trees.is_some()) {
-                tracing::error!(layer = %digest, "its readers get an error: {error}");
             }
             crash_point!("start.resumed");
         }

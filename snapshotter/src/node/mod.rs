@@ -12,16 +12,20 @@
 //! | `profiles/` | what images read while they start |
 //! | `t/<number>/` | in mode `fuse`, a layer in the node's one FUSE file system of trees |
 
+mod allowed;
 mod compile;
 mod evict;
 mod images;
 mod layer;
 mod left;
+mod marker;
 mod memory;
 mod mend;
 mod paths;
 mod plans;
 mod recording;
+mod revive;
+mod scrub;
 mod start;
 mod status;
 
@@ -46,9 +50,11 @@ use crate::service::{
     ImageUse, InUse, LayerRequest, LazyLayers, MountError, NotLazy, Owner, Usage,
 };
 
+pub use allowed::LazyFrom;
 pub use evict::Quota;
 use layer::Slot;
 use left::Numbers;
+use marker::Marker;
 pub use plans::ProfileSource;
 pub use recording::Recorded;
 use recording::Recordings;
@@ -80,8 +86,12 @@ pub struct Config {
     pub background: Option<Duration>,
     /// How much the layers may take on disk.
     pub quota: Quota,
+    /// Bytes a second that are read to verify what is kept.
+    pub scrub_rate: u64,
     /// Layers of one image whose TOCs are fetched and compiled at once.
     pub opening: usize,
+    /// Which images may be mounted lazily.
+    pub lazy_from: LazyFrom,
     /// Bytes of memory for all TOCs that are fetched and compiled at once.
     pub toc_memory: u64,
     /// Who keeps the node's FUSE mounts for the next process.
@@ -99,7 +109,9 @@ impl Config {
             profiles: ProfileConfig::default(),
             background: Some(Duration::from_secs(10)),
             quota: Quota::default(),
+            scrub_rate: 50 << 20,
             opening: 8,
+            lazy_from: LazyFrom::default(),
             toc_memory: 160 << 20,
             keeper: Arc::default(),
         }
@@ -181,6 +193,13 @@ struct Inner {
     overfull: AtomicBool,
     profiles: Arc<Profiles>,
     recordings: Recordings,
+    marker: Marker,
+    /// Whether the machine went down and not everything was verified since.
+    doubted: AtomicBool,
+    /// Layers whose state could not be made durable, and why.
+    unpersisted: Mutex<HashMap<Digest, String>>,
+    /// Held while all layers are verified.
+    scrubbing: tokio::sync::Mutex<()>,
 }
 
 impl Node {
@@ -216,6 +235,11 @@ impl Node {
 
 impl LazyLayers for Node {
     async fn open(&self, request: LayerRequest) -> Result<(), NotLazy> {
+        if !self.0.config.lazy_from.allows(&request.reference) {
+            let reason = "its image is from none of the places that lazy_from in section [mount] \
+                          names";
+            return Err(NotLazy::new(request.digest, reason));
+        }
         let ahead = self.clone();
         let image = request.clone();
         if image.image_layers.len() > 1 {

@@ -18,6 +18,8 @@ mod tests;
 pub use error::{Error, ErrorKind};
 pub use filter::{Filter, FilterError};
 pub use grpc::{Adapter, server};
+#[cfg(any(test, fuzzing))]
+pub(crate) use labels::{layer_request, target};
 pub use lazy_layers::{
     ImageUse, InUse, LayerRequest, LazyLayers, MountError, NotLazy, Owner, Usage,
 };

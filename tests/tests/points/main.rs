@@ -357,6 +357,7 @@ fn in_mode_erofs(source: &Source) -> Result<Vec<(String, u32)>> {
             "stop.closed",
             "leave.persisted",
             "leave.left",
+            "marker.cleared",
         ],
         &[
             &[
@@ -365,10 +366,15 @@ fn in_mode_erofs(source: &Source) -> Result<Vec<(String, u32)>> {
                 "probe.mounted",
                 "probe.unmounted",
                 "start.probed",
+                "marker.opened",
+                "marker.written",
+                "marker.set",
                 "start.directories-restored",
                 "start.orphans-removed",
                 "start.layers-retained",
                 "start.ready",
+                "verify.layer-done",
+                "verify.settled",
             ][..],
             &ADOPT,
         ]
