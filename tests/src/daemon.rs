@@ -45,11 +45,11 @@ pub struct Options {
     pub supervised: bool,
     /// The program, when it is not the one just built.
     pub program: Option<PathBuf>,
+    /// Whether it logs all that it can.
+    pub traced: bool,
     /// The file that arms its crash points; then the program is the one that
     /// has some.
     pub crash_points: Option<PathBuf>,
-    /// Whether it logs all that it can.
-    pub traced: bool,
 }
 
 /// A daemon with its own root and socket.

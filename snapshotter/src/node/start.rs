@@ -213,8 +213,8 @@ impl Node {
         for (_, session) in std::mem::take(&mut *self.0.sessions.lock()) {
             session.leave();
         }
-        self.end_in_order();
         crash_point!("leave.left");
+        self.end_in_order();
     }
 }
 
