@@ -515,6 +515,8 @@ struct Model {
     parent: Option<String>,
     layer: Option<u8>,
     labelled: bool,
+    /// The key that it was committed from.
+    was: Option<String>,
 }
 
 type World = BTreeMap<String, Model>;
@@ -547,6 +549,7 @@ fn expect(world: &mut World, op: &Op) -> Option<ErrorKind> {
                 parent,
                 layer: None,
                 labelled: false,
+                was: None,
             };
             world.insert(name(a), model);
             Ok(())
@@ -569,19 +572,28 @@ fn expect(world: &mut World, op: &Op) -> Option<ErrorKind> {
                     parent,
                     layer: Some(layer),
                     labelled: false,
+                    was: None,
                 };
                 world.insert(at, model);
             }
             Err(AlreadyExists)
         }),
         Op::Commit(a, b) => match world.get(&name(b)) {
-            None => Err(NotFound),
+            // The same again: the first answer may have been lost.
+            None => match world.get_mut(&name(a)) {
+                Some(model) if model.was == Some(name(b)) => {
+                    model.labelled = false;
+                    Ok(())
+                }
+                _ => Err(NotFound),
+            },
             Some(_) if world.contains_key(&name(a)) => Err(AlreadyExists),
             Some(model) if model.kind != Kind::Active => Err(FailedPrecondition),
             Some(_) => {
                 let mut model = world.remove(&name(b)).unwrap();
                 model.kind = Kind::Committed;
                 model.labelled = false;
+                model.was = Some(name(b));
                 world.insert(name(a), model);
                 Ok(())
             }
