@@ -49,6 +49,10 @@ pub(crate) struct RegistryArgs {
     /// no flag.
     #[arg(long)]
     pub(crate) plain_http: bool,
+    /// Directory with hosts.toml files, which name mirrors of registries, such as
+    /// /etc/containerd/certs.d. May be given several times.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) hosts_dir: Vec<PathBuf>,
 }
 
 /// The formats of a lazily loadable layer.

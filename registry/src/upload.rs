@@ -20,7 +20,7 @@ use crate::client::{MAX_MANIFEST, claimed_digest, manifest_path};
 use crate::document::check_digest;
 use crate::endpoint::Endpoint;
 use crate::error::{Context, Error, ErrorKind};
-use crate::transport::{Call, Payload, Transport, location};
+use crate::transport::{Call, Payload, Purpose, Transport, location};
 
 /// A repository that is written to.
 pub(crate) struct Destination {
@@ -38,11 +38,15 @@ impl Destination {
             host: reference.host().to_owned(),
         };
         let transport = Arc::clone(&client.transport);
+        // One host: what is stored must not be spread over several.
+        let endpoint = transport
+            .endpoints(reference, Purpose::Push, &context)?
+            .swap_remove(0);
         Ok(Self {
-            endpoint: transport.endpoint(reference, &context)?,
+            context: endpoint.context(&context),
+            endpoint,
             scope: Scope::push(reference.repository()),
             transport,
-            context,
         })
     }
 

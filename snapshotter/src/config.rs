@@ -41,7 +41,7 @@ pub struct Config {
 }
 
 /// Section `[registry]`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Registry {
     /// Registries (`host` or `host:port`) that are reached by plain HTTP.
@@ -56,6 +56,12 @@ pub struct Registry {
     /// PEM files with certificate authorities to trust beside the system's.
     /// Default: none.
     pub ca_certificates: Vec<PathBuf>,
+    /// Directories with containerd's `hosts.toml` files, in the file as
+    /// `config_path`, one path, several separated by colons, or a list. The
+    /// first that has a directory for a registry, or a `_default`, counts.
+    /// Default: `/etc/containerd/certs.d`.
+    #[serde(rename = "config_path", deserialize_with = "search_path")]
+    pub hosts_dirs: Vec<PathBuf>,
 }
 
 /// Section `[mount]`.
@@ -92,10 +98,10 @@ pub struct Fetch {
     /// which is enough for a layer of some 350,000 files. One that needs more
     /// is unpacked.
     pub toc_memory_mib: NonZeroU64,
-    /// Requests to registries at once. Default 16.
+    /// Requests to registries at once. Default 32.
     pub connections: NonZeroU64,
-    /// How far ahead of a sequential reader is fetched at most, in MiB.
-    /// Default 16; 0 turns it off.
+    /// How far ahead of a reader is fetched at most, in MiB. Default 32; with
+    /// 0, nothing is fetched but what is asked for.
     pub read_ahead_mib: u64,
     /// How long a read waits for a registry that does not deliver, in seconds,
     /// before it fails with EIO. Default 300.
@@ -192,10 +198,28 @@ fn one_or_many<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<PathBuf
     })
 }
 
+/// As [`one_or_many`], and as containerd writes several: with colons.
+fn search_path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<PathBuf>, D::Error> {
+    let paths = one_or_many(deserializer)?;
+    let split = paths.iter().flat_map(std::env::split_paths);
+    Ok(split.filter(|path| !path.as_os_str().is_empty()).collect())
+}
+
 const fn nonzero(value: u64) -> NonZeroU64 {
     match NonZeroU64::new(value) {
         Some(value) => value,
         None => NonZeroU64::MIN,
+    }
+}
+
+impl Default for Registry {
+    fn default() -> Self {
+        Self {
+            plain_http: Vec::new(),
+            docker_configs: Vec::new(),
+            ca_certificates: Vec::new(),
+            hosts_dirs: vec!["/etc/containerd/certs.d".into()],
+        }
     }
 }
 
@@ -204,8 +228,8 @@ impl Default for Fetch {
         Self {
             memory_mib: nonzero(64),
             toc_memory_mib: nonzero(160),
-            connections: nonzero(16),
-            read_ahead_mib: 16,
+            connections: nonzero(32),
+            read_ahead_mib: 32,
             deadline_seconds: nonzero(300),
         }
     }
@@ -312,7 +336,7 @@ mod tests {
         let config = parse(
             "root = '/r'\naddress = '/s'\nlog_level = 'debug'\n\
              [registry]\nplain_http = ['10.0.0.1:5000']\ndocker_config = '/d.json'\n\
-             ca_certificates = ['/ca.pem']\n\
+             ca_certificates = ['/ca.pem']\nconfig_path = '/a:/b'\n\
              [mount]\nmode = 'fuse'\nlazy_from = ['r.io/team']\n\
              [fetch]\nmemory_mib = 32\nconnections = 4\nread_ahead_mib = 0\ndeadline_seconds = 9\n\
              [prefetch]\nenabled = false\n[profiles]\nrecord = false\nidle_seconds = 3\n\
@@ -323,6 +347,12 @@ mod tests {
         .unwrap();
         assert_eq!(config.root, Path::new("/r"));
         assert_eq!(config.registry.plain_http, ["10.0.0.1:5000"]);
+        let dirs = ["/a", "/b"].map(PathBuf::from);
+        assert_eq!(config.registry.hosts_dirs, dirs);
+        let listed = parse("[registry]\nconfig_path = ['/a', '/b']").unwrap();
+        assert_eq!(listed.registry.hosts_dirs, dirs);
+        let none = parse("[registry]\nconfig_path = ''").unwrap();
+        assert!(none.registry.hosts_dirs.is_empty());
         assert_eq!(config.mount.mode, MountMode::Fuse);
         assert_eq!(config.mount.lazy_from, ["r.io/team"]);
         assert_eq!(config.fetch.deadline_seconds.get(), 9);
@@ -374,6 +404,7 @@ mod tests {
             "plain_http",
             "docker_config",
             "ca_certificates",
+            "config_path",
             "mode",
             "lazy_from",
             "memory_mib",

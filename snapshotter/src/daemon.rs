@@ -17,6 +17,7 @@ use crate::control::{self, Control};
 use crate::fetch;
 use crate::keeper::Keeper;
 use crate::node::{self, LazyFrom, Node};
+use crate::scrub;
 use crate::service::{self, LazyLayers, OverlayOptions, Snapshots, Store};
 use crate::socket::{self, Root, Socket};
 
@@ -112,9 +113,16 @@ async fn serve_node(
     let snapshots = Snapshots::start(root.path(), store, layers, overlay).await?;
     let snapshots = Arc::new(snapshots);
     let _room = AbortOnDropHandle::new(tokio::spawn(keep_room(Arc::clone(&snapshots))));
+    let timer = node.clone();
+    let interval = Duration::from_secs(config.scrub.interval_hours.saturating_mul(3600));
+    let _scrub = AbortOnDropHandle::new(tokio::spawn(async move {
+        if !interval.is_zero() {
+            timer.scrub_every(interval).await;
+        }
+    }));
     let control = Control::new(Arc::clone(&snapshots), node.clone());
-    let snapshots_and = (Arc::clone(&snapshots), control);
-    let served = serve(config, snapshots_and, listener, keeper, stop).await;
+    let services = (Arc::clone(&snapshots), control, Arc::new(node.clone()));
+    let served = serve(config, services, listener, keeper, stop).await;
     snapshots.close().await;
     served
 }
@@ -129,7 +137,7 @@ async fn keep_room<L: LazyLayers>(snapshots: Arc<Snapshots<L>>) {
 
 async fn serve(
     config: &Config,
-    (snapshots, control): (Arc<Snapshots<Node>>, Control),
+    (snapshots, control, scrubber): (Arc<Snapshots<Node>>, Control, Arc<Node>),
     listener: std::os::unix::net::UnixListener,
     keeper: &Keeper,
     stop: impl Future<Output = Stop> + Send,
@@ -147,6 +155,7 @@ async fn serve(
     let server = Server::builder()
         .add_service(service::server(snapshots, calls.clone()))
         .add_service(control::server(control))
+        .add_service(scrub::server(scrubber))
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async {
             let _ = drained.await;
         });
@@ -214,6 +223,7 @@ fn node_config(config: &Config, root: &Path) -> node::Config {
             limit: (config.cache.limit_mib > 0).then(|| mebibytes(config.cache.limit_mib)),
             min_free: mebibytes(config.cache.min_free_mib),
         },
+        scrub_rate: mebibytes(config.scrub.mib_per_second.get()),
         ..node::Config::new(root)
     }
 }
@@ -223,11 +233,17 @@ fn mebibytes(count: u64) -> u64 {
 }
 
 fn registry_config(config: &Config) -> sluice_registry::Config {
+    let patience = Duration::from_secs(config.fetch.deadline_seconds.get());
     let config = config.registry.clone();
+    let default = sluice_registry::Config::default();
     sluice_registry::Config {
+        // A dead host must leave a read time to ask others.
+        connect_timeout: default.connect_timeout.min(patience / 4),
+        stall_timeout: default.stall_timeout.min(patience / 4),
+        hosts_dirs: config.hosts_dirs,
         plain_http: config.plain_http,
         docker_configs: config.docker_configs,
         ca_certificates: config.ca_certificates,
-        ..sluice_registry::Config::default()
+        ..default
     }
 }

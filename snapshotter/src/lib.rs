@@ -18,6 +18,7 @@ pub mod profiles;
 pub mod remote;
 #[cfg(test)]
 mod sample;
+pub mod scrub;
 pub mod service;
 pub mod socket;
 pub mod standalone;

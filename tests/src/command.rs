@@ -53,7 +53,19 @@ pub fn refusal(command: &mut Command) -> Result<String> {
 /// Runs what must fail as a person can use it: exit code 1, and as the last
 /// words one line of the program's that holds all `parts`. Returns the line.
 pub fn refusal_in_one_line(command: &mut Command, parts: &[&str]) -> Result<String> {
-    let output = attempt(command)?;
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot run {}", show(command)))?;
+    // One that does what it should refuse may go on for ever.
+    let ended = wait_for("a refusal", || Ok(child.try_wait()?));
+    if ended.is_err() {
+        child.kill()?;
+    }
+    let output = child.wait_with_output()?;
+    ended?;
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     let shown = show(command);
     ensure!(

@@ -8,13 +8,15 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Result, ensure};
-use sluice_snapshotter::layer_dir::CHUNKS;
+use rustix::fs::Advice;
+use sluice_snapshotter::layer_dir::{CHUNKS, DATA};
 use sluice_snapshotter::mount::mounts_below;
 use sluice_tests::command::{refusal_in_one_line, run, wait_for};
 use sluice_tests::daemon::Mode;
 use sluice_tests::image::{self, Compression, LayoutWriter, Meta, Noise, Tarball};
 use sluice_tests::kernel::without_file_backed_erofs;
 use sluice_tests::programs::{self, sluice_command};
+use sluice_tests::proxy::Proxy;
 use sluice_tests::{Process, Registry, Scratch};
 
 const SIZE: usize = 2 << 20;
@@ -58,11 +60,11 @@ impl Rig {
     }
 
     /// Starts it and waits until the image is there.
-    fn mounted(&self, command: Command) -> Result<Process> {
+    fn mounted(&self, target: &Path, command: Command) -> Result<Process> {
         let process = self.scratch.spawn("mount", command)?;
         wait_for("sluice mount", || {
             ensure!(process.is_running(), "it ended: {}", process.log());
-            Ok(process.log().contains("Ctrl-C unmounts").then_some(()))
+            Ok((!mounts_below(target)?.is_empty()).then_some(()))
         })?;
         Ok(process)
     }
@@ -173,7 +175,7 @@ fn a_full_disk() -> Result<()> {
     }
 
     // Not even the metadata of the layer has room.
-    let disk = small_disk(&rig.scratch, 32 << 10)?;
+    let disk = small_disk(&rig.scratch, 16 << 10)?;
     let root = disk.join("root").display().to_string();
     let target = rig.scratch.dir("mnt")?;
     refusal_in_one_line(
@@ -209,7 +211,7 @@ fn a_machine_without_fuse_or_file_backed_erofs() -> Result<()> {
         "erofs",
         "block devices only",
         "Linux 6.12",
-        "mode auto or fuse",
+        "choose mode fuse",
     ];
     let by_force = [rooted, &["--mode", "erofs"]].concat();
     let mut command = rig.mount(&target, &by_force)?;
@@ -219,7 +221,7 @@ fn a_machine_without_fuse_or_file_backed_erofs() -> Result<()> {
     // Left to choose, it takes what works.
     let mut command = rig.mount(&target, rooted)?;
     without_file_backed_erofs(&mut command);
-    let process = rig.mounted(command)?;
+    let process = rig.mounted(&target, command)?;
     ensure!(fs::read(target.join("content"))? == content()?);
     let kinds: Vec<_> = mounts_below(&root)?.into_iter().map(|m| m.kind).collect();
     ensure!(kinds == ["fuse.sluice"], "{kinds:?}");
@@ -248,12 +250,47 @@ fn a_machine_without_fuse_or_file_backed_erofs() -> Result<()> {
 }
 
 #[test]
+fn content_that_was_cut_short_is_fetched_again() -> Result<()> {
+    let rig = Rig::new()?;
+    let proxy = Proxy::start(rig.registry.host())?;
+    let layer = rig.registry.manifest(&rig.lazy)?.layers.remove(0).digest;
+    let target = rig.scratch.dir("mnt")?;
+    for mode in Mode::ALL {
+        let root = rig.scratch.fresh_dir("root")?;
+        let mut command = sluice_command()?;
+        command.args(["mount", "--mode", mode.name(), "--root"]);
+        command.arg(&root).arg(proxy.reference("image:lazy"));
+        command.arg(&target);
+        let process = rig.mounted(&target, command)?;
+        let file = target.join("content");
+        ensure!(fs::read(&file)? == content()?);
+        let before = proxy.requests(&layer.to_string());
+
+        let data = root.join("layers").join(layer.hex()).join(DATA);
+        let data = File::options().write(true).open(data)?;
+        data.set_len(SIZE as u64 / 2)?;
+        // Or the kernel would answer from its cache.
+        rustix::fs::fadvise(File::open(&file)?, 0, None, Advice::DontNeed)?;
+        ensure!(fs::read(&file)? == content()?, "{}", mode.name());
+        ensure!(
+            proxy.requests(&layer.to_string()) > before,
+            "it was not read"
+        );
+        ensure!(data.metadata()?.len() == SIZE as u64);
+        process.stop()?;
+        let log = process.log();
+        ensure!(log.contains("was cut short"), "{log}");
+    }
+    Ok(())
+}
+
+#[test]
 fn a_root_that_another_uses_or_a_newer_version_wrote() -> Result<()> {
     let rig = Rig::new()?;
     let (target, other) = (rig.scratch.dir("mnt")?, rig.scratch.dir("other")?);
     let root = rig.scratch.path().join("root");
     let rooted: &[&str] = &["--root", &root.display().to_string()];
-    let process = rig.mounted(rig.mount(&target, rooted)?)?;
+    let process = rig.mounted(&target, rig.mount(&target, rooted)?)?;
     refusal_in_one_line(
         &mut rig.mount(&other, rooted)?,
         &[&root.display().to_string(), "in use", "--root"],

@@ -73,10 +73,12 @@ const MODULES: &[(&str, &[&str])] = &[
             "service",
             "keeper",
             "profiles",
+            "scrub",
         ],
     ),
     ("profiles", &["erofs", "layer_dir"]),
     ("control", &["node", "service", "fetch", "profiles"]),
+    ("scrub", &["layer_dir"]),
     ("keeper", &["fuse"]),
     ("service", &[]),
     ("socket", &[]),
@@ -98,6 +100,7 @@ const MODULES: &[(&str, &[&str])] = &[
             "fetch",
             "remote",
             "layer_dir",
+            "scrub",
         ],
     ),
     // The other composition root: an image without containerd.
@@ -109,7 +112,10 @@ const MODULES: &[(&str, &[&str])] = &[
     ),
     // The program: arguments in, exit status out.
     ("cleanup", &["mount", "socket"]),
-    ("main", &["daemon", "config", "keeper", "cleanup"]),
+    (
+        "main",
+        &["daemon", "config", "keeper", "cleanup", "scrub", "socket"],
+    ),
 ];
 
 fn workspace() -> PathBuf {

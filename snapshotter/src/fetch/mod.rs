@@ -14,8 +14,11 @@ mod engine;
 mod inflight;
 mod layer;
 mod link;
+mod pace;
 mod plan;
+mod prefetch;
 mod readahead;
+mod reads;
 mod source;
 mod stream;
 mod trace;
@@ -27,11 +30,12 @@ use sluice_oci::Digest;
 
 pub use activity::{Activity, Request};
 pub use admission::{Admission, Permit, Priority};
-pub use ahead::{Handle, Plan};
+pub use ahead::Handle;
 pub use engine::{Config, Engine};
 pub use layer::{LazyLayer, PathOf};
 pub use link::{Link, LinkFigures};
-pub use source::{RangeBody, RangeSource, RegistryBlob, SourceError};
+pub use prefetch::Plan;
+pub use source::{Blame, RangeBody, RangeSource, RegistryBlob, SourceError};
 pub use trace::Recording;
 pub use unstored::Unstored;
 

@@ -5,8 +5,11 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use sluice_oci::{Digest, Reference};
+use sluice_registry::Senders;
 use tokio::task::spawn_blocking;
 
 use super::compile;
@@ -22,7 +25,7 @@ use crate::fuse::{Content, Tree, TreeTable};
 use crate::layer_dir::{self, LayerDir, TEMPORARY};
 use crate::mount;
 use crate::profiles::ImageId;
-use crate::remote::Known;
+use crate::remote::{FetchedToc, Known};
 use crate::service::{LayerRequest, MountError, NotLazy, Usage};
 
 /// The place of a layer, whether it is there or not. The lock is held while
@@ -34,10 +37,12 @@ pub(super) struct Slot(pub(super) tokio::sync::Mutex<Option<Open>>);
 pub(super) struct Open {
     pub(super) layer: Arc<LazyLayer>,
     pub(super) mounted: Option<PathBuf>,
-    prefetch: Option<(ProfileSource, Handle)>,
+    pub(super) prefetch: Option<(ProfileSource, Handle)>,
     download: Option<Handle>,
     /// Whether a snapshot was mounted from it, and nobody noted that yet.
-    used: bool,
+    pub(super) used: bool,
+    /// Whether the kernel reads its content without asking.
+    pub(super) direct: bool,
     /// A former process mounted it: what was read before is not known.
     resumed: bool,
 }
@@ -109,13 +114,36 @@ impl Node {
         })
     }
 
+    /// One that is not what the image promises is fetched once more if another
+    /// host has the blob.
     async fn make_once(
         &self,
         reference: &Reference,
         digest: Digest,
         known: &Known,
     ) -> Result<(), compile::Error> {
-        let fetched = self.0.remote.fetch_toc(reference, digest, known).await?;
+        let fetch = || self.0.remote.fetch_toc(reference, digest, known);
+        let fetched = fetch().await?;
+        let senders = fetched.senders();
+        match self.make_of(fetched, reference, digest).await {
+            Err(compile::Error::Toc(error)) => {
+                // The annotation may be what is wrong.
+                let elsewhere = error.is_misplaced() && known.without_position().is_some();
+                if elsewhere || !distrust(&senders) {
+                    return Err(error.into());
+                }
+                self.make_of(fetch().await?, reference, digest).await
+            }
+            made => made,
+        }
+    }
+
+    async fn make_of(
+        &self,
+        fetched: FetchedToc,
+        reference: &Reference,
+        digest: Digest,
+    ) -> Result<(), compile::Error> {
         let number = self.0.numbers.take().map_err(compile::Error::Number)?;
         let layers = self.layers_dir();
         self.compile(layers, fetched, digest, reference, number)
@@ -145,7 +173,8 @@ impl Node {
         tracing::warn!(layer = %digest, "{error}; it has been mended");
         let dir = self.open_checked(digest).await?;
         let dir = dir.map_err(|error| error.to_string())?;
-        Ok(dir.map(|dir| self.adopt(dir)))
+        let open = dir.map(|dir| self.adopt(dir));
+        Ok(open.inspect(|open| open.layer.was_mended(error.to_string())))
     }
 
     async fn open_checked(
@@ -153,10 +182,11 @@ impl Node {
         digest: Digest,
     ) -> Result<Result<Option<LayerDir>, layer_dir::Error>, String> {
         let path = self.layer_path(digest);
+        let doubted = self.0.doubted.load(Ordering::Relaxed);
         let opened = spawn_blocking(move || {
             let opened = LayerDir::open(&path, digest).and_then(|dir| {
                 dir.check_meta()?;
-                Ok(dir)
+                Ok(if doubted { dir.doubted() } else { dir })
             });
             match opened {
                 Ok(dir) => Ok(Some(dir)),
@@ -186,6 +216,7 @@ impl Node {
             download: None,
             used: false,
             resumed: false,
+            direct: false,
         }
     }
 
@@ -208,12 +239,14 @@ impl Node {
         if let Some(path) = &open.mounted {
             return Ok(path.clone());
         }
+        let direct = self.0.mode == Mode::Erofs && open.layer.dir().is_complete();
         let path = match self.0.mode {
-            Mode::Erofs => self.mount_erofs(&open.layer).await,
+            Mode::Erofs => self.mount_erofs(&open.layer, direct).await,
             Mode::Fuse => self.show_tree(&open.layer).await,
         }
         .map_err(|error| MountError::failed(digest, error))?;
         open.mounted = Some(path.clone());
+        open.direct = direct;
         self.download(open);
         Ok(path)
     }
@@ -279,15 +312,7 @@ impl Node {
         if tree {
             self.insert_tree(&open.layer, Image::open(&meta)?);
         }
-        open.resumed = true;
-        if mounted.is_some() {
-            open.mounted = mounted;
-            if self.0.config.prefetch {
-                let landmark = open.layer.prefetch(Plan::Landmark);
-                open.prefetch = landmark.map(|handle| (ProfileSource::Image, handle));
-            }
-            self.download(&mut open);
-        }
+        self.resume_mount(&mut open, mounted);
         // Nobody else knows the slot yet.
         if let Ok(mut place) = self.slot(digest).0.try_lock() {
             *place = Some(open);
@@ -295,14 +320,29 @@ impl Node {
         Ok(())
     }
 
+    /// Goes on with the mount of a former process.
+    pub(super) fn resume_mount(&self, open: &mut Open, mounted: Option<PathBuf>) {
+        if mounted.is_some() {
+            open.mounted = mounted;
+            // Perhaps; it had to be complete for that.
+            open.direct = self.0.mode == Mode::Erofs && open.layer.dir().is_complete();
+            open.resumed = true;
+            if self.0.config.prefetch {
+                let landmark = open.layer.prefetch(Plan::Landmark);
+                open.prefetch = landmark.map(|handle| (ProfileSource::Image, handle));
+            }
+            self.download(open);
+        }
+    }
+
     async fn mount_erofs(
         &self,
         layer: &LazyLayer,
+        complete: bool,
     ) -> Result<PathBuf, Box<dyn std::error::Error + Send + Sync>> {
         let number = layer.dir().identity().number;
         let root = &self.0.config.root;
         let target = root.join(MOUNTS).join(number.to_string());
-        let complete = layer.dir().is_complete();
         let options = mount::erofs::Options {
             // What comes through FUSE is cached once, by EROFS; and a reader
             // that waits for missing bytes can be killed, which it could not
@@ -365,6 +405,7 @@ impl Node {
             .flatten()
             .map_err(failed)?;
         drop(place);
+        self.0.unpersisted.lock().remove(&digest);
         self.forget(digest, &slot);
         Ok(())
     }
@@ -450,17 +491,42 @@ impl Node {
                 Err(_) => None,
             };
             if let Some(layer) = layer {
-                persist(layer).await;
+                self.persist_layer(layer).await;
+            }
+        }
+    }
+
+    async fn persist_layer(&self, layer: Arc<LazyLayer>) {
+        let digest = layer.digest();
+        let persisted = spawn_blocking(move || layer.dir().persist()).await;
+        let failure = match persisted {
+            Ok(Ok(_)) => None,
+            Ok(Err(error)) => Some(error.to_string()),
+            Err(error) => Some(error.to_string()),
+        };
+        let mut failures = self.0.unpersisted.lock();
+        match failure {
+            None => {
+                failures.remove(&digest);
+            }
+            // Told once for each cause: it is tried again and again.
+            Some(error) => {
+                if failures.insert(digest, error.clone()).as_ref() != Some(&error) {
+                    tracing::warn!(
+                        layer = %digest,
+                        "{error}; what is not durable is fetched again after a restart"
+                    );
+                }
             }
         }
     }
 }
 
-async fn persist(layer: Arc<LazyLayer>) {
-    let persisted = spawn_blocking(move || (layer.dir().persist(), layer.digest())).await;
-    if let Ok((Err(error), digest)) = persisted {
-        tracing::warn!(layer = %digest, "{error}");
-    }
+/// Tells that what these sent is wrong. Whether there is another host to ask.
+fn distrust(senders: &[Senders]) -> bool {
+    // All of them, not up to the first that says so.
+    let told: Vec<bool> = senders.iter().map(Senders::distrust).collect();
+    told.contains(&true)
 }
 
 impl Slot {
@@ -493,7 +559,7 @@ impl Open {
         }
     }
 
-    async fn close(self, node: &Node, keep: bool) {
+    pub(super) async fn close(self, node: &Node, keep: bool) {
         self.layer.close();
         let number = self.layer.dir().identity().number;
         let mounts = node.0.config.root.join(MOUNTS);
@@ -507,17 +573,28 @@ impl Open {
         node.0.trees.remove(number);
         drop((self.prefetch, self.download));
         if keep {
-            persist(self.layer).await;
+            node.persist_layer(self.layer).await;
         }
     }
 }
 
+/// How long a mount may be busy with users that are going: an overlay that
+/// was unmounted lets go of its layers a moment later.
+const LET_GO: Duration = Duration::from_secs(1);
+
 /// Unmounts a layer's mount point and removes it. A mount that something
 /// still uses is taken out of sight, and ends with its last user.
 fn unmount(target: &Path) -> io::Result<()> {
-    if mount::unmount(target).is_err() {
-        mount::detach(target).map_err(io::Error::other)?;
-        tracing::warn!("{} was still in use", target.display());
+    let since = Instant::now();
+    let mut pause = Duration::from_millis(1);
+    while let Err(error) = mount::unmount(target) {
+        if !error.is_busy() || since.elapsed() >= LET_GO {
+            mount::detach(target).map_err(io::Error::other)?;
+            tracing::warn!("{error}; it ends with its last user");
+            break;
+        }
+        std::thread::sleep(pause);
+        pause *= 2;
     }
     fs::remove_dir(target)
 }

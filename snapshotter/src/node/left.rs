@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use parking_lot::Mutex;
 
+use super::marker::Before;
 use super::start::{BLOBS, LAYERS, MOUNTS, TREES, failed};
 use super::{Mode, Node, StartError};
 use crate::fuse::{Kept, Session};
@@ -157,7 +158,12 @@ impl Node {
     /// Opens the layers that a former process had mounted, so that their
     /// readers find them when the mounts are served again. One that cannot be
     /// opened fails alone.
-    pub(super) fn go_on(&self, layers: Vec<Identity>, left: &Left) -> Result<(), StartError> {
+    pub(super) fn go_on(
+        &self,
+        layers: Vec<Identity>,
+        left: &Left,
+        before: Before,
+    ) -> Result<(), StartError> {
         let root = &self.0.config.root;
         let mut mounted: HashSet<PathBuf> = mount::mounts_below(&root.join(MOUNTS))?
             .into_iter()
@@ -170,15 +176,29 @@ impl Node {
                 continue;
             }
             let digest = identity.digest;
-            let dir = match LayerDir::open(&self.layer_path(digest), digest) {
-                Ok(dir) => dir,
+            let tree = left.trees.is_some();
+            let opened = LayerDir::open(&self.layer_path(digest), digest).and_then(|dir| {
+                // What this process maps must not kill it as it may have
+                // killed the last one.
+                if tree && before != Before::InOrder {
+                    dir.check_meta()?;
+                }
+                Ok(dir)
+            });
+            let mounted = erofs.then_some(target);
+            match opened {
+                Ok(dir) => {
+                    if let Err(error) = self.resume(dir, mounted, tree) {
+                        tracing::error!(layer = %digest, "its readers get an error: {error}");
+                    }
+                }
+                Err(error) if error.is_damage() => {
+                    tracing::error!(layer = %digest, "its readers wait: {error}");
+                    self.revive(identity, mounted, tree);
+                }
                 Err(error) => {
                     tracing::error!(layer = %digest, "its readers get an error: {error}");
-                    continue;
                 }
-            };
-            if let Err(error) = self.resume(dir, erofs.then_some(target), left.trees.is_some()) {
-                tracing::error!(layer = %digest, "its readers get an error: {error}");
             }
         }
         // Layers that were removed while something used them.

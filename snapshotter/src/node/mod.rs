@@ -18,11 +18,14 @@ mod evict;
 mod images;
 mod layer;
 mod left;
+mod marker;
 mod memory;
 mod mend;
 mod paths;
 mod plans;
 mod recording;
+mod revive;
+mod scrub;
 mod start;
 mod status;
 
@@ -49,6 +52,7 @@ pub use allowed::LazyFrom;
 pub use evict::Quota;
 use layer::Slot;
 use left::Numbers;
+use marker::Marker;
 pub use plans::ProfileSource;
 pub use recording::Recorded;
 use recording::Recordings;
@@ -80,6 +84,8 @@ pub struct Config {
     pub background: Option<Duration>,
     /// How much the layers may take on disk.
     pub quota: Quota,
+    /// Bytes a second that are read to verify what is kept.
+    pub scrub_rate: u64,
     /// Layers of one image whose TOCs are fetched and compiled at once.
     pub opening: usize,
     /// Which images may be mounted lazily.
@@ -101,6 +107,7 @@ impl Config {
             profiles: ProfileConfig::default(),
             background: Some(Duration::from_secs(10)),
             quota: Quota::default(),
+            scrub_rate: 50 << 20,
             opening: 8,
             lazy_from: LazyFrom::default(),
             toc_memory: 160 << 20,
@@ -154,7 +161,9 @@ pub enum StartError {
     #[error("{0}")]
     Mount(#[from] mount::Error),
     /// The configured mode does not work here.
-    #[error("mount mode erofs was asked for, but {0}; choose mode auto or fuse")]
+    #[error(
+        "mount mode erofs was asked for, but {0}; choose mode fuse, or leave the choice to the probe"
+    )]
     NoErofs(#[source] mount::erofs::Unsupported),
 }
 
@@ -178,6 +187,13 @@ struct Inner {
     overfull: AtomicBool,
     profiles: Arc<Profiles>,
     recordings: Recordings,
+    marker: Marker,
+    /// Whether the machine went down and not everything was verified since.
+    doubted: AtomicBool,
+    /// Layers whose state could not be made durable, and why.
+    unpersisted: Mutex<HashMap<Digest, String>>,
+    /// Held while all layers are verified.
+    scrubbing: tokio::sync::Mutex<()>,
 }
 
 impl Node {

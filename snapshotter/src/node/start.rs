@@ -5,15 +5,17 @@ use std::fs;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use parking_lot::Mutex;
 use sluice_registry::Client;
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
 use super::left::{self, Left, Numbers, clear, tidy};
+use super::marker::{Before, Marker};
 use super::recording::Recordings;
 use super::{Config, Inner, Mode, Node, StartError, memory};
 use crate::fetch::Engine;
@@ -38,6 +40,10 @@ pub(super) const PROFILES: &str = "profiles";
 
 /// How often what has become present is made durable.
 const PERSIST: Duration = Duration::from_secs(30);
+
+/// A manifest or a TOC that takes longer is not waited for: containerd waits
+/// for the answer, and unpacking the layer is one, too.
+const UNPACK_INSTEAD: Duration = Duration::from_secs(60);
 
 impl Node {
     /// Starts the node below `config.root`: goes on with the mounts that were
@@ -74,13 +80,18 @@ impl Node {
                 }
             },
         };
+        let (marker, before) = Marker::set(root)?;
         let layers = tidy(&root.join(LAYERS))?;
         clear(root)?;
         let profiles = Profiles::open(root.join(PROFILES), config.profiles.images)?;
         let runtime = Handle::current();
         let node = Self(Arc::new(Inner {
             engine: Engine::new(config.fetch.clone(), runtime.clone()),
-            remote: Remote::new(client, TocBudget::new(config.toc_memory)),
+            remote: Remote::new(
+                client,
+                TocBudget::new(config.toc_memory),
+                config.fetch.deadline.min(UNPACK_INSTEAD),
+            ),
             slots: Mutex::new(HashMap::new()),
             sessions: Mutex::default(),
             numbers: Numbers::load(root, &layers)?,
@@ -91,10 +102,29 @@ impl Node {
             blobs: BlobTable::new(),
             trees: TreeTable::new(),
             overfull: AtomicBool::new(false),
+            marker,
+            doubted: AtomicBool::new(before == Before::PowerLoss),
+            unpersisted: Mutex::default(),
+            scrubbing: tokio::sync::Mutex::default(),
             config,
         }));
-        node.go_on(layers, &left)?;
+        node.go_on(layers, &left, before)?;
         node.serve(left)?;
+        if before != Before::InOrder {
+            tracing::warn!(
+                "the last process did not end in order{}: what it left is verified",
+                match before {
+                    Before::PowerLoss => ", nor did the machine",
+                    _ => "",
+                }
+            );
+            let inner = Arc::downgrade(&node.0);
+            runtime.spawn(async move {
+                if let Some(inner) = inner.upgrade() {
+                    Self(inner).verify_all().await;
+                }
+            });
+        }
         let inner = Arc::downgrade(&node.0);
         runtime.spawn(async move {
             loop {
@@ -141,9 +171,8 @@ impl Node {
     pub async fn stop(&self) {
         self.end_recordings(|_| true).await;
         let slots: Vec<_> = self.0.slots.lock().drain().collect();
-        for (_, slot) in slots {
-            slot.close(self).await;
-        }
+        // All at once, for each may wait a moment for its users to go.
+        join_all(slots.iter().map(|(_, slot)| slot.close(self))).await;
         let sessions = std::mem::take(&mut *self.0.sessions.lock());
         for (mode, session) in sessions {
             self.0.config.keeper.forget(left::name_of(mode));
@@ -151,6 +180,15 @@ impl Node {
             if let Err(error) = unmounted {
                 tracing::warn!("unmounting: {error}");
             }
+        }
+        self.end_in_order();
+    }
+
+    /// The next process need not verify what was made durable.
+    fn end_in_order(&self) {
+        let durable = self.0.unpersisted.lock().is_empty();
+        if durable && !self.0.doubted.load(Ordering::Relaxed) {
+            self.0.marker.clear();
         }
     }
 
@@ -166,6 +204,7 @@ impl Node {
         for (_, session) in std::mem::take(&mut *self.0.sessions.lock()) {
             session.leave();
         }
+        self.end_in_order();
     }
 }
 

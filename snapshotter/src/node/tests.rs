@@ -5,6 +5,8 @@ use serde_json::json;
 use sluice_registry::{Client, RetryPolicy};
 use tempfile::TempDir;
 
+mod disk;
+
 use super::*;
 use crate::layer_dir::LayerDir;
 use crate::sample::{Fault, Layout, Registry, Sample, SampleFile, files, noise};
@@ -56,6 +58,17 @@ async fn read(path: PathBuf) -> std::io::Result<Vec<u8>> {
     tokio::task::spawn_blocking(move || fs::read(path))
         .await
         .unwrap()
+}
+
+/// The same, by readers that try again: a busy machine may not do anything
+/// within a short deadline.
+async fn read_in_the_end(path: PathBuf) -> Vec<u8> {
+    loop {
+        match read(path.clone()).await {
+            Err(error) if error.raw_os_error() == Some(libc::EIO) => {}
+            content => return content.unwrap(),
+        }
+    }
 }
 
 async fn assert_content(mount: &std::path::Path, sample: &Sample) {
@@ -311,7 +324,7 @@ async fn a_read_fails_after_the_deadline_or_a_refusal_and_the_next_one_tries_aga
         assert!(is_eio(read(path.clone()).await), "{status}");
     }
     registry.misbehave(|_| None);
-    assert!(read(path).await.unwrap() == sample.files[0].content);
+    assert!(read_in_the_end(path).await == sample.files[0].content);
     node.stop().await;
 }
 
@@ -544,7 +557,9 @@ async fn a_restart_needs_no_registry() {
     assert!(registry.take_log().is_empty());
     assert!(is_eio(read(again.join("large")).await));
     registry.misbehave(|_| None);
-    assert_content(&again, &sample).await;
+    for file in &sample.files {
+        assert!(read_in_the_end(again.join(&file.name)).await == file.content);
+    }
     node.stop().await;
 
     // Complete: the next mount needs no FUSE for it.
@@ -728,121 +743,4 @@ async fn a_reader_that_waits_can_be_killed() {
         assert!(read(large).await.unwrap() == sample.files.last().unwrap().content);
         node.stop().await;
     }
-}
-
-/// What a daemon tells the node when it asks which layers are in use.
-fn in_use(layers: &[&Sample]) -> InUse {
-    let layers: HashSet<Digest> = layers.iter().map(|sample| sample.digest()).collect();
-    Arc::new(move || Some(layers.clone()))
-}
-
-fn content_size(root: &TempDir, sample: &Sample) -> u64 {
-    let path = root.path().join("layers").join(sample.digest().hex());
-    LayerDir::content_size(&path).unwrap()
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_was_used_longest_ago_is_evicted_and_fetched_again() {
-    for mode in [Mode::Erofs, Mode::Fuse] {
-        let root = tempfile::tempdir().unwrap();
-        let layers: Vec<Sample> = (0..3)
-            .map(|n| {
-                let mut all = files(2, 100 + n);
-                all.push(SampleFile {
-                    name: "large".to_owned(),
-                    content: noise(70 + n as u64, 1 << 20),
-                });
-                Sample::new(all, &Layout::default())
-            })
-            .collect();
-        let described: Vec<_> = layers.iter().map(|s| (s, labels(s))).collect();
-        let registry = Registry::serve(&described);
-        let mut config = config(&root);
-        config.mode = Some(mode);
-        let mounts = async |node: &Node| {
-            let mut mounts = Vec::new();
-            for sample in &layers {
-                node.open(request(&registry, sample)).await.unwrap();
-                let mount = node.mount(sample.digest()).await.unwrap();
-                assert_content(&mount, sample).await;
-                mounts.push(mount);
-            }
-            mounts
-        };
-        // Without a quota nothing goes, whatever is in use.
-        let node = Node::start(config.clone(), client()).unwrap();
-        mounts(&node).await;
-        node.make_room(in_use(&[])).await;
-        assert!(layers.iter().all(|s| content_size(&root, s) > 1 << 20));
-        node.stop().await;
-
-        // The order of use outlives the process: 1 after 0 and 2.
-        let at = |n: usize| root.path().join("layers").join(layers[n].digest().hex());
-        for (n, age) in [(0, 300), (1, 100), (2, 200)] {
-            let chunks = fs::File::open(at(n).join("chunks")).unwrap();
-            let then = std::time::SystemTime::now() - Duration::from_secs(age);
-            chunks.set_modified(then).unwrap();
-        }
-        let usage: u64 = (0..3)
-            .map(|n| LayerDir::usage(&at(n)).unwrap().unwrap().0)
-            .sum();
-        config.quota.limit = Some(usage - 1);
-        let node = Node::start(config.clone(), client()).unwrap();
-        let mount = node.mount(layers[0].digest()).await.unwrap();
-        let evicted = |n: usize| content_size(&root, &layers[n]) == 0;
-        // 0 is the oldest, but in use.
-        node.make_room(in_use(&[&layers[0]])).await;
-        assert_eq!(
-            [evicted(0), evicted(1), evicted(2)],
-            [false, false, true],
-            "{mode:?}"
-        );
-        // Then everything may go, and 0 was in use just now.
-        node.stop().await;
-        config.quota.limit = Some(usage / 2);
-        let node = Node::start(config, client()).unwrap();
-        let again = node.mount(layers[0].digest()).await.unwrap();
-        assert_eq!(again, mount);
-        node.make_room(in_use(&[])).await;
-        assert_eq!(
-            [evicted(0), evicted(1), evicted(2)],
-            [false, true, true],
-            "{mode:?}"
-        );
-        // What was evicted needs its content alone.
-        registry.take_log();
-        let mount = node.mount(layers[1].digest()).await.unwrap();
-        assert!(registry.take_log().is_empty());
-        assert_content(&mount, &layers[1]).await;
-        assert!(!registry.take_ranges().is_empty());
-        assert_content(&again, &layers[0]).await;
-        assert!(registry.take_ranges().is_empty());
-        node.stop().await;
-    }
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_mount_that_is_in_use_after_all_keeps_its_content() {
-    let root = tempfile::tempdir().unwrap();
-    let sample = sample();
-    let (registry, node, mount) = mounted(&root, &sample).await;
-    assert_content(&mount, &sample).await;
-    node.stop().await;
-    let mut config = config(&root);
-    config.quota.limit = Some(1);
-    // Complete, so that the kernel reads the file itself.
-    let node = Node::start(config, client()).unwrap();
-    let mount = node.mount(sample.digest()).await.unwrap();
-    let open = fs::File::open(mount.join("large")).unwrap();
-    node.make_room(in_use(&[])).await;
-    assert!(content_size(&root, &sample) > 1 << 20, "something holds it");
-    assert_content(&mount, &sample).await;
-    drop(open);
-    node.make_room(in_use(&[])).await;
-    assert_eq!(content_size(&root, &sample), 0);
-    registry.take_log();
-    let mount = node.mount(sample.digest()).await.unwrap();
-    assert_content(&mount, &sample).await;
-    assert!(!registry.take_ranges().is_empty());
-    node.stop().await;
 }
