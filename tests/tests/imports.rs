@@ -79,7 +79,6 @@ const MODULES: &[(&str, &[&str])] = &[
     ("scrub", &["layer_dir"]),
     ("profiles", &["erofs", "layer_dir"]),
     ("control", &["node", "service", "fetch", "profiles"]),
-    ("scrub", &["layer_dir"]),
     ("keeper", &["fuse"]),
     ("service", &[]),
     ("socket", &[]),
