@@ -419,6 +419,44 @@ fn one_bad_layer_fails_alone() {
 }
 
 #[test]
+fn the_data_plane_is_told_of_what_is_about_to_run() {
+    let rig = Rig::new();
+    let manifest = Digest::of(b"manifest");
+    let mut top = lazy("chain-2", layer(2));
+    let label = "containerd.io/snapshot/cri.manifest-digest";
+    top.insert(label.to_owned(), manifest.to_string());
+    let _ = rig.prepare("x", "", lazy("chain-1", layer(1)));
+    let _ = rig.prepare("x", "chain-1", top);
+    // An upper layer that is unpacked runs nothing, nor does who only looks.
+    rig.fake.state.lock().not_lazy.insert(layer(3));
+    rig.prepare("x", "chain-2", lazy("chain-3", layer(3)))
+        .unwrap();
+    rig.view("look", "chain-2").unwrap();
+    rig.prepare("nothing-lazy", "", Labels::new()).unwrap();
+    assert!(rig.fake.state.lock().starts.is_empty());
+
+    let asked = [("containerd.io/snapshot/sluice.record", "ci")];
+    let asked = asked.map(|(k, v)| (k.to_owned(), v.to_owned())).into();
+    rig.prepare("one", "chain-2", Labels::new()).unwrap();
+    rig.prepare("two", "chain-2", asked).unwrap();
+    let image = ImageUse {
+        reference: Some("r.io/app:1".to_owned()),
+        manifest_digest: Some(manifest),
+        layers: vec![layer(1), layer(2)],
+        recording: None,
+    };
+    let named = ImageUse {
+        recording: Some("ci".to_owned()),
+        ..image.clone()
+    };
+    assert_eq!(rig.fake.state.lock().starts, [image.clone(), named]);
+    // And whoever asks, of what is in use: two containers, the view, and the
+    // snapshot into which the third layer is unpacked.
+    let used = rig.run(async |s| s.images().await).unwrap();
+    assert_eq!(used, [(image, 4)]);
+}
+
+#[test]
 fn a_snapshot_that_is_not_made_leaves_nothing() {
     let rig = Rig::new();
     rig.prepare("a", "", Labels::new()).unwrap();
