@@ -5,6 +5,7 @@ fn main() -> std::io::Result<()> {
         &[
             "proto/containerd/services/snapshots/v1/snapshots.proto",
             "proto/sluice/control/v1/control.proto",
+            "proto/sluice/control/v1/scrub.proto",
         ],
         &["proto"],
     )

@@ -384,26 +384,28 @@ impl<'a> Converter<'a> {
         }
         let stop = Arc::new(AtomicBool::new(false));
         let _stop = StopOnDrop(Arc::clone(&stop));
-        let job = Job {
-            layer: layer.digest,
-            size: layer.size,
-            options: self.conversion.options,
-            prioritized: Arc::clone(&self.prioritized),
-            workers: self.conversion.workers,
-            spool: self.destination.spool_directory(),
-            scratch: self.conversion.scratch.clone(),
-            stop,
+        let convert = |blob| {
+            let job = Job {
+                layer: layer.digest,
+                size: layer.size,
+                options: self.conversion.options,
+                prioritized: Arc::clone(&self.prioritized),
+                workers: self.conversion.workers,
+                spool: self.destination.spool_directory(),
+                scratch: self.conversion.scratch.clone(),
+                stop: Arc::clone(&stop),
+            };
+            let progress = Arc::clone(&self.progress);
+            let digest = layer.digest;
+            let read = move |bytes| {
+                progress.event(Event::LayerRead {
+                    layer: digest,
+                    bytes,
+                });
+            };
+            blocking(move || job.run(blob, read))
         };
-        let blob = self.source.reader(layer.digest).await?;
-        let progress = Arc::clone(&self.progress);
-        let digest = layer.digest;
-        let read = move |bytes| {
-            progress.event(Event::LayerRead {
-                layer: digest,
-                bytes,
-            });
-        };
-        let converted = match blocking(move || job.run(blob, read)).await {
+        let converted = match self.source.read(layer.digest, convert).await {
             Err(Error::Layer {
                 cause: WriteError::Unsupported(why),
                 ..

@@ -41,7 +41,7 @@ pub struct Config {
 }
 
 /// Section `[registry]`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Registry {
     /// Registries (`host` or `host:port`) that are reached by plain HTTP.
@@ -56,6 +56,12 @@ pub struct Registry {
     /// PEM files with certificate authorities to trust beside the system's.
     /// Default: none.
     pub ca_certificates: Vec<PathBuf>,
+    /// Directories with containerd's `hosts.toml` files, in the file as
+    /// `config_path`, one path, several separated by colons, or a list. The
+    /// first that has a directory for a registry, or a `_default`, counts.
+    /// Default: `/etc/containerd/certs.d`.
+    #[serde(rename = "config_path", deserialize_with = "search_path")]
+    pub hosts_dirs: Vec<PathBuf>,
 }
 
 /// Section `[mount]`.
@@ -64,6 +70,9 @@ pub struct Registry {
 pub struct Mount {
     /// `auto` (default), `erofs` or `fuse`.
     pub mode: MountMode,
+    /// Places from which images are mounted lazily: `host[:port]`, or that and
+    /// the beginning of a repository. Default: none, which is all.
+    pub lazy_from: Vec<String>,
 }
 
 /// How a layer becomes a directory.
@@ -114,6 +123,9 @@ pub struct Profiles {
     /// Whether starts are recorded. Default true. Recorded profiles are used
     /// when `[prefetch]` is enabled.
     pub record: bool,
+    /// Whether registries are asked for profiles that are attached to images.
+    /// Default true; needs `[prefetch]` as well.
+    pub attached: bool,
     /// How long a start is recorded at most. Default 120.
     pub seconds: NonZeroU64,
     /// A start is over when nothing new was read for so long, in seconds.
@@ -189,10 +201,28 @@ fn one_or_many<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<PathBuf
     })
 }
 
+/// As [`one_or_many`], and as containerd writes several: with colons.
+fn search_path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<PathBuf>, D::Error> {
+    let paths = one_or_many(deserializer)?;
+    let split = paths.iter().flat_map(std::env::split_paths);
+    Ok(split.filter(|path| !path.as_os_str().is_empty()).collect())
+}
+
 const fn nonzero(value: u64) -> NonZeroU64 {
     match NonZeroU64::new(value) {
         Some(value) => value,
         None => NonZeroU64::MIN,
+    }
+}
+
+impl Default for Registry {
+    fn default() -> Self {
+        Self {
+            plain_http: Vec::new(),
+            docker_configs: Vec::new(),
+            ca_certificates: Vec::new(),
+            hosts_dirs: vec!["/etc/containerd/certs.d".into()],
+        }
     }
 }
 
@@ -218,6 +248,7 @@ impl Default for Profiles {
     fn default() -> Self {
         Self {
             record: true,
+            attached: true,
             seconds: nonzero(120),
             idle_seconds: nonzero(10),
             images: nonzero(256),
@@ -309,8 +340,8 @@ mod tests {
         let config = parse(
             "root = '/r'\naddress = '/s'\nlog_level = 'debug'\n\
              [registry]\nplain_http = ['10.0.0.1:5000']\ndocker_config = '/d.json'\n\
-             ca_certificates = ['/ca.pem']\n\
-             [mount]\nmode = 'fuse'\n\
+             ca_certificates = ['/ca.pem']\nconfig_path = '/a:/b'\n\
+             [mount]\nmode = 'fuse'\nlazy_from = ['r.io/team']\n\
              [fetch]\nmemory_mib = 32\nconnections = 4\nread_ahead_mib = 0\ndeadline_seconds = 9\n\
              [prefetch]\nenabled = false\n[profiles]\nrecord = false\nidle_seconds = 3\n\
              [background]\nenabled = false\n\
@@ -320,7 +351,14 @@ mod tests {
         .unwrap();
         assert_eq!(config.root, Path::new("/r"));
         assert_eq!(config.registry.plain_http, ["10.0.0.1:5000"]);
+        let dirs = ["/a", "/b"].map(PathBuf::from);
+        assert_eq!(config.registry.hosts_dirs, dirs);
+        let listed = parse("[registry]\nconfig_path = ['/a', '/b']").unwrap();
+        assert_eq!(listed.registry.hosts_dirs, dirs);
+        let none = parse("[registry]\nconfig_path = ''").unwrap();
+        assert!(none.registry.hosts_dirs.is_empty());
         assert_eq!(config.mount.mode, MountMode::Fuse);
+        assert_eq!(config.mount.lazy_from, ["r.io/team"]);
         assert_eq!(config.fetch.deadline_seconds.get(), 9);
         assert!(!config.background.enabled && !config.profiles.record);
         assert_eq!(config.profiles.idle_seconds.get(), 3);
@@ -370,7 +408,9 @@ mod tests {
             "plain_http",
             "docker_config",
             "ca_certificates",
+            "config_path",
             "mode",
+            "lazy_from",
             "memory_mib",
             "toc_memory_mib",
             "connections",
@@ -383,6 +423,7 @@ mod tests {
             "interval_hours",
             "mib_per_second",
             "record",
+            "attached",
             "seconds",
             "idle_seconds",
             "images",

@@ -16,8 +16,9 @@ use crate::config::{Config, MountMode};
 use crate::control::{self, Control};
 use crate::fetch;
 use crate::keeper::Keeper;
-use crate::node::{self, Node};
-use crate::service::{self, LazyLayers, OverlayOptions, Snapshots, Store};
+use crate::node::{self, LazyFrom, Node};
+use crate::scrub;
+use crate::service::{self, Key, LazyLayers, OverlayOptions, Snapshots, Store};
 use crate::socket::{self, Root, Socket};
 
 /// How long calls that are under way may take to finish when the daemon stops.
@@ -72,9 +73,11 @@ pub async fn run(
     stop: impl Future<Output = Stop> + Send,
 ) -> Result<(), Error> {
     let root = Root::take(&config.root)?;
+    crash_point!("start.root-taken");
     let (socket, listener) = Socket::bind(&config.address)?;
     // Before anything is written: this refuses a root of a newer version.
     let store = Store::open(root.path())?;
+    crash_point!("start.database-opened");
     let client = Client::new(registry_config(&config))?;
     let node_config = node::Config {
         keeper: Arc::clone(&keeper),
@@ -111,12 +114,49 @@ async fn serve_node(
     let layers = Arc::new(node.clone());
     let snapshots = Snapshots::start(root.path(), store, layers, overlay).await?;
     let snapshots = Arc::new(snapshots);
+    tell_who_is_affected(node, &snapshots).await;
+    let again = node.clone();
+    tokio::spawn(async move { again.mount_lost().await });
     let _room = AbortOnDropHandle::new(tokio::spawn(keep_room(Arc::clone(&snapshots))));
+    let timer = node.clone();
+    let interval = Duration::from_secs(config.scrub.interval_hours.saturating_mul(3600));
+    let _scrub = AbortOnDropHandle::new(tokio::spawn(async move {
+        if !interval.is_zero() {
+            timer.scrub_every(interval).await;
+        }
+    }));
     let control = Control::new(Arc::clone(&snapshots), node.clone());
-    let snapshots_and = (Arc::clone(&snapshots), control);
-    let served = serve(config, snapshots_and, listener, keeper, stop).await;
+    let services = (Arc::clone(&snapshots), control, Arc::new(node.clone()));
+    let served = serve(config, services, listener, keeper, stop).await;
+    crash_point!("stop.drained");
     snapshots.close().await;
+    crash_point!("stop.closed");
     served
+}
+
+/// Says which containers stand on mounts that nobody can serve any more.
+async fn tell_who_is_affected<L: LazyLayers>(node: &Node, snapshots: &Snapshots<L>) {
+    for overlay in node.affected() {
+        let key = match &overlay.upper {
+            Some(upper) => snapshots.key_of(upper).await,
+            None => None,
+        };
+        // containerd's key of a container's snapshot is the container's id.
+        let whose = key.as_ref().map(Key::in_containerd);
+        let (owner, container) = match whose {
+            Some((Some(namespace), name)) => (
+                format!(" of container {name} in namespace {namespace}"),
+                "it".to_owned(),
+            ),
+            Some((None, name)) => (format!(" of snapshot {name}"), "its container".to_owned()),
+            None => (String::new(), "its container".to_owned()),
+        };
+        tracing::error!(
+            "the mount at {}{owner} stands on layers that a former process served and whose FUSE \
+             device was not kept: reads of what is not cached fail there; start {container} again",
+            overlay.target.display()
+        );
+    }
 }
 
 /// Keeps the layers within their quota.
@@ -129,7 +169,7 @@ async fn keep_room<L: LazyLayers>(snapshots: Arc<Snapshots<L>>) {
 
 async fn serve(
     config: &Config,
-    (snapshots, control): (Arc<Snapshots<Node>>, Control),
+    (snapshots, control, scrubber): (Arc<Snapshots<Node>>, Control, Arc<Node>),
     listener: std::os::unix::net::UnixListener,
     keeper: &Keeper,
     stop: impl Future<Output = Stop> + Send,
@@ -147,10 +187,12 @@ async fn serve(
     let server = Server::builder()
         .add_service(service::server(snapshots, calls.clone()))
         .add_service(control::server(control))
+        .add_service(scrub::server(scrubber))
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async {
             let _ = drained.await;
         });
     tokio::pin!(server);
+    crash_point!("start.ready");
     keeper.ready();
     tracing::info!(
         address = %config.address.display(),
@@ -166,6 +208,7 @@ async fn serve(
     };
     tracing::info!("stopping");
     keeper.stopping();
+    crash_point!("stop.begun");
     let _ = drain.send(());
     calls.close();
     tokio::select! {
@@ -197,10 +240,12 @@ fn node_config(config: &Config, root: &Path) -> node::Config {
             deadline: Duration::from_secs(config.fetch.deadline_seconds.get()),
             ..fetch::Config::default()
         },
+        lazy_from: LazyFrom::new(config.mount.lazy_from.clone()),
         toc_memory: mebibytes(config.fetch.toc_memory_mib.get()),
         prefetch: config.prefetch.enabled,
         profiles: node::ProfileConfig {
             record: config.profiles.record,
+            attached: config.profiles.attached,
             longest: Duration::from_secs(config.profiles.seconds.get()),
             idle: Duration::from_secs(config.profiles.idle_seconds.get()),
             images: config.profiles.images.get() as usize,
@@ -213,6 +258,7 @@ fn node_config(config: &Config, root: &Path) -> node::Config {
             limit: (config.cache.limit_mib > 0).then(|| mebibytes(config.cache.limit_mib)),
             min_free: mebibytes(config.cache.min_free_mib),
         },
+        scrub_rate: mebibytes(config.scrub.mib_per_second.get()),
         ..node::Config::new(root)
     }
 }
@@ -222,11 +268,17 @@ fn mebibytes(count: u64) -> u64 {
 }
 
 fn registry_config(config: &Config) -> sluice_registry::Config {
+    let patience = Duration::from_secs(config.fetch.deadline_seconds.get());
     let config = config.registry.clone();
+    let default = sluice_registry::Config::default();
     sluice_registry::Config {
+        // A dead host must leave a read time to ask others.
+        connect_timeout: default.connect_timeout.min(patience / 4),
+        stall_timeout: default.stall_timeout.min(patience / 4),
+        hosts_dirs: config.hosts_dirs,
         plain_http: config.plain_http,
         docker_configs: config.docker_configs,
         ca_certificates: config.ca_certificates,
-        ..sluice_registry::Config::default()
+        ..default
     }
 }

@@ -14,7 +14,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use rustix::net::connect_unspec;
 
-pub use access::Access;
+pub use access::{Access, TOKEN};
 pub use schedule::{Fault, Rule};
 
 use crate::command::wait_for;
@@ -136,6 +136,11 @@ impl Proxy {
         while TcpStream::connect((Ipv4Addr::LOCALHOST, self.port)).is_ok() {
             std::thread::sleep(Duration::from_millis(1));
         }
+    }
+
+    /// Whether it has not died.
+    pub fn is_up(&self) -> bool {
+        lock(&self.shared.open).up
     }
 
     /// Comes back at the same address.

@@ -216,7 +216,10 @@ fn the_proxy_dies_redirects_and_asks_for_credentials() -> Result<()> {
     proxy.demand(Access::Token);
     assert_eq!(status(&proxy)?, "401");
     let (_, body) = get(&proxy, "/token?scope=x", None)?;
-    assert_eq!(body, br#"{"token":"t0","expires_in":86400}"#);
+    assert_eq!(
+        body,
+        br#"{"token":"tokens-are-numbered-0","expires_in":86400}"#
+    );
     proxy.demand(Access::Open);
 
     proxy.down();

@@ -73,13 +73,16 @@ const MODULES: &[(&str, &[&str])] = &[
             "service",
             "keeper",
             "profiles",
+            "scrub",
         ],
     ),
+    ("scrub", &["layer_dir"]),
     ("profiles", &["erofs", "layer_dir"]),
     ("control", &["node", "service", "fetch", "profiles"]),
     ("keeper", &["fuse"]),
     ("service", &[]),
     ("socket", &[]),
+    ("crash_points", &[]),
     (
         "config",
         &["mount", "fuse", "fetch", "node", "remote", "service"],
@@ -98,13 +101,23 @@ const MODULES: &[(&str, &[&str])] = &[
             "fetch",
             "remote",
             "layer_dir",
+            "scrub",
         ],
     ),
     // The other composition root: an image without containerd.
     ("standalone", &["mount", "node", "service", "socket"]),
+    // For fuzzing alone: whatever reads foreign bytes.
+    (
+        "fuzzing",
+        &["erofs", "fuse", "keeper", "layer_dir", "service"],
+    ),
     // The program: arguments in, exit status out.
     ("cleanup", &["mount", "socket"]),
-    ("main", &["daemon", "config", "keeper", "cleanup"]),
+    ("crashing", &[]),
+    (
+        "main",
+        &["daemon", "config", "keeper", "cleanup", "scrub", "socket"],
+    ),
 ];
 
 fn workspace() -> PathBuf {

@@ -190,7 +190,7 @@ impl Engine {
     }
 
     /// Returns when no reader has waited for a while, or after `longest`.
-    pub(super) async fn idle(&self, longest: Duration) {
+    pub async fn idle(&self, longest: Duration) {
         let _ = timeout(longest, self.quiet()).await;
     }
 

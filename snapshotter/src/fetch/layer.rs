@@ -31,13 +31,12 @@ pub type PathOf = Box<dyn Fn(u64) -> Option<PathBuf> + Send + Sync>;
 const LEAST_AROUND: u64 = 32 << 10;
 /// And at most: it delays what is read next by as long as it takes.
 const MOST_AROUND: u64 = 1 << 20;
-/// The window of a sequential reader may always grow to this. Beyond, four
-/// round trips' worth: one range arriving, one on its way, and both again while
-/// the reader is busy.
-const LEAST_WINDOW: u64 = 8 << 20;
 
 /// How often a read takes over fetches that others gave up.
 const ATTEMPTS: usize = 16;
+
+/// Causes of trouble that are told until bytes come again.
+const CAUSES: usize = 32;
 
 /// A layer's directory and where its missing bytes come from.
 pub struct LazyLayer {
@@ -56,6 +55,7 @@ pub struct LazyLayer {
     pub(super) unreadable: Mutex<HashMap<ChunkId, u32>>,
     counters: Counters,
     trace: Trace,
+    mended: Mutex<Option<String>>,
 }
 
 impl std::fmt::Debug for LazyLayer {
@@ -86,6 +86,7 @@ impl LazyLayer {
             unreadable: Mutex::default(),
             counters: Counters::default(),
             trace: Trace::new(dir.chunks().len()),
+            mended: Mutex::default(),
             path_of,
             source,
             dir,
@@ -120,6 +121,21 @@ impl LazyLayer {
 
     pub(super) fn closed(&self) -> &CancellationToken {
         &self.closed
+    }
+
+    /// Fetches chunks that nobody reads now, soon.
+    pub fn fetch_again(self: &Arc<Self>, chunks: &[ChunkId]) {
+        self.start(self.claim_chunks(chunks, &BTreeSet::new()), |_| false);
+    }
+
+    /// What was wrong with the directory when it was opened, and is mended.
+    pub fn mended(&self) -> Option<String> {
+        self.mended.lock().clone()
+    }
+
+    /// Notes what was wrong with the directory.
+    pub fn was_mended(&self, what: String) {
+        *self.mended.lock() = Some(what);
     }
 
     /// Compressed bytes of units that were decoded since the layer was opened.
@@ -245,10 +261,10 @@ impl LazyLayer {
     /// How much may be guessed; none where read-ahead is off.
     fn budget(&self) -> Option<Budget> {
         let longest = self.engine.config().read_ahead;
-        let product = self.link.product();
+        let around = self.link.product().clamp(LEAST_AROUND, MOST_AROUND);
         (longest > 0).then(|| Budget {
-            around: product.clamp(LEAST_AROUND, MOST_AROUND).min(longest),
-            sequential: (product * 4).max(LEAST_WINDOW).min(longest),
+            around: around.min(longest),
+            sequential: self.link.window().max(around).min(longest),
             piece: self.link.piece(),
             credit: self.reads.credit(),
         })
@@ -321,11 +337,15 @@ impl LazyLayer {
         }
     }
 
-    /// Says what is wrong, once for each cause until bytes come again.
+    /// Says what is wrong and what that means, once for each cause until bytes
+    /// come again.
     pub(super) fn report(&self, cause: &str, unit: Unit, outlook: &str) {
-        if !self.trouble.lock().insert(cause.to_owned()) {
+        let mut trouble = self.trouble.lock();
+        // A registry can word every refusal in a new way.
+        if trouble.len() >= CAUSES || !trouble.insert(format!("{cause}; {outlook}")) {
             return;
         }
+        drop(trouble);
         let chunk = self.dir.chunks().of_unit(unit.offset).next();
         let path = chunk.map(|chunk| self.path_at(self.dir.chunks().get(chunk).data_offset));
         let path = path.unwrap_or_else(|| "?".into());

@@ -8,6 +8,7 @@
 mod activity;
 mod admission;
 mod ahead;
+mod content;
 mod decode;
 mod disk;
 mod engine;
@@ -31,11 +32,12 @@ use sluice_oci::Digest;
 pub use activity::{Activity, Request};
 pub use admission::{Admission, Permit, Priority};
 pub use ahead::Handle;
+pub use content::{Content, Piece};
 pub use engine::{Config, Engine};
 pub use layer::{LazyLayer, PathOf};
 pub use link::{Link, LinkFigures};
 pub use prefetch::Plan;
-pub use source::{RangeBody, RangeSource, RegistryBlob, SourceError};
+pub use source::{Blame, RangeBody, RangeSource, RegistryBlob, SourceError};
 pub use trace::Recording;
 pub use unstored::Unstored;
 

@@ -15,7 +15,7 @@ use super::inflight::Claim;
 use super::layer::LazyLayer;
 use super::link::Receiving;
 use super::pace::Turn;
-use super::{FetchError, Permit, Priority, RangeBody, SourceError};
+use super::{Blame, FetchError, Permit, Priority, RangeBody, SourceError};
 
 /// A request holds at most this much of its range in memory, unless one unit
 /// is larger.
@@ -83,6 +83,11 @@ impl Arriving {
             position: start,
             _under_way: under_way,
         })
+    }
+
+    /// What to call when the bytes are wrong.
+    fn blame(&self) -> Blame {
+        self.body.blame()
     }
 
     async fn more(&mut self) -> Result<(), SourceError> {
@@ -236,6 +241,12 @@ impl Patience {
         }
     }
 
+    /// A request is sent: how long it may take until something comes.
+    pub(super) fn begin(&mut self) -> Duration {
+        let since = *self.since.get_or_insert_with(Instant::now);
+        self.deadline.saturating_sub(since.elapsed())
+    }
+
     /// Bytes came.
     pub(super) fn renew(&mut self) {
         self.since = None;
@@ -285,8 +296,10 @@ pub(super) async fn fetch_claimed(
     claims: Vec<Claim>,
     mut terms: Terms,
 ) -> Result<(), SourceError> {
+    crash_point!("fill.claimed");
     let mut pending: VecDeque<(Claim, bool)> = claims.into_iter().map(|c| (c, false)).collect();
     let mut patience = Patience::new(layer);
+    let mut failed: Option<SourceError> = None;
     while let (Some((first, _)), Some((last, _))) = (pending.front(), pending.back()) {
         let (first, last) = (first.unit(), last.unit());
         let range = last.offset + last.size - first.offset;
@@ -300,15 +313,22 @@ pub(super) async fn fetch_claimed(
             }
         };
         let before = pending.len();
-        let attempt = attempt(layer, &mut pending, terms.priority, terms.turn.as_mut()).await;
+        let limit = patience.begin();
+        let attempt = attempt(layer, &mut pending, &mut terms, limit).await;
         drop(permit);
         if pending.len() < before {
             patience.renew();
         }
-        let Err(error) = attempt else {
+        let Err(mut error) = attempt else {
             layer.recovered();
+            failed = None;
             continue;
         };
+        // That time ran out says less than why.
+        if error == SourceError::late(layer.engine().config().deadline) {
+            error = failed.take().unwrap_or(error);
+        }
+        failed = Some(error.clone());
         let Some(wait) = patience.after(&error) else {
             layer.report(&error.message, first, "the reader gets EIO");
             let failed = FetchError::Registry {
@@ -330,34 +350,37 @@ pub(super) async fn fetch_claimed(
 /// and again after a few of them must not hold a reader for ever.
 async fn within<T>(
     limit: Duration,
+    deadline: Duration,
     arrival: impl Future<Output = Result<T, SourceError>>,
 ) -> Result<T, SourceError> {
     tokio::time::timeout(limit, arrival)
         .await
-        .unwrap_or_else(|_| Err(SourceError::late(limit)))
+        .unwrap_or_else(|_| Err(SourceError::late(deadline)))
 }
 
-/// One request for all that is pending. What has arrived is no longer pending,
-/// unless its bytes were wrong the first time.
+/// One request for all that is pending, which has `limit` until the first unit
+/// is here. What has arrived is no longer pending, unless its bytes were wrong
+/// the first time.
 async fn attempt(
     layer: &Arc<LazyLayer>,
     pending: &mut VecDeque<(Claim, bool)>,
-    priority: Priority,
-    mut turn: Option<&mut Turn>,
+    terms: &mut Terms,
+    mut limit: Duration,
 ) -> Result<(), SourceError> {
     let (Some((first, _)), Some((last, _))) = (pending.front(), pending.back()) else {
         return Ok(());
     };
     let end = last.unit().offset + last.unit().size;
-    let limit = layer.engine().config().deadline;
+    let deadline = layer.engine().config().deadline;
+    let priority = terms.priority;
     let request = Arriving::request(layer, first.unit().offset, end, priority);
-    let mut arriving = within(limit, request).await?;
+    let mut arriving = within(limit, deadline, request).await?;
     let mut decoding = Decoding::new(layer, priority);
     let mut outcome = Ok(());
     while let Some((claim, _)) = pending.front() {
         let unit = claim.unit();
         let engine = layer.engine();
-        if turn.is_some() {
+        if terms.turn.is_some() {
             let (quiet, longest) = courtesy(layer);
             if engine.is_jumped(quiet) {
                 arriving.pause();
@@ -367,9 +390,10 @@ async fn attempt(
         }
         let before = arriving.position;
         let take = arriving.take(unit.offset, unit.offset + unit.size);
-        let bytes = match within(limit, take).await {
+        let bytes = match within(limit, deadline, take).await {
             Ok(bytes) => {
-                if let Some(turn) = &mut turn {
+                limit = deadline;
+                if let Some(turn) = &mut terms.turn {
                     turn.arrived(arriving.position - before);
                 }
                 bytes
@@ -394,8 +418,12 @@ async fn attempt(
         decoding.push(arrived, more).await;
     }
     // The connection is free for others while the last units are decoded.
+    let blame = arriving.blame();
     drop(arriving);
     let wrong = decoding.finish().await;
+    if !wrong.is_empty() {
+        blame();
+    }
     pending.extend(wrong.into_iter().map(|claim| (claim, true)));
     pending
         .make_contiguous()

@@ -98,7 +98,7 @@ impl Record {
 
     /// Where its last byte ends in `data`.
     pub fn data_end(&self) -> u64 {
-        self.data_offset + u64::from(self.size)
+        self.data_offset.saturating_add(u64::from(self.size))
     }
 }
 

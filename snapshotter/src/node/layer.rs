@@ -5,9 +5,12 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use futures_util::future::BoxFuture;
 use sluice_oci::{Digest, Reference};
+use sluice_registry::Senders;
 use tokio::task::spawn_blocking;
 
 use super::compile;
@@ -20,11 +23,11 @@ use crate::erofs::Image;
 use crate::fetch::{Handle, LazyLayer, Plan};
 use crate::fuse::blobs::BlobTable;
 use crate::fuse::{Content, Tree, TreeTable};
-use crate::layer_dir::{self, LayerDir, TEMPORARY};
+use crate::layer_dir::{self, LayerDir, META, TEMPORARY};
 use crate::mount;
 use crate::profiles::ImageId;
-use crate::remote::Known;
-use crate::service::{LayerRequest, MountError, NotLazy, Usage};
+use crate::remote::{FetchedToc, Known};
+use crate::service::{MountError, NotLazy, Owner, Usage};
 
 /// The place of a layer, whether it is there or not. The lock is held while
 /// the layer is being opened, mounted or removed.
@@ -35,12 +38,16 @@ pub(super) struct Slot(pub(super) tokio::sync::Mutex<Option<Open>>);
 pub(super) struct Open {
     pub(super) layer: Arc<LazyLayer>,
     pub(super) mounted: Option<PathBuf>,
-    prefetch: Option<(ProfileSource, Handle)>,
+    /// Who says what is fetched ahead, once that was looked for, and its
+    /// fetching.
+    pub(super) prefetch: Option<(Option<ProfileSource>, Option<Handle>)>,
     download: Option<Handle>,
     /// Whether a snapshot was mounted from it, and nobody noted that yet.
-    used: bool,
+    pub(super) used: bool,
     /// A former process mounted it: what was read before is not known.
     resumed: bool,
+    /// Whether the kernel reads its content without asking.
+    pub(super) direct: bool,
 }
 
 impl Node {
@@ -49,7 +56,8 @@ impl Node {
     /// another image, which claimed other content for the same layer.
     pub(super) async fn open_layer(
         &self,
-        request: &LayerRequest,
+        reference: &Reference,
+        image: &ImageId,
         digest: Digest,
         known: &Known,
     ) -> Result<(), NotLazy> {
@@ -60,7 +68,7 @@ impl Node {
             *place = self.load(digest).await.map_err(not_lazy)?;
         }
         if place.is_none() {
-            self.make(&request.reference, digest, known)
+            self.make(reference, digest, known)
                 .await
                 .map_err(not_lazy)?;
             *place = self.load(digest).await.map_err(not_lazy)?;
@@ -75,12 +83,7 @@ impl Node {
                     .to_owned(),
             ));
         }
-        let image = ImageId {
-            reference: Some(request.reference.to_string()),
-            manifest: request.manifest_digest,
-            layers: request.image_layers.clone(),
-        };
-        self.prefetch(open, &image).await;
+        self.prefetch(open, image);
         Ok(())
     }
 
@@ -110,13 +113,36 @@ impl Node {
         })
     }
 
+    /// One that is not what the image promises is fetched once more if another
+    /// host has the blob.
     async fn make_once(
         &self,
         reference: &Reference,
         digest: Digest,
         known: &Known,
     ) -> Result<(), compile::Error> {
-        let fetched = self.0.remote.fetch_toc(reference, digest, known).await?;
+        let fetch = || self.0.remote.fetch_toc(reference, digest, known);
+        let fetched = fetch().await?;
+        let senders = fetched.senders();
+        match self.make_of(fetched, reference, digest).await {
+            Err(compile::Error::Toc(error)) => {
+                // The annotation may be what is wrong.
+                let elsewhere = error.is_misplaced() && known.without_position().is_some();
+                if elsewhere || !distrust(&senders) {
+                    return Err(error.into());
+                }
+                self.make_of(fetch().await?, reference, digest).await
+            }
+            made => made,
+        }
+    }
+
+    async fn make_of(
+        &self,
+        fetched: FetchedToc,
+        reference: &Reference,
+        digest: Digest,
+    ) -> Result<(), compile::Error> {
         let number = self.0.numbers.take().map_err(compile::Error::Number)?;
         let layers = self.layers_dir();
         self.compile(layers, fetched, digest, reference, number)
@@ -146,7 +172,8 @@ impl Node {
         tracing::warn!(layer = %digest, "{error}; it has been mended");
         let dir = self.open_checked(digest).await?;
         let dir = dir.map_err(|error| error.to_string())?;
-        Ok(dir.map(|dir| self.adopt(dir)))
+        let open = dir.map(|dir| self.adopt(dir));
+        Ok(open.inspect(|open| open.layer.was_mended(error.to_string())))
     }
 
     async fn open_checked(
@@ -154,10 +181,11 @@ impl Node {
         digest: Digest,
     ) -> Result<Result<Option<LayerDir>, layer_dir::Error>, String> {
         let path = self.layer_path(digest);
+        let doubted = self.0.doubted.load(Ordering::Relaxed);
         let opened = spawn_blocking(move || {
             let opened = LayerDir::open(&path, digest).and_then(|dir| {
                 dir.check_meta()?;
-                Ok(dir)
+                Ok(if doubted { dir.doubted() } else { dir })
             });
             match opened {
                 Ok(dir) => Ok(Some(dir)),
@@ -187,6 +215,7 @@ impl Node {
             download: None,
             used: false,
             resumed: false,
+            direct: false,
         }
     }
 
@@ -209,24 +238,45 @@ impl Node {
         if let Some(path) = &open.mounted {
             return Ok(path.clone());
         }
+        let direct = self.0.mode == Mode::Erofs && open.layer.dir().is_complete();
         let path = match self.0.mode {
-            Mode::Erofs => self.mount_erofs(&open.layer).await,
+            Mode::Erofs => self.mount_erofs(&open.layer, direct).await,
             Mode::Fuse => self.show_tree(&open.layer).await,
         }
         .map_err(|error| MountError::failed(digest, error))?;
         open.mounted = Some(path.clone());
+        open.direct = direct;
         self.download(open);
         Ok(path)
     }
 
     /// Starts to fetch what `image` will need of the layer, if anything says
     /// what that is and it was not started before.
-    async fn prefetch(&self, open: &mut Open, image: &ImageId) {
+    fn prefetch(&self, open: &mut Open, image: &ImageId) {
         if !self.0.config.prefetch || open.prefetch.is_some() || open.layer.dir().is_complete() {
             return;
         }
-        if let Some((source, plan)) = self.plan(&open.layer, image).await {
-            open.prefetch = open.layer.prefetch(plan).map(|handle| (source, handle));
+        open.prefetch = Some((None, None));
+        let (node, image) = (self.clone(), image.clone());
+        let layer = Arc::clone(&open.layer);
+        // It may have to ask the registry, and nobody waits for that.
+        let ahead: BoxFuture<'static, ()> =
+            Box::pin(async move { node.fetch_ahead(layer, &image).await });
+        tokio::spawn(ahead);
+    }
+
+    /// Notes who says what is fetched ahead of the layer, and the fetching,
+    /// which ends with the layer.
+    pub(super) async fn follows(
+        &self,
+        digest: Digest,
+        source: ProfileSource,
+        fetching: Option<Handle>,
+    ) {
+        let slot = self.0.slots.lock().get(&digest).cloned();
+        let Some(slot) = slot else { return };
+        if let Some(open) = slot.0.lock().await.as_mut() {
+            open.prefetch = Some((Some(source), fetching));
         }
     }
 
@@ -251,7 +301,7 @@ impl Node {
             let activity = open.layer.activity();
             let unread = activity.reads == 0 && activity.waited == 0;
             whole &= dir.chunks().is_empty() || (unread && !open.resumed && !dir.is_complete());
-            self.prefetch(open, image).await;
+            self.prefetch(open, image);
             layers.push(Arc::clone(&open.layer));
         }
         (layers, whole)
@@ -259,10 +309,10 @@ impl Node {
 
     /// Starts to download what a mounted layer lacks.
     fn download(&self, open: &mut Open) {
-        if !open.layer.dir().is_complete() {
-            if let (Some(delay), None) = (self.0.config.background, &open.download) {
-                open.download = Some(open.layer.download(delay));
-            }
+        if let (Some(delay), None) = (self.0.config.background, &open.download)
+            && !open.layer.dir().is_complete()
+        {
+            open.download = Some(open.layer.download(delay));
         }
     }
 
@@ -280,15 +330,7 @@ impl Node {
         if tree {
             self.insert_tree(&open.layer, Image::open(&meta)?);
         }
-        open.resumed = true;
-        if mounted.is_some() {
-            open.mounted = mounted;
-            if self.0.config.prefetch {
-                let landmark = open.layer.prefetch(Plan::Landmark);
-                open.prefetch = landmark.map(|handle| (ProfileSource::Image, handle));
-            }
-            self.download(&mut open);
-        }
+        self.resume_mount(&mut open, mounted);
         // Nobody else knows the slot yet.
         if let Ok(mut place) = self.slot(digest).0.try_lock() {
             *place = Some(open);
@@ -296,14 +338,31 @@ impl Node {
         Ok(())
     }
 
+    /// Goes on with the mount of a former process.
+    pub(super) fn resume_mount(&self, open: &mut Open, mounted: Option<PathBuf>) {
+        open.resumed = true;
+        if mounted.is_some() {
+            open.mounted = mounted;
+            // Perhaps; it had to be complete for that.
+            open.direct = self.0.mode == Mode::Erofs && open.layer.dir().is_complete();
+            open.resumed = true;
+            if self.0.config.prefetch {
+                let landmark = open.layer.prefetch(Plan::Landmark);
+                open.prefetch =
+                    landmark.map(|fetching| (Some(ProfileSource::Image), Some(fetching)));
+            }
+            self.download(open);
+        }
+    }
+
     async fn mount_erofs(
         &self,
         layer: &LazyLayer,
+        complete: bool,
     ) -> Result<PathBuf, Box<dyn std::error::Error + Send + Sync>> {
         let number = layer.dir().identity().number;
         let root = &self.0.config.root;
         let target = root.join(MOUNTS).join(number.to_string());
-        let complete = layer.dir().is_complete();
         let options = mount::erofs::Options {
             // What comes through FUSE is cached once, by EROFS; and a reader
             // that waits for missing bytes can be killed, which it could not
@@ -325,7 +384,9 @@ impl Node {
                 }
                 _ => {}
             }
+            crash_point!("mount.target-made");
             mount::erofs::mount(&meta, &data, &target, options)?;
+            crash_point!("mount.mounted");
             Ok(target)
         })
         .await?
@@ -339,6 +400,7 @@ impl Node {
         let meta = layer.dir().meta_path();
         let image = spawn_blocking(move || Image::open(&meta)).await??;
         self.insert_tree(layer, image);
+        crash_point!("mount.shown");
         let name = TreeTable::directory_name(number);
         Ok(self.0.config.root.join(TREES).join(name))
     }
@@ -359,6 +421,7 @@ impl Node {
         if let Some(open) = place.take() {
             open.close(self, false).await;
         }
+        crash_point!("release.closed");
         let path = self.layer_path(digest);
         let deleted = spawn_blocking(move || delete(&path)).await;
         deleted
@@ -366,6 +429,7 @@ impl Node {
             .flatten()
             .map_err(failed)?;
         drop(place);
+        self.0.unpersisted.lock().remove(&digest);
         self.forget(digest, &slot);
         Ok(())
     }
@@ -388,6 +452,23 @@ impl Node {
         if Arc::strong_count(slot) == 2 && slot.0.try_lock().is_ok_and(|place| place.is_none()) {
             slots.remove(&digest);
         }
+    }
+
+    /// Who owns the layer's root directory.
+    pub(super) async fn layer_owner(&self, digest: Digest) -> Result<Owner, MountError> {
+        let meta = self.layer_path(digest).join(META);
+        let read = spawn_blocking(move || {
+            let image = Image::open(&meta)?;
+            image.attributes(image.root())
+        });
+        let failed =
+            |error: Box<dyn std::error::Error + Send + Sync>| MountError::failed(digest, error);
+        let root = read.await.map_err(|e| failed(e.into()))?;
+        let root = root.map_err(|e| failed(e.into()))?;
+        Ok(Owner {
+            uid: root.uid,
+            gid: root.gid,
+        })
     }
 
     /// What the layer takes on disk.
@@ -451,17 +532,42 @@ impl Node {
                 Err(_) => None,
             };
             if let Some(layer) = layer {
-                persist(layer).await;
+                self.persist_layer(layer).await;
+            }
+        }
+    }
+
+    async fn persist_layer(&self, layer: Arc<LazyLayer>) {
+        let digest = layer.digest();
+        let persisted = spawn_blocking(move || layer.dir().persist()).await;
+        let failure = match persisted {
+            Ok(Ok(_)) => None,
+            Ok(Err(error)) => Some(error.to_string()),
+            Err(error) => Some(error.to_string()),
+        };
+        let mut failures = self.0.unpersisted.lock();
+        match failure {
+            None => {
+                failures.remove(&digest);
+            }
+            // Told once for each cause: it is tried again and again.
+            Some(error) => {
+                if failures.insert(digest, error.clone()).as_ref() != Some(&error) {
+                    tracing::warn!(
+                        layer = %digest,
+                        "{error}; what is not durable is fetched again after a restart"
+                    );
+                }
             }
         }
     }
 }
 
-async fn persist(layer: Arc<LazyLayer>) {
-    let persisted = spawn_blocking(move || (layer.dir().persist(), layer.digest())).await;
-    if let Ok((Err(error), digest)) = persisted {
-        tracing::warn!(layer = %digest, "{error}");
-    }
+/// Tells that what these sent is wrong. Whether there is another host to ask.
+fn distrust(senders: &[Senders]) -> bool {
+    // All of them, not up to the first that says so.
+    let told: Vec<bool> = senders.iter().map(Senders::distrust).collect();
+    told.contains(&true)
 }
 
 impl Slot {
@@ -490,11 +596,11 @@ impl Open {
             chunks: dir.chunks().len(),
             present: dir.present().count(),
             activity: self.layer.activity(),
-            profile: self.prefetch.as_ref().map(|(source, _)| *source),
+            profile: self.prefetch.as_ref().and_then(|(source, _)| *source),
         }
     }
 
-    async fn close(self, node: &Node, keep: bool) {
+    pub(super) async fn close(self, node: &Node, keep: bool) {
         self.layer.close();
         let number = self.layer.dir().identity().number;
         let mounts = node.0.config.root.join(MOUNTS);
@@ -508,7 +614,7 @@ impl Open {
         node.0.trees.remove(number);
         drop((self.prefetch, self.download));
         if keep {
-            persist(self.layer).await;
+            node.persist_layer(self.layer).await;
         }
     }
 }
@@ -531,13 +637,21 @@ fn unmount(target: &Path) -> io::Result<()> {
         std::thread::sleep(pause);
         pause *= 2;
     }
-    fs::remove_dir(target)
+    crash_point!("release.unmounted");
+    fs::remove_dir(target)?;
+    crash_point!("release.target-removed");
+    Ok(())
 }
 
 /// The same, unless something uses it: says whether it is unmounted.
 pub(super) fn unmount_unused(target: &Path) -> io::Result<bool> {
     match mount::unmount(target) {
-        Ok(()) => fs::remove_dir(target).map(|()| true),
+        Ok(()) => {
+            crash_point!("evict.unmounted");
+            fs::remove_dir(target)?;
+            crash_point!("evict.target-removed");
+            Ok(true)
+        }
         Err(mount::Error::Unmount { source, .. })
             if source.kind() == io::ErrorKind::ResourceBusy =>
         {
@@ -553,7 +667,12 @@ fn delete(path: &Path) -> io::Result<()> {
     let doomed = path.with_file_name(format!("{TEMPORARY}{name}.deleted"));
     let _ = fs::remove_dir_all(&doomed);
     match fs::rename(path, &doomed) {
-        Ok(()) => fs::remove_dir_all(&doomed),
+        Ok(()) => {
+            crash_point!("release.renamed");
+            fs::remove_dir_all(&doomed)?;
+            crash_point!("release.deleted");
+            Ok(())
+        }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),
     }

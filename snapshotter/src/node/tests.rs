@@ -5,6 +5,8 @@ use serde_json::json;
 use sluice_registry::{Client, RetryPolicy};
 use tempfile::TempDir;
 
+mod disk;
+
 use super::*;
 use crate::layer_dir::LayerDir;
 use crate::sample::{Fault, Layout, Registry, Sample, SampleFile, files, noise};
@@ -379,6 +381,22 @@ async fn what_cannot_be_lazy_says_why_and_leaves_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn images_from_elsewhere_are_not_lazy() {
+    let root = tempfile::tempdir().unwrap();
+    let sample = sample();
+    let registry = Registry::serve(&[(&sample, labels(&sample))]);
+    let config = Config {
+        lazy_from: LazyFrom::new(["r.example/team".to_owned()]),
+        ..config(&root)
+    };
+    let node = Node::start(config, client()).unwrap();
+    let refused = node.open(request(&registry, &sample)).await.unwrap_err();
+    assert!(refused.reason().contains("lazy_from"), "{refused}");
+    assert!(registry.take_log().is_empty(), "nobody was asked");
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_toc_longer_than_the_guess_takes_a_second_request() {
     let root = tempfile::tempdir().unwrap();
     let sample = Sample::new(files(4_000, 10), &Layout::default());
@@ -725,121 +743,4 @@ async fn a_reader_that_waits_can_be_killed() {
         assert!(read(large).await.unwrap() == sample.files.last().unwrap().content);
         node.stop().await;
     }
-}
-
-/// What a daemon tells the node when it asks which layers are in use.
-fn in_use(layers: &[&Sample]) -> InUse {
-    let layers: HashSet<Digest> = layers.iter().map(|sample| sample.digest()).collect();
-    Arc::new(move || Some(layers.clone()))
-}
-
-fn content_size(root: &TempDir, sample: &Sample) -> u64 {
-    let path = root.path().join("layers").join(sample.digest().hex());
-    LayerDir::content_size(&path).unwrap()
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_was_used_longest_ago_is_evicted_and_fetched_again() {
-    for mode in [Mode::Erofs, Mode::Fuse] {
-        let root = tempfile::tempdir().unwrap();
-        let layers: Vec<Sample> = (0..3)
-            .map(|n| {
-                let mut all = files(2, 100 + n);
-                all.push(SampleFile {
-                    name: "large".to_owned(),
-                    content: noise(70 + n as u64, 1 << 20),
-                });
-                Sample::new(all, &Layout::default())
-            })
-            .collect();
-        let described: Vec<_> = layers.iter().map(|s| (s, labels(s))).collect();
-        let registry = Registry::serve(&described);
-        let mut config = config(&root);
-        config.mode = Some(mode);
-        let mounts = async |node: &Node| {
-            let mut mounts = Vec::new();
-            for sample in &layers {
-                node.open(request(&registry, sample)).await.unwrap();
-                let mount = node.mount(sample.digest()).await.unwrap();
-                assert_content(&mount, sample).await;
-                mounts.push(mount);
-            }
-            mounts
-        };
-        // Without a quota nothing goes, whatever is in use.
-        let node = Node::start(config.clone(), client()).unwrap();
-        mounts(&node).await;
-        node.make_room(in_use(&[])).await;
-        assert!(layers.iter().all(|s| content_size(&root, s) > 1 << 20));
-        node.stop().await;
-
-        // The order of use outlives the process: 1 after 0 and 2.
-        let at = |n: usize| root.path().join("layers").join(layers[n].digest().hex());
-        for (n, age) in [(0, 300), (1, 100), (2, 200)] {
-            let chunks = fs::File::open(at(n).join("chunks")).unwrap();
-            let then = std::time::SystemTime::now() - Duration::from_secs(age);
-            chunks.set_modified(then).unwrap();
-        }
-        let usage: u64 = (0..3)
-            .map(|n| LayerDir::usage(&at(n)).unwrap().unwrap().0)
-            .sum();
-        config.quota.limit = Some(usage - 1);
-        let node = Node::start(config.clone(), client()).unwrap();
-        let mount = node.mount(layers[0].digest()).await.unwrap();
-        let evicted = |n: usize| content_size(&root, &layers[n]) == 0;
-        // 0 is the oldest, but in use.
-        node.make_room(in_use(&[&layers[0]])).await;
-        assert_eq!(
-            [evicted(0), evicted(1), evicted(2)],
-            [false, false, true],
-            "{mode:?}"
-        );
-        // Then everything may go, and 0 was in use just now.
-        node.stop().await;
-        config.quota.limit = Some(usage / 2);
-        let node = Node::start(config, client()).unwrap();
-        let again = node.mount(layers[0].digest()).await.unwrap();
-        assert_eq!(again, mount);
-        node.make_room(in_use(&[])).await;
-        assert_eq!(
-            [evicted(0), evicted(1), evicted(2)],
-            [false, true, true],
-            "{mode:?}"
-        );
-        // What was evicted needs its content alone.
-        registry.take_log();
-        let mount = node.mount(layers[1].digest()).await.unwrap();
-        assert!(registry.take_log().is_empty());
-        assert_content(&mount, &layers[1]).await;
-        assert!(!registry.take_ranges().is_empty());
-        assert_content(&again, &layers[0]).await;
-        assert!(registry.take_ranges().is_empty());
-        node.stop().await;
-    }
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_mount_that_is_in_use_after_all_keeps_its_content() {
-    let root = tempfile::tempdir().unwrap();
-    let sample = sample();
-    let (registry, node, mount) = mounted(&root, &sample).await;
-    assert_content(&mount, &sample).await;
-    node.stop().await;
-    let mut config = config(&root);
-    config.quota.limit = Some(1);
-    // Complete, so that the kernel reads the file itself.
-    let node = Node::start(config, client()).unwrap();
-    let mount = node.mount(sample.digest()).await.unwrap();
-    let open = fs::File::open(mount.join("large")).unwrap();
-    node.make_room(in_use(&[])).await;
-    assert!(content_size(&root, &sample) > 1 << 20, "something holds it");
-    assert_content(&mount, &sample).await;
-    drop(open);
-    node.make_room(in_use(&[])).await;
-    assert_eq!(content_size(&root, &sample), 0);
-    registry.take_log();
-    let mount = node.mount(sample.digest()).await.unwrap();
-    assert_content(&mount, &sample).await;
-    assert!(!registry.take_ranges().is_empty());
-    node.stop().await;
 }

@@ -1,16 +1,19 @@
 //! From what containerd says of a layer to its verified TOC.
 
+mod attached;
 mod budget;
 mod images;
 mod toc;
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use sluice_layer::annotations::AnnotationError;
 use sluice_layer::{FooterError, LayerAnnotations, Limits, TocError, TocTrust};
 use sluice_oci::{Digest, Reference};
 use sluice_registry::{Client, ErrorKind};
 
+pub use attached::AttachedProfile;
 pub use budget::{Taken, TocBudget};
 pub use images::{ImageLayer, Images};
 pub use toc::FetchedToc;
@@ -39,6 +42,15 @@ pub enum Error {
     /// The TOC is refused.
     #[error("{0}")]
     Toc(#[from] TocError),
+    /// An attached profile cannot be used.
+    #[error("{0}")]
+    Profile(String),
+    /// The registry took too long.
+    #[error(
+        "the registry did not deliver it within {} s",
+        .0.as_secs_f32()
+    )]
+    Late(Duration),
     /// The registry told no size.
     #[error("the registry does not tell the blob's size")]
     NoSize,
@@ -58,7 +70,7 @@ pub enum Error {
         "the tables of contents of other layers have taken all memory that is set aside for them \
          for {0:?}; raise toc_memory_mib in section [fetch]"
     )]
-    TocsInTheWay(std::time::Duration),
+    TocsInTheWay(Duration),
 }
 
 impl Error {
@@ -95,6 +107,7 @@ pub struct Remote {
     images: Images,
     limits: Limits,
     budget: TocBudget,
+    patience: Duration,
 }
 
 /// What is known of a layer before any of it was fetched.
@@ -156,10 +169,12 @@ impl Known {
 
 impl Remote {
     /// All requests go through `client`, and all TOCs together take no more
-    /// memory than `budget`.
-    pub fn new(client: Client, budget: TocBudget) -> Self {
+    /// memory than `budget`. A manifest, and a TOC, may take as long as
+    /// `patience` to arrive: who asks for them can do without.
+    pub fn new(client: Client, budget: TocBudget, patience: Duration) -> Self {
         Self {
             client,
+            patience,
             images: Images::new(),
             limits: Limits::default(),
             budget,
@@ -184,8 +199,13 @@ impl Remote {
         manifest: Option<Digest>,
         layer: Digest,
     ) -> Result<Vec<ImageLayer>, Error> {
-        self.images
-            .layers(&self.client, reference, manifest, layer)
+        let layers = (self.images).layers(&self.client, reference, manifest, layer);
+        self.in_time(layers).await
+    }
+
+    async fn in_time<T>(&self, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+        tokio::time::timeout(self.patience, work)
             .await
+            .unwrap_or(Err(Error::Late(self.patience)))
     }
 }

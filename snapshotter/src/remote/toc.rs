@@ -5,7 +5,7 @@ use sluice_layer::{
     FOOTER_MAX, LayerAnnotations, Limits, TocLocation, TocTrust, locate_toc, read_toc,
 };
 use sluice_oci::{Digest, Reference};
-use sluice_registry::{Blob, ByteRange};
+use sluice_registry::{Blob, ByteRange, Senders};
 
 use super::{Error, Known, Remote, Taken};
 
@@ -25,8 +25,17 @@ pub struct FetchedToc {
     compressed: Bytes,
     trust: TocTrust,
     blob_size: u64,
+    senders: Vec<Senders>,
     /// The memory that it is in.
     _memory: Taken,
+}
+
+/// A part of a blob as it arrived.
+struct Part {
+    offset: u64,
+    blob_size: Option<u64>,
+    bytes: Bytes,
+    senders: Senders,
 }
 
 impl Remote {
@@ -44,7 +53,7 @@ impl Remote {
         let annotations = &known.annotations;
         match annotations.toc_location().or(annotations.toc_hint()) {
             Some(location) => self.at(&blob, location, trust, known.size).await,
-            None => self.in_tail(&blob, trust, known).await,
+            None => self.in_tail(&blob, trust, known, false).await,
         }
     }
 
@@ -61,16 +70,30 @@ impl Remote {
             offset: location.offset,
             len: location.compressed_size,
         };
-        let body = blob.range(range).await?;
-        let blob_size = body.blob_size.or(size).ok_or(Error::NoSize)?;
         let limit = location.compressed_size as usize;
+        let part = self.part(blob, range, limit).await?;
         Ok(FetchedToc {
-            compressed: body.collect(limit).await?,
+            senders: vec![part.senders],
+            compressed: part.bytes,
             location,
             trust,
-            blob_size,
+            blob_size: part.blob_size.or(size).ok_or(Error::NoSize)?,
             _memory: memory,
         })
+    }
+
+    /// A part of the blob, within the time that it may take.
+    async fn part(&self, blob: &Blob, range: ByteRange, limit: usize) -> Result<Part, Error> {
+        self.in_time(async {
+            let body = blob.range(range).await?;
+            Ok(Part {
+                offset: body.offset,
+                blob_size: body.blob_size,
+                senders: body.senders(),
+                bytes: body.collect(limit).await?,
+            })
+        })
+        .await
     }
 
     async fn in_tail(
@@ -78,15 +101,25 @@ impl Remote {
         blob: &Blob,
         trust: TocTrust,
         known: &Known,
+        again: bool,
     ) -> Result<FetchedToc, Error> {
         let guess = guess(&known.annotations, known.size);
-        let body = blob.range(ByteRange::Suffix(guess)).await?;
-        let blob_size = body.blob_size.unwrap_or(body.offset + body.len);
-        let tail = body.collect(guess as usize).await?;
+        let part = self
+            .part(blob, ByteRange::Suffix(guess), guess as usize)
+            .await?;
+        let tail = part.bytes;
+        let blob_size = part.blob_size.unwrap_or(part.offset + tail.len() as u64);
+        let mut senders = vec![part.senders];
         let start = blob_size
             .checked_sub(tail.len() as u64)
             .ok_or(Error::NoSize)?;
-        let location = locate_toc(&tail, blob_size)?;
+        let location = match locate_toc(&tail, blob_size) {
+            // Another host may have the right end.
+            Err(_) if !again && senders[0].distrust() => {
+                return Box::pin(self.in_tail(blob, trust, known, true)).await;
+            }
+            location => location?,
+        };
         location.check(&self.limits)?;
         let memory = self.budget.arrive(location.compressed_size).await?;
         let compressed = match location.slice_of(&tail, blob_size) {
@@ -98,11 +131,11 @@ impl Remote {
                     offset: wanted.start,
                     len: wanted.end.min(start).saturating_sub(wanted.start),
                 };
-                let mut body = blob.range(range).await?;
-                let mut whole = BytesMut::with_capacity(location.compressed_size as usize);
-                while let Some(bytes) = body.next().await? {
-                    whole.extend_from_slice(&bytes);
-                }
+                let limit = location.compressed_size as usize;
+                let part = self.part(blob, range, limit).await?;
+                senders.push(part.senders);
+                let mut whole = BytesMut::with_capacity(limit);
+                whole.extend_from_slice(&part.bytes);
                 let rest = (wanted.end.saturating_sub(start) as usize).min(tail.len());
                 whole.extend_from_slice(&tail[..rest]);
                 whole.freeze()
@@ -113,6 +146,7 @@ impl Remote {
             compressed,
             trust,
             blob_size,
+            senders,
             _memory: memory,
         })
     }
@@ -132,6 +166,11 @@ impl FetchedToc {
     /// Size of the blob.
     pub fn blob_size(&self) -> u64 {
         self.blob_size
+    }
+
+    /// The hosts that sent it.
+    pub fn senders(&self) -> Vec<Senders> {
+        self.senders.clone()
     }
 
     /// What the TOC is to match.

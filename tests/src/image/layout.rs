@@ -1,5 +1,6 @@
 //! Writing OCI layouts.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -74,6 +75,23 @@ impl LayoutWriter {
         self.layers.push(Descriptor::new(media, digest, size));
         self.diff_ids.push(diff_id.finish());
         Ok(())
+    }
+
+    /// Adds a layer on top whose blob is what it is: neither bytes nor claims
+    /// are looked at.
+    pub fn raw_layer(
+        &mut self,
+        media: &str,
+        blob: &[u8],
+        diff_id: Digest,
+        annotations: BTreeMap<String, String>,
+    ) -> Result<Digest> {
+        let mut layer = self.document(media, blob)?;
+        layer.annotations = annotations;
+        let digest = layer.digest;
+        self.layers.push(layer);
+        self.diff_ids.push(diff_id);
+        Ok(digest)
     }
 
     /// Writes configuration, manifest and index under a tag.

@@ -2,6 +2,9 @@
 
 use super::http::Head;
 
+/// How every token begins; a number follows.
+pub const TOKEN: &str = "tokens-are-numbered-";
+
 /// What a request has to carry.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Access {
@@ -36,7 +39,9 @@ impl Gate {
         }
         let number = self.issued;
         self.issued += 1;
-        Some(format!(r#"{{"token":"t{number}","expires_in":86400}}"#))
+        Some(format!(
+            r#"{{"token":"{TOKEN}{number}","expires_in":86400}}"#
+        ))
     }
 
     /// The challenge for a request that may not pass.
@@ -50,7 +55,8 @@ impl Gate {
             }
             Access::Token => {
                 let number = given
-                    .and_then(|given| given.strip_prefix("Bearer t"))
+                    .and_then(|given| given.strip_prefix("Bearer "))
+                    .and_then(|token| token.strip_prefix(TOKEN))
                     .and_then(|number| number.parse::<u64>().ok());
                 let good = number.is_some_and(|number| number >= self.oldest);
                 (!good).then(|| format!("Bearer realm=\"http://{host}/token\",service=\"test\""))
