@@ -22,6 +22,9 @@ pub const POINTS: &[&str] = &[
     "probe.mounted",
     "probe.unmounted",
     "start.probed",
+    "marker.opened",
+    "marker.written",
+    "marker.set",
     "session.mounted",
     "session.negotiated",
     "keep.forgotten",
@@ -41,6 +44,9 @@ pub const POINTS: &[&str] = &[
     "adopt.replayed",
     "adopt.in-place",
     "adopt.resent",
+    // What a process left that did not end in order is verified.
+    "verify.layer-done",
+    "verify.settled",
     // A change of the database, whichever it is.
     "database.begun",
     "database.changed",
@@ -112,6 +118,7 @@ pub const POINTS: &[&str] = &[
     "stop.closed",
     "leave.persisted",
     "leave.left",
+    "marker.cleared",
     "end.layers-closed",
     "end.forgotten",
     "end.unmounted",

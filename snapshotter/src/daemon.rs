@@ -247,6 +247,7 @@ fn node_config(config: &Config, root: &Path) -> node::Config {
         prefetch: config.prefetch.enabled,
         profiles: node::ProfileConfig {
             record: config.profiles.record,
+            attached: config.profiles.attached,
             longest: Duration::from_secs(config.profiles.seconds.get()),
             idle: Duration::from_secs(config.profiles.idle_seconds.get()),
             images: config.profiles.images.get() as usize,

@@ -103,7 +103,12 @@ pub fn chunks(data: &[u8]) {
     let table = dir.chunks();
     for chunk in table.overlapping(0, u64::MAX).take(MOST) {
         let record = table.get(chunk);
-        let _ = table.file_of(chunk);
+        assert!(table.file_of(chunk).contains(&chunk));
+        let _ = table
+            .after(chunk)
+            .chain(table.before(chunk))
+            .take(MOST)
+            .count();
         let _ = table
             .overlapping(record.data_offset, record.size.into())
             .take(MOST)

@@ -17,13 +17,15 @@ use crate::containerd::Containerd;
 use crate::daemon::{Daemon, Mode};
 
 /// All that may be in a root directory.
-const ROOT: [&str; 9] = [
+const ROOT: [&str; 11] = [
     "blobs",
     "layers",
     "lock",
     "m",
     "next-layer",
     "profiles",
+    "running",
+    "scrubbed",
     "snapshots",
     "state.redb",
     "t",

@@ -54,6 +54,9 @@ pub struct Options {
     pub crash_points: Option<PathBuf>,
 }
 
+const DOCKER_CONFIG: &str = "docker.json";
+const HOSTS_DIR: &str = "certs.d";
+
 /// A daemon with its own root and socket.
 pub struct Daemon {
     scratch: Scratch,
@@ -116,6 +119,16 @@ impl Daemon {
     /// Its root directory.
     pub fn root(&self) -> PathBuf {
         self.dir.join("root")
+    }
+
+    /// Where it looks for credentials. There are none at first.
+    pub fn docker_config(&self) -> PathBuf {
+        self.dir.join(DOCKER_CONFIG)
+    }
+
+    /// Where it looks for a registry's `hosts.toml`. There is none at first.
+    pub fn hosts_dir(&self) -> PathBuf {
+        self.dir.join(HOSTS_DIR)
     }
 
     /// The process.
@@ -185,11 +198,17 @@ fn config(dir: &Path, options: &Options) -> String {
         .map(|host| format!("{host:?}"))
         .collect();
     let mut text = format!(
-        "root = {:?}\naddress = {:?}\n[registry]\nplain_http = [{}]\n",
+        "root = {:?}\naddress = {:?}\n\
+         [registry]\nplain_http = [{}]\nconfig_path = {:?}\n",
         dir.join("root"),
         dir.join("snapshotter.sock"),
         hosts.join(", "),
+        dir.join(HOSTS_DIR),
     );
+    // A test may have a file of its own.
+    if !options.more.contains("docker_config") {
+        text += &format!("docker_config = {:?}\n", dir.join(DOCKER_CONFIG));
+    }
     if let Some(mode) = options.mode {
         text += &format!("[mount]\nmode = {:?}\n", mode.name());
     }

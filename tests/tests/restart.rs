@@ -124,7 +124,7 @@ impl Mounted {
 #[test]
 fn a_hundred_layers_are_served_again_without_the_registry_and_bad_ones_fail_alone() -> Result<()> {
     let scratch = Scratch::new()?;
-    let (mut registry, layers) = registry_with_layers(&scratch)?;
+    let (registry, layers) = registry_with_layers(&scratch)?;
     let runtime = tokio::runtime::Runtime::new()?;
     for mode in Mode::ALL {
         println!("mode {}", mode.name());

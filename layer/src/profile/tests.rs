@@ -207,6 +207,26 @@ proptest! {
         let _ = Profile::parse(&bytes);
     }
 
+    /// What is taken of a damaged document is a profile like any other.
+    #[test]
+    fn damage_is_refused_or_harmless(
+        reads in reads(),
+        changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
+    ) {
+        let mut document = profile(reads).to_json().into_bytes();
+        for (at, byte) in changes {
+            let at = at.index(document.len());
+            document[at] = match byte {
+                // Digits and punctuation are what JSON is full of.
+                0..=127 => b"0123456789,[]{}\":\\."[usize::from(byte) % 19],
+                _ => byte,
+            };
+        }
+        if let Ok(profile) = Profile::parse(&document) {
+            prop_assert_eq!(Profile::parse(profile.to_json().as_bytes()), Ok(profile));
+        }
+    }
+
     /// Whoever comes first, and however often a recording says the same.
     #[test]
     fn merging_is_fair(a in reads(), b in reads()) {

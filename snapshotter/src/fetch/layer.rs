@@ -31,10 +31,6 @@ pub type PathOf = Box<dyn Fn(u64) -> Option<PathBuf> + Send + Sync>;
 const LEAST_AROUND: u64 = 32 << 10;
 /// And at most: it delays what is read next by as long as it takes.
 const MOST_AROUND: u64 = 1 << 20;
-/// The window of a sequential reader may always grow to this. Beyond, four
-/// round trips' worth: one range arriving, one on its way, and both again while
-/// the reader is busy.
-const LEAST_WINDOW: u64 = 8 << 20;
 
 /// How often a read takes over fetches that others gave up.
 const ATTEMPTS: usize = 16;
@@ -265,10 +261,10 @@ impl LazyLayer {
     /// How much may be guessed; none where read-ahead is off.
     fn budget(&self) -> Option<Budget> {
         let longest = self.engine.config().read_ahead;
-        let product = self.link.product();
+        let around = self.link.product().clamp(LEAST_AROUND, MOST_AROUND);
         (longest > 0).then(|| Budget {
-            around: product.clamp(LEAST_AROUND, MOST_AROUND).min(longest),
-            sequential: (product * 4).max(LEAST_WINDOW).min(longest),
+            around: around.min(longest),
+            sequential: self.link.window().max(around).min(longest),
             piece: self.link.piece(),
             credit: self.reads.credit(),
         })
@@ -429,6 +425,9 @@ impl Content for LazyLayer {
         self.counters.waits();
         Box::pin(async move {
             let read = self.fetch_and_read(offset, len).await;
+            if read.is_ok() {
+                self.counters.read();
+            }
             Ok(read.inspect_err(|error| {
                 if let FetchError::Corrupt { .. } | FetchError::Disk { .. } = error {
                     let chunk = self.dir.chunks().overlapping(offset, len as u64).next();

@@ -32,6 +32,8 @@ const LARGEST_GAP: u64 = 512 << 10;
 const PIECE: Duration = Duration::from_millis(50);
 const SMALLEST_PIECE: u64 = 256 << 10;
 const LARGEST_PIECE: u64 = 8 << 20;
+/// A sequential reader may be busy with something else for about this long.
+const WINDOW: Duration = Duration::from_millis(500);
 /// How much earlier than needed the next range is asked for: what registries
 /// and schedulers vary by.
 const SLACK: Duration = Duration::from_millis(10);
@@ -60,7 +62,7 @@ struct State {
     period: Option<Instant>,
     /// Bytes a second.
     samples: VecDeque<f64>,
-    /// Answers that are being received.
+    /// Answers that are being received, those left out that are paused.
     receiving: u32,
     sample: Option<Sample>,
 }
@@ -87,11 +89,11 @@ impl Link {
         *shortest = Some(shortest.map_or(waited, |known| known.min(waited)));
     }
 
-    /// An answer's body begins to be received; until the guard is dropped.
+    /// An answer's body is going to be received, until the guard is dropped.
     pub(super) fn receive(self: &Arc<Self>) -> Receiving {
-        self.state.lock().receiving += 1;
         Receiving {
             link: Arc::clone(self),
+            active: false,
             behind: true,
         }
     }
@@ -138,6 +140,12 @@ impl Link {
             .clamp(SMALLEST_PIECE, LARGEST_PIECE)
     }
 
+    /// How far to fetch ahead of a sequential reader at most: one range that
+    /// arrives, one on its way, and both again while the reader is busy.
+    pub(super) fn window(&self) -> u64 {
+        self.bytes_in(|round_trip| WINDOW.max(round_trip * 4))
+    }
+
     /// Bytes that have to be on their way for the link to be always busy: the
     /// next range is asked for when fewer are left.
     pub(super) fn outstanding(&self) -> u64 {
@@ -176,6 +184,22 @@ impl State {
         }
     }
 
+    /// One answer fewer is being received.
+    fn stop(&mut self) {
+        self.receiving -= 1;
+        if self.receiving > 0 {
+            return;
+        }
+        // The time in which nothing is received says nothing about the link.
+        let now = Instant::now();
+        if let Some(sample) = self.sample.take()
+            && sample.bytes >= SHORT_BYTES
+            && now.duration_since(sample.since) >= SHORT_SAMPLE
+        {
+            self.finish_sample(sample, now);
+        }
+    }
+
     fn finish_sample(&mut self, sample: Sample, now: Instant) {
         let passed = now.duration_since(sample.since).as_secs_f64();
         if self.samples.len() == SAMPLES {
@@ -185,10 +209,11 @@ impl State {
     }
 }
 
-/// While it lives, an answer is being received.
+/// An answer that is being received.
 #[derive(Debug)]
 pub(super) struct Receiving {
     link: Arc<Link>,
+    active: bool,
     /// Whether what comes now may have been lying in a buffer.
     behind: bool,
 }
@@ -197,6 +222,9 @@ impl Receiving {
     /// The answer is not read for a while.
     pub(super) fn pause(&mut self) {
         self.behind = true;
+        if std::mem::take(&mut self.active) {
+            self.link.state.lock().stop();
+        }
     }
 
     /// `bytes` came; `waited` says that they were not there when they were
@@ -205,6 +233,9 @@ impl Receiving {
     pub(super) fn received(&mut self, bytes: u64, waited: bool) {
         let now = Instant::now();
         let mut state = self.link.state.lock();
+        if !std::mem::replace(&mut self.active, true) {
+            state.receiving += 1;
+        }
         if waited {
             self.behind = false;
         }
@@ -235,19 +266,7 @@ impl Receiving {
 
 impl Drop for Receiving {
     fn drop(&mut self) {
-        let now = Instant::now();
-        let mut state = self.link.state.lock();
-        state.receiving -= 1;
-        if state.receiving > 0 {
-            return;
-        }
-        // What comes after a pause says nothing about the link.
-        if let Some(sample) = state.sample.take()
-            && sample.bytes >= SHORT_BYTES
-            && now.duration_since(sample.since) >= SHORT_SAMPLE
-        {
-            state.finish_sample(sample, now);
-        }
+        self.pause();
     }
 }
 
@@ -294,6 +313,14 @@ mod tests {
         }
         drop(receiving);
         assert!(link.bandwidth() < 10.1e6, "{}", link.bandwidth());
+        // Beside one that is paused, short answers with long waits between.
+        let mut paused = link.receive();
+        paused.received(1, true);
+        paused.pause();
+        for _ in 0..20 {
+            transfer(&link, Duration::from_millis(100), 100_000, 3).await;
+        }
+        assert!(link.bandwidth() > 9.9e6, "{}", link.bandwidth());
     }
 
     #[tokio::test(start_paused = true)]

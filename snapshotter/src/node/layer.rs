@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use futures_util::future::BoxFuture;
 use sluice_oci::{Digest, Reference};
 use sluice_registry::Senders;
 use tokio::task::spawn_blocking;
@@ -27,7 +28,7 @@ use crate::layer_dir::{self, LayerDir, META, TEMPORARY};
 use crate::mount;
 use crate::profiles::ImageId;
 use crate::remote::{FetchedToc, Known};
-use crate::service::{LayerRequest, MountError, NotLazy, Owner, Usage};
+use crate::service::{MountError, NotLazy, Owner, Usage};
 
 /// The place of a layer, whether it is there or not. The lock is held while
 /// the layer is being opened, mounted or removed.
@@ -38,14 +39,16 @@ pub(super) struct Slot(pub(super) tokio::sync::Mutex<Option<Open>>);
 pub(super) struct Open {
     pub(super) layer: Arc<LazyLayer>,
     pub(super) mounted: Option<PathBuf>,
-    pub(super) prefetch: Option<(ProfileSource, Handle)>,
+    /// Who says what is fetched ahead, once that was looked for, and its
+    /// fetching.
+    pub(super) prefetch: Option<(Option<ProfileSource>, Option<Handle>)>,
     download: Option<Handle>,
     /// Whether a snapshot was mounted from it, and nobody noted that yet.
     pub(super) used: bool,
-    /// Whether the kernel reads its content without asking.
-    pub(super) direct: bool,
     /// A former process mounted it: what was read before is not known.
     resumed: bool,
+    /// Whether the kernel reads its content without asking.
+    pub(super) direct: bool,
     _seat: Seat,
 }
 
@@ -55,7 +58,8 @@ impl Node {
     /// another image, which claimed other content for the same layer.
     pub(super) async fn open_layer(
         &self,
-        request: &LayerRequest,
+        reference: &Reference,
+        image: &ImageId,
         digest: Digest,
         known: &Known,
     ) -> Result<(), NotLazy> {
@@ -68,7 +72,7 @@ impl Node {
         let open = match place.take() {
             Some(open) => place.insert(open),
             None => {
-                let made = self.make_and_load(&request.reference, digest, known).await;
+                let made = self.make_and_load(reference, digest, known).await;
                 place.insert(made.map_err(not_lazy)?)
             }
         };
@@ -79,12 +83,7 @@ impl Node {
                     .to_owned(),
             ));
         }
-        let image = ImageId {
-            reference: Some(request.reference.to_string()),
-            manifest: request.manifest_digest,
-            layers: request.image_layers.clone(),
-        };
-        self.prefetch(open, &image).await;
+        self.prefetch(open, image);
         Ok(())
     }
 
@@ -277,12 +276,31 @@ impl Node {
 
     /// Starts to fetch what `image` will need of the layer, if anything says
     /// what that is and it was not started before.
-    async fn prefetch(&self, open: &mut Open, image: &ImageId) {
+    fn prefetch(&self, open: &mut Open, image: &ImageId) {
         if !self.0.config.prefetch || open.prefetch.is_some() || open.layer.dir().is_complete() {
             return;
         }
-        if let Some((source, plan)) = self.plan(&open.layer, image).await {
-            open.prefetch = open.layer.prefetch(plan).map(|handle| (source, handle));
+        open.prefetch = Some((None, None));
+        let (node, image) = (self.clone(), image.clone());
+        let layer = Arc::clone(&open.layer);
+        // It may have to ask the registry, and nobody waits for that.
+        let ahead: BoxFuture<'static, ()> =
+            Box::pin(async move { node.fetch_ahead(layer, &image).await });
+        tokio::spawn(ahead);
+    }
+
+    /// Notes who says what is fetched ahead of the layer, and the fetching,
+    /// which ends with the layer.
+    pub(super) async fn follows(
+        &self,
+        digest: Digest,
+        source: ProfileSource,
+        fetching: Option<Handle>,
+    ) {
+        let slot = self.0.slots.lock().get(&digest).cloned();
+        let Some(slot) = slot else { return };
+        if let Some(open) = slot.0.lock().await.as_mut() {
+            open.prefetch = Some((Some(source), fetching));
         }
     }
 
@@ -307,7 +325,7 @@ impl Node {
             let activity = open.layer.activity();
             let unread = activity.reads == 0 && activity.waited == 0;
             whole &= dir.chunks().is_empty() || (unread && !open.resumed && !dir.is_complete());
-            self.prefetch(open, image).await;
+            self.prefetch(open, image);
             layers.push(Arc::clone(&open.layer));
         }
         (layers, whole)
@@ -315,10 +333,10 @@ impl Node {
 
     /// Starts to download what a mounted layer lacks.
     fn download(&self, open: &mut Open) {
-        if !open.layer.dir().is_complete() {
-            if let (Some(delay), None) = (self.0.config.background, &open.download) {
-                open.download = Some(open.layer.download(delay));
-            }
+        if let (Some(delay), None) = (self.0.config.background, &open.download)
+            && !open.layer.dir().is_complete()
+        {
+            open.download = Some(open.layer.download(delay));
         }
     }
 
@@ -347,6 +365,7 @@ impl Node {
 
     /// Goes on with the mount of a former process.
     pub(super) fn resume_mount(&self, open: &mut Open, mounted: Option<PathBuf>) {
+        open.resumed = true;
         if mounted.is_some() {
             open.mounted = mounted;
             // Perhaps; it had to be complete for that.
@@ -354,7 +373,8 @@ impl Node {
             open.resumed = true;
             if self.0.config.prefetch {
                 let landmark = open.layer.prefetch(Plan::Landmark);
-                open.prefetch = landmark.map(|handle| (ProfileSource::Image, handle));
+                open.prefetch =
+                    landmark.map(|fetching| (Some(ProfileSource::Image), Some(fetching)));
             }
             self.download(open);
         }
@@ -605,7 +625,7 @@ impl Open {
             chunks: dir.chunks().len(),
             present: dir.present().count(),
             activity: self.layer.activity(),
-            profile: self.prefetch.as_ref().map(|(source, _)| *source),
+            profile: self.prefetch.as_ref().and_then(|(source, _)| *source),
         }
     }
 

@@ -217,10 +217,9 @@ impl Node {
             }
             // Other trees may be looked at, too, but are not in use: they are
             // mounted, and the rest of them fetched, when they are asked for.
-            let tree = trees.join(TreeTable::directory_name(identity.number));
-            let tree = Some(tree).filter(|tree| self.0.mode == Mode::Fuse && shown.contains(tree));
-            let mounted = erofs.then_some(target).or(tree);
-            let digest = identity.digest;
+            let shown_at = trees.join(TreeTable::directory_name(identity.number));
+            let in_use = self.0.mode == Mode::Fuse && shown.contains(&shown_at);
+            let mounted = erofs.then_some(target).or(in_use.then_some(shown_at));
             let tree = left.trees.is_some();
             let opened = LayerDir::open(&self.layer_path(digest), digest).and_then(|dir| {
                 // What this process maps must not kill it as it may have

@@ -13,6 +13,7 @@
 //! | `t/<number>/` | in mode `fuse`, a layer in the node's one FUSE file system of trees |
 
 mod allowed;
+mod attached;
 mod compile;
 mod evict;
 mod images;
@@ -45,13 +46,14 @@ use crate::fuse::blobs::BlobTable;
 use crate::fuse::{self, SessionError, TreeTable};
 use crate::keeper::Keeper;
 use crate::mount::{self, users::Overlay};
-use crate::profiles::{ProfileError, Profiles};
+use crate::profiles::{ImageId, ProfileError, Profiles};
 use crate::remote::Remote;
 use crate::service::{
     ImageUse, InUse, LayerRequest, LazyLayers, MountError, NotLazy, Owner, Usage,
 };
 
 pub use allowed::LazyFrom;
+use attached::Attachments;
 pub use evict::Quota;
 use layer::Slot;
 use left::Numbers;
@@ -124,6 +126,8 @@ impl Config {
 pub struct ProfileConfig {
     /// Whether they are, beyond those that are asked for.
     pub record: bool,
+    /// Whether registries are asked for profiles attached to images.
+    pub attached: bool,
     /// How long a recording lasts at most.
     pub longest: Duration,
     /// A recording ends when nothing new was read for so long.
@@ -136,6 +140,7 @@ impl Default for ProfileConfig {
     fn default() -> Self {
         Self {
             record: true,
+            attached: true,
             longest: Duration::from_secs(120),
             idle: Duration::from_secs(10),
             images: 256,
@@ -195,6 +200,7 @@ struct Inner {
     overfull: AtomicBool,
     profiles: Arc<Profiles>,
     recordings: Recordings,
+    attachments: Attachments,
     marker: Marker,
     /// Whether the machine went down and not everything was verified since.
     doubted: AtomicBool,
@@ -242,16 +248,22 @@ impl LazyLayers for Node {
                           names";
             return Err(NotLazy::new(request.digest, reason));
         }
-        let ahead = self.clone();
-        let image = request.clone();
-        if image.image_layers.len() > 1 {
-            tokio::spawn(async move { ahead.open_image(&image).await });
+        let image = ImageId::from(&request);
+        if self.0.config.prefetch {
+            let (ahead, image) = (self.clone(), image.clone());
+            tokio::spawn(async move { ahead.attached(&image).await });
+        }
+        if request.image_layers.len() > 1 {
+            let (ahead, request) = (self.clone(), request.clone());
+            tokio::spawn(async move { ahead.open_image(&request).await });
         }
         let known = self
             .known(&request)
             .await
             .map_err(|error| NotLazy::new(request.digest, error.to_string()))?;
-        self.open_layer(&request, request.digest, &known).await
+        let reference = &request.reference;
+        self.open_layer(reference, &image, request.digest, &known)
+            .await
     }
 
     async fn mount(&self, layer: Digest) -> Result<PathBuf, MountError> {

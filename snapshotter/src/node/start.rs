@@ -14,6 +14,7 @@ use sluice_registry::Client;
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
+use super::attached::Attachments;
 use super::left::{self, Left, Numbers, clear, tidy};
 use super::marker::{Before, Marker};
 use super::recording::Recordings;
@@ -103,6 +104,7 @@ impl Node {
             affected: std::mem::take(&mut left.lost.overlays),
             opening: Semaphore::new(config.opening.max(1)),
             profiles: Arc::new(profiles),
+            attachments: Attachments::new(),
             recordings: Recordings::default(),
             mode,
             blobs: BlobTable::new(),
@@ -176,6 +178,7 @@ impl Node {
     /// Ends all fetches, makes what is present durable, and unmounts. What
     /// something still uses is detached, and fails when its bytes are missing.
     pub async fn stop(&self) {
+        self.0.attachments.end();
         self.end_recordings(|_| true).await;
         let slots: Vec<_> = self.0.slots.lock().drain().collect();
         // All at once, for each may wait a moment for its users to go.

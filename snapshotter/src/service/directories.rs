@@ -137,6 +137,48 @@ impl Directories {
         &self,
         known: impl FnOnce() -> Result<HashSet<SnapshotId>, Error>,
     ) -> Result<usize, Error> {
+        let mut removed = 0;
+        for path in self.orphans(known)? {
+            // One that resists must not keep the others.
+            match remove_all(&path) {
+                Ok(()) => removed += 1,
+                Err(error) => tracing::warn!(%error, "a leftover of a removed snapshot stays"),
+            }
+        }
+        Ok(removed)
+    }
+
+    /// Moves every directory that has no record into the directory `lost`
+    /// beside them, for records may be lost as well. What is mounted from them
+    /// goes on.
+    pub(crate) fn set_aside_orphans(
+        &self,
+        known: impl FnOnce() -> Result<HashSet<SnapshotId>, Error>,
+    ) -> Result<Vec<PathBuf>, Error> {
+        let lost = self.path.with_file_name("lost");
+        let mut moved = Vec::new();
+        for path in self.orphans(known)? {
+            make(&lost, 0o700)
+                .or_else(|error| match error.kind() {
+                    io::ErrorKind::AlreadyExists => Ok(()),
+                    _ => Err(error),
+                })
+                .map_err(|error| Error::directory("create", &lost, error))?;
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let to = (0u32..)
+                .map(|number| lost.join(format!("{name}-{number}")))
+                .find(|to| !to.exists())
+                .unwrap_or_else(|| lost.join(&*name));
+            fs::rename(&path, &to).map_err(|error| Error::directory("move", &path, error))?;
+            moved.push(to);
+        }
+        Ok(moved)
+    }
+
+    fn orphans(
+        &self,
+        known: impl FnOnce() -> Result<HashSet<SnapshotId>, Error>,
+    ) -> Result<Vec<PathBuf>, Error> {
         let list = |error| Error::directory("list", &self.path, error);
         let names: Vec<OsString> = fs::read_dir(&self.path)
             .map_err(list)?
@@ -145,19 +187,11 @@ impl Directories {
             .map_err(list)?;
         let pending = self.pending.lock().clone();
         let known = known()?;
-        let mut removed = 0;
-        for name in names {
+        let orphans = names.into_iter().filter(|name| {
             let id = name.to_str().and_then(|n| n.parse().ok()).map(SnapshotId);
-            if id.is_some_and(|id| known.contains(&id) || pending.contains(&id)) {
-                continue;
-            }
-            // One that resists must not keep the others.
-            match remove_all(&self.path.join(&name)) {
-                Ok(()) => removed += 1,
-                Err(error) => tracing::warn!(%error, "a leftover of a removed snapshot stays"),
-            }
-        }
-        Ok(removed)
+            !id.is_some_and(|id| known.contains(&id) || pending.contains(&id))
+        });
+        Ok(orphans.map(|name| self.path.join(name)).collect())
     }
 
     /// Whether everything that a record needs is on the disk. After a power

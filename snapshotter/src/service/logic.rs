@@ -54,6 +54,11 @@ impl<L: LazyLayers> Snapshots<L> {
         };
         snapshots.restore_directories().await?;
         crash_point!("start.directories-restored");
+        if snapshots.store.was_rebuilt() {
+            // What has no record may only have lost it.
+            snapshots.set_aside_orphans().await?;
+            return Ok(snapshots);
+        }
         let removed = snapshots.remove_orphans().await?;
         crash_point!("start.orphans-removed");
         if removed > 0 {
@@ -445,6 +450,19 @@ impl<L: LazyLayers> Snapshots<L> {
     async fn remove_orphans(&self) -> Result<usize, Error> {
         let (store, directories) = (Arc::clone(&self.store), Arc::clone(&self.directories));
         blocking(move || directories.remove_orphans(|| store.known_ids())).await
+    }
+
+    async fn set_aside_orphans(&self) -> Result<(), Error> {
+        let (store, directories) = (Arc::clone(&self.store), Arc::clone(&self.directories));
+        let moved = blocking(move || directories.set_aside_orphans(|| store.known_ids())).await?;
+        for path in moved {
+            tracing::error!(
+                "a snapshot's directory has no record any more; it is kept as {}, remove it when \
+                 nothing needs it",
+                path.display()
+            );
+        }
+        Ok(())
     }
 
     async fn restore_directories(&self) -> Result<(), Error> {

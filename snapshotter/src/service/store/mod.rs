@@ -8,6 +8,7 @@
 //! share the next one (see `writer`).
 
 mod database;
+mod journal;
 mod tables;
 #[cfg(test)]
 mod tests;
@@ -93,6 +94,27 @@ impl StoreError {
         !matches!(self, Self::Record { .. })
     }
 
+    /// Whether the file is not what was written, or the disk does not give it
+    /// back.
+    fn is_damage(&self) -> bool {
+        let Self::Database { source, .. } = self else {
+            return false;
+        };
+        match &**source {
+            redb::Error::Corrupted(_)
+            | redb::Error::TableDoesNotExist(_)
+            | redb::Error::TableTypeMismatch { .. } => true,
+            redb::Error::Io(error) => {
+                error.raw_os_error() == Some(libc::EIO)
+                    || matches!(
+                        error.kind(),
+                        io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof
+                    )
+            }
+            _ => false,
+        }
+    }
+
     fn new(path: &Path, source: impl Into<redb::Error>) -> Self {
         let path = path.to_owned();
         match source.into() {
@@ -165,6 +187,11 @@ impl Store {
             database,
             next_id: next_id.into(),
         })
+    }
+
+    /// Whether the database was damaged and made anew from its copy.
+    pub(crate) fn was_rebuilt(&self) -> bool {
+        self.database.was_rebuilt()
     }
 
     /// A number for a new snapshot. It is burnt when the snapshot is not made.
