@@ -23,15 +23,16 @@ async fn all(tasks: Vec<JoinHandle<()>>) {
     }
 }
 
-/// Requests of every priority, most of them larger than what is left: all are
-/// admitted in the end, and never more than the budget at once.
+/// Requests of every priority, larger than what is left or more than there may
+/// be at once: all are admitted in the end, and never more than the budget.
 pub async fn never_exceeded_and_all_admitted() {
     let admission = Admission::new(BYTES, SLOTS);
-    let requests = (0..6_u64).map(|number| {
+    let requests = (0..12_u64).map(|number| {
         let admission = admission.clone();
         tokio::spawn(async move {
             let priority = ALL[number as usize % 3];
-            let permit = admission.admit(priority, 20 + number * 15).await;
+            let bytes = if number < 6 { 1 } else { number * 10 };
+            let permit = admission.admit(priority, bytes).await;
             within(&admission);
             tokio::task::yield_now().await;
             within(&admission);

@@ -147,21 +147,25 @@ pub async fn a_stream_beside_readers_fetches_nothing_twice() {
 }
 
 /// A read that follows a failed one tries again: it never hears of the old
-/// failure a second time.
+/// failure a second time, and there is never more than one try at once.
 pub async fn a_failure_is_told_once_to_each() {
     let in_flight = InFlight::default();
     let unit = [UNITS[0]];
     let tries = Arc::new(Mutex::new(0_u32));
+    let under_way = Arc::new(Mutex::new(0_u32));
     let readers = (0..READERS).map(|_| {
         let (in_flight, tries) = (in_flight.clone(), Arc::clone(&tries));
+        let under_way = Arc::clone(&under_way);
         tokio::spawn(async move {
             let mut failures = 0;
             loop {
                 let begun = *tries.lock();
                 let (claims, mut waiters) = in_flight.join(unit, |_| false);
                 for claim in claims {
-                    let tries = Arc::clone(&tries);
+                    let (tries, under_way) = (Arc::clone(&tries), Arc::clone(&under_way));
                     tokio::spawn(async move {
+                        *under_way.lock() += 1;
+                        assert_eq!(*under_way.lock(), 1, "two fetches of one unit");
                         let now = {
                             let mut tries = tries.lock();
                             *tries += 1;
@@ -169,6 +173,7 @@ pub async fn a_failure_is_told_once_to_each() {
                         };
                         let why = now.to_string();
                         let layer = sluice_oci::Digest::of(b"layer");
+                        *under_way.lock() -= 1;
                         claim.finish(Err(FetchError::Registry { layer, why }));
                     });
                 }
