@@ -345,7 +345,6 @@ impl Node {
             open.mounted = mounted;
             // Perhaps; it had to be complete for that.
             open.direct = self.0.mode == Mode::Erofs && open.layer.dir().is_complete();
-            open.resumed = true;
             if self.0.config.prefetch {
                 let landmark = open.layer.prefetch(Plan::Landmark);
                 open.prefetch =
