@@ -89,10 +89,10 @@ pub struct Fetch {
     /// which is enough for a layer of some 350,000 files. One that needs more
     /// is unpacked.
     pub toc_memory_mib: NonZeroU64,
-    /// Requests to registries at once. Default 16.
+    /// Requests to registries at once. Default 32.
     pub connections: NonZeroU64,
-    /// How far ahead of a sequential reader is fetched at most, in MiB.
-    /// Default 16; 0 turns it off.
+    /// How far ahead of a reader is fetched at most, in MiB. Default 32; with
+    /// 0, nothing is fetched but what is asked for.
     pub read_ahead_mib: u64,
     /// How long a read waits for a registry that does not deliver, in seconds,
     /// before it fails with EIO. Default 300.
@@ -201,8 +201,8 @@ impl Default for Fetch {
         Self {
             memory_mib: nonzero(64),
             toc_memory_mib: nonzero(160),
-            connections: nonzero(16),
-            read_ahead_mib: 16,
+            connections: nonzero(32),
+            read_ahead_mib: 32,
             deadline_seconds: nonzero(300),
         }
     }

@@ -45,6 +45,8 @@ pub struct Options {
     pub supervised: bool,
     /// The program, when it is not the one just built.
     pub program: Option<PathBuf>,
+    /// Where its layers are, when that is elsewhere than below its root.
+    pub layers: Option<PathBuf>,
 }
 
 /// A daemon with its own root and socket.
@@ -60,6 +62,10 @@ impl Daemon {
     pub fn start(scratch: &Scratch, options: &Options) -> Result<Self> {
         let dir = scratch.fresh_dir("sluice")?;
         fs::write(dir.join("config.toml"), config(&dir, options))?;
+        if let Some(layers) = &options.layers {
+            fs::create_dir(dir.join("root"))?;
+            std::os::unix::fs::symlink(layers, dir.join("root/layers"))?;
+        }
         let process = launch(scratch, &dir, Self::command(&dir, options)?)?;
         Ok(Self {
             scratch: scratch.clone(),

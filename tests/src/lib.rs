@@ -9,6 +9,7 @@
 pub mod command;
 pub mod containerd;
 pub mod daemon;
+pub mod disk;
 pub mod image;
 pub mod kernel;
 pub mod link;

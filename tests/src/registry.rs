@@ -12,6 +12,7 @@ use sluice_oci::Manifest;
 use crate::command::{run, text, wait_for};
 use crate::link::Link;
 use crate::scratch::{Process, Scratch};
+use crate::tools::push_dir;
 
 /// The one account of a registry with a password.
 pub const USER: &str = "sluice";
@@ -151,19 +152,16 @@ impl Registry {
     ) -> Result<String> {
         let dir = scratch.fresh_dir("changed")?;
         let changed = self.reference(image);
-        let place = format!("dir:{}", dir.display());
-        let copy = |from: &str, to: &str| {
-            run(Command::new("skopeo")
-                .args(["--insecure-policy", "copy", "--quiet"])
-                .args(["--src-tls-verify=false", "--dest-tls-verify=false"])
-                .args(["--preserve-digests", from, to]))
-        };
-        copy(&format!("docker://{reference}"), &place)?;
+        run(Command::new("skopeo")
+            .args(["--insecure-policy", "copy", "--quiet"])
+            .args(["--src-tls-verify=false", "--preserve-digests"])
+            .arg(format!("docker://{reference}"))
+            .arg(format!("dir:{}", dir.display())))?;
         let file = dir.join("manifest.json");
         let mut manifest: Manifest = serde_json::from_slice(&fs::read(&file)?)?;
         change(&mut manifest);
         fs::write(&file, serde_json::to_vec(&manifest)?)?;
-        copy(&place, &format!("docker://{changed}"))?;
+        push_dir(&dir, &changed)?;
         Ok(changed)
     }
 

@@ -211,7 +211,7 @@ fn a_machine_without_fuse_or_file_backed_erofs() -> Result<()> {
         "erofs",
         "block devices only",
         "Linux 6.12",
-        "mode auto or fuse",
+        "choose mode fuse",
     ];
     let by_force = [rooted, &["--mode", "erofs"]].concat();
     let mut command = rig.mount(&target, &by_force)?;

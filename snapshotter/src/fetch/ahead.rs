@@ -1,7 +1,5 @@
-//! Fetching what nobody waits for: the prioritized files, and the rest of the
-//! layer.
+//! Fetching what nobody waits for: the rest of the layer.
 
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,28 +8,18 @@ use tokio::task::AbortHandle;
 
 use super::decode::Arrived;
 use super::layer::LazyLayer;
-use super::stream::{Arriving, Decoding, Patience, fetch_claimed, window};
-use super::{Priority, SourceError, plan};
-use crate::layer_dir::ChunkId;
+use super::stream::{Arriving, Decoding, Patience, window};
+use super::{Priority, SourceError};
 
-/// Chunks of an order that are looked at together, so that neighbours among
-/// them share a request.
-const TOGETHER: usize = 64;
-
-/// What to fetch before it is read.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Plan {
-    /// The prioritized files of the layer itself, in the order of the blob.
-    Landmark,
-    /// These chunks, in the order in which they are expected to be read.
-    Order(Arc<[ChunkId]>),
-}
+/// However busy readers are, a background download gets on by a little after
+/// this time: its connection stays open, and it ends some day.
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 /// How long nothing is fetched ahead when the disk does not take it; it
 /// doubles.
-const PAUSE: Duration = Duration::from_secs(1);
+const DISK_PAUSE: Duration = Duration::from_secs(1);
 /// The longest such pause.
-const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+const LONGEST_DISK_PAUSE: Duration = Duration::from_secs(60);
 
 /// Work that goes on by itself and ends when this is dropped.
 #[derive(Debug)]
@@ -44,50 +32,13 @@ impl Drop for Handle {
 }
 
 impl LazyLayer {
-    /// Streams what `plan` names while the container runs already. None where
-    /// that is nothing: a layer without prioritized files, an empty order.
-    pub fn prefetch(self: &Arc<Self>, plan: Plan) -> Option<Handle> {
-        let layer = Arc::clone(self);
-        match plan {
-            Plan::Landmark => {
-                let end = self.dir().identity().prefetch_end?;
-                Some(self.go(async move {
-                    layer.stream(0..end, Priority::Prefetch).await;
-                }))
-            }
-            Plan::Order(order) if order.is_empty() => None,
-            Plan::Order(order) => Some(self.go(async move {
-                layer.follow(&order).await;
-            })),
-        }
-    }
-
-    /// Fetches chunks in the order given, but for neighbours.
-    async fn follow(self: &Arc<Self>, order: &[ChunkId]) {
-        for together in order.chunks(TOGETHER) {
-            let mut units: Vec<Unit> = together
-                .iter()
-                .map(|&chunk| self.dir().chunks().get(chunk).unit)
-                .collect();
-            units.sort_unstable_by_key(|unit| unit.offset);
-            units.dedup();
-            let gap = self.link().worthwhile_gap();
-            let longest = self.engine().config().longest_range;
-            for planned in plan::group(units, |unit| *unit, gap, longest) {
-                let units = planned.wanted.into_iter();
-                let claims = units.filter_map(|unit| self.claim(unit)).collect();
-                fetch_claimed(self, claims, Priority::Prefetch).await;
-            }
-        }
-    }
-
     /// Downloads what is missing, after `delay`, in one stream that pauses
     /// while any reader of the node waits, and makes it durable.
     pub fn download(self: &Arc<Self>, delay: Duration) -> Handle {
         let layer = Arc::clone(self);
         self.go(async move {
             tokio::time::sleep(delay).await;
-            layer.stream(0..u64::MAX, Priority::Background).await;
+            layer.stream().await;
             let persisted = tokio::task::spawn_blocking(move || {
                 let done = layer.dir().persist();
                 (layer, done)
@@ -102,7 +53,7 @@ impl LazyLayer {
         })
     }
 
-    fn go(self: &Arc<Self>, work: impl Future<Output = ()> + Send + 'static) -> Handle {
+    pub(super) fn go(self: &Arc<Self>, work: impl Future<Output = ()> + Send + 'static) -> Handle {
         let closed = self.closed().clone();
         let task = self.engine().runtime().spawn(async move {
             closed.run_until_cancelled(work).await;
@@ -110,30 +61,31 @@ impl LazyLayer {
         Handle(task.abort_handle())
     }
 
-    /// Fetches the missing units of a part of the blob, in its order. Gives up
+    /// Fetches the missing units of the blob, in its order. Gives up
     /// when the registry does not deliver until the deadline: readers that
     /// need the bytes will ask for them.
-    async fn stream(self: &Arc<Self>, part: Range<u64>, priority: Priority) {
+    async fn stream(self: &Arc<Self>) {
         let mut patience = Patience::new(self);
-        let mut next = part.start;
-        let mut pause = PAUSE;
+        let mut next = 0;
+        let mut pause = DISK_PAUSE;
         loop {
             if self.engine().storage().is_failing() {
                 // A few units now and then tell when there is space again.
                 tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(LONGEST_PAUSE);
+                pause = (pause * 2).min(LONGEST_DISK_PAUSE);
                 self.engine().storage().try_again();
-                next = part.start;
+                next = 0;
             }
-            let Some(run) = self.next_run(next, part.end) else {
+            let Some(run) = self.next_run(next) else {
                 return;
             };
             let permit = {
                 let bytes = window(run.end - run.start, run.largest);
-                self.engine().admission().admit(priority, bytes).await
+                let admission = self.engine().admission();
+                admission.admit(Priority::Background, bytes).await
             };
             next = run.start;
-            let outcome = self.stream_run(&run, &mut next, priority).await;
+            let outcome = self.stream_run(&run, &mut next).await;
             drop(permit);
             if next > run.start {
                 patience.renew();
@@ -151,10 +103,10 @@ impl LazyLayer {
     }
 
     /// The missing units at or after `from` that one request should fetch.
-    fn next_run(&self, from: u64, end: u64) -> Option<Run> {
+    fn next_run(&self, from: u64) -> Option<Run> {
         let gap = self.link().worthwhile_gap();
         let mut run: Option<Run> = None;
-        for unit in self.units(from, end) {
+        for unit in self.dir().chunks().units_from(from) {
             if self.has_unit(unit) {
                 continue;
             }
@@ -184,26 +136,21 @@ impl LazyLayer {
     }
 
     /// One request. `next` follows what is done.
-    async fn stream_run(
-        self: &Arc<Self>,
-        run: &Run,
-        next: &mut u64,
-        priority: Priority,
-    ) -> Result<(), SourceError> {
-        if priority == Priority::Background {
-            self.engine().idle().await;
-        }
+    async fn stream_run(self: &Arc<Self>, run: &Run, next: &mut u64) -> Result<(), SourceError> {
+        self.engine().idle(LONGEST_PAUSE).await;
         let gap = self.link().worthwhile_gap();
-        let mut arriving = Arriving::request(self, run.start, run.end, priority).await?;
-        let mut decoding = Decoding::new(self, priority);
+        let mut arriving =
+            Arriving::request(self, run.start, run.end, Priority::Background).await?;
+        let mut decoding = Decoding::new(self, Priority::Background);
         let mut outcome = Ok(());
         let mut units = self.units(run.start, run.end).peekable();
         while let Some(unit) = units.next() {
             let end = unit.offset + unit.size;
-            if priority == Priority::Background {
+            if !self.engine().is_idle() {
                 // Between units, so that no reader waits for a unit of a
                 // stream that waits for readers.
-                self.engine().idle().await;
+                arriving.pause();
+                self.engine().idle(LONGEST_PAUSE).await;
             }
             // Nobody's until its bytes are about to arrive: a reader that
             // needs it earlier does not wait for all that lies before.

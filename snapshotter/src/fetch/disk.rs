@@ -142,7 +142,10 @@ impl LazyLayer {
             // The buffer exists only now: a reader that waits costs no memory.
             let mut buffer = vec![0; len];
             match self.put_together(offset, &mut buffer, &unstored) {
-                Ok(true) => return Ok(buffer),
+                Ok(true) => {
+                    self.note_read(offset, len as u64);
+                    return Ok(buffer);
+                }
                 Ok(false) => {}
                 Err(error) => {
                     self.unreadable(offset, len as u64, &error);

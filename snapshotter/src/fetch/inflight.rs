@@ -57,6 +57,11 @@ impl InFlight {
         (claims, waiters)
     }
 
+    /// Whether anybody fetches the unit.
+    pub(super) fn contains(&self, unit: Unit) -> bool {
+        self.0.lock().contains_key(&unit.offset)
+    }
+
     /// Takes on a unit that is neither present nor being fetched.
     pub(super) fn claim(&self, unit: Unit, present: impl Fn(Unit) -> bool) -> Option<Claim> {
         let mut map = self.0.lock();
@@ -80,9 +85,9 @@ impl Claim {
         self.unit
     }
 
-    /// Whether somebody waits for the unit now.
+    /// Whether anybody waits for it.
     pub(super) fn is_awaited(&self) -> bool {
-        // The table itself holds one.
+        // One receiver is the table's.
         self.outcome.receiver_count() > 1
     }
 

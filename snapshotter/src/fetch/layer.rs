@@ -15,8 +15,9 @@ use super::activity::{Activity, Counters};
 use super::engine::Engine;
 use super::inflight::{Abandoned, Claim, InFlight};
 use super::plan::{self, Planned};
-use super::readahead::ReadAhead;
-use super::stream;
+use super::readahead::{Budget, ReadAhead};
+use super::reads::Reads;
+use super::stream::{self, Terms};
 use super::trace::{Recording, Trace};
 use super::{FetchError, Link, Priority, RangeSource, Unstored};
 use crate::fuse::Content;
@@ -24,6 +25,16 @@ use crate::layer_dir::{ChunkId, LayerDir};
 
 /// Finds the file that an offset of `data` belongs to, for messages.
 pub type PathOf = Box<dyn Fn(u64) -> Option<PathBuf> + Send + Sync>;
+
+/// Fetched around a read at least, whatever the link: a read of its own costs
+/// as much time at the registry and here.
+const LEAST_AROUND: u64 = 32 << 10;
+/// And at most: it delays what is read next by as long as it takes.
+const MOST_AROUND: u64 = 1 << 20;
+/// The window of a sequential reader may always grow to this. Beyond, four
+/// round trips' worth: one range arriving, one on its way, and both again while
+/// the reader is busy.
+const LEAST_WINDOW: u64 = 8 << 20;
 
 /// How often a read takes over fetches that others gave up.
 const ATTEMPTS: usize = 16;
@@ -37,6 +48,7 @@ pub struct LazyLayer {
     link: Arc<Link>,
     in_flight: InFlight,
     read_ahead: ReadAhead,
+    reads: Reads,
     path_of: PathOf,
     trouble: Mutex<HashSet<String>>,
     closed: CancellationToken,
@@ -66,7 +78,8 @@ impl LazyLayer {
         Arc::new_cyclic(|me| Self {
             me: me.clone(),
             link: engine.link(source.host()),
-            read_ahead: ReadAhead::new(dir.chunks().len(), engine.config().read_ahead),
+            read_ahead: ReadAhead::default(),
+            reads: Reads::new(dir.chunks().len()),
             engine: engine.clone(),
             in_flight: InFlight::default(),
             trouble: Mutex::default(),
@@ -99,8 +112,12 @@ impl LazyLayer {
         self.source.as_ref()
     }
 
-    pub(super) fn link(&self) -> &Link {
+    pub(super) fn link(&self) -> &Arc<Link> {
         &self.link
+    }
+
+    pub(super) fn reads(&self) -> &Reads {
+        &self.reads
     }
 
     pub(super) fn closed(&self) -> &CancellationToken {
@@ -168,7 +185,7 @@ impl LazyLayer {
     /// Returns when `offset..offset + len` of `data` is present, but for what
     /// it returns.
     pub async fn fetch(self: &Arc<Self>, offset: u64, len: u64) -> Result<Unstored, FetchError> {
-        let _demand = self.engine.demand();
+        let mut demand = self.engine.demand();
         self.settle(offset, len).await;
         let mut unstored = self.kept_unstored(offset, len);
         let mut failure = None;
@@ -193,9 +210,17 @@ impl LazyLayer {
             let (mut claims, waiters) = self
                 .in_flight
                 .join(units.iter().copied(), |u| self.has_unit(u));
-            if attempt == 0 && !self.engine.storage().is_failing() {
-                let further = self.read_ahead.advance(table, first, last, false);
-                claims.extend(self.claim_chunks(&further, &units));
+            if claims.len() < waiters.len() {
+                demand.join();
+            }
+            // What comes by plan needs no way made for it.
+            let beside = |&chunk: &ChunkId| !self.reads.is_planned(chunk, &table.get(chunk));
+            if !claims.is_empty() || missing.iter().any(beside) {
+                demand.jump();
+            }
+            if attempt == 0 && !claims.is_empty() && !self.engine.storage().is_failing() {
+                let before = self.guess(first, last, &units, &mut claims);
+                self.start(before, |_| false);
             }
             self.start(claims, |claim| units.contains(&claim.unit()));
             for waiter in waiters {
@@ -213,12 +238,52 @@ impl LazyLayer {
         })
     }
 
+    /// Adds to `claims` what may be wanted after them and can share their
+    /// request, and returns what cannot.
+    fn guess(
+        &self,
+        first: ChunkId,
+        last: ChunkId,
+        asked: &BTreeSet<Unit>,
+        claims: &mut Vec<Claim>,
+    ) -> Vec<Claim> {
+        let Some(budget) = self.budget() else {
+            return Vec::new();
+        };
+        let guess = self
+            .read_ahead
+            .missed(self.dir.chunks(), (first, last), &budget, |chunk| {
+                self.is_missing(chunk)
+            });
+        claims.extend(self.claim_chunks(&guess.ahead, asked));
+        self.claim_chunks(&guess.before, asked)
+    }
+
+    /// How much may be guessed; none where read-ahead is off.
+    fn budget(&self) -> Option<Budget> {
+        let longest = self.engine.config().read_ahead;
+        let product = self.link.product();
+        (longest > 0).then(|| Budget {
+            around: product.clamp(LEAST_AROUND, MOST_AROUND).min(longest),
+            sequential: (product * 4).max(LEAST_WINDOW).min(longest),
+            piece: self.link.piece(),
+            credit: self.reads.credit(),
+        })
+    }
+
+    /// Whether a chunk is neither here nor on its way.
+    fn is_missing(&self, chunk: ChunkId) -> bool {
+        let unit = self.dir.chunks().get(chunk).unit;
+        !self.dir.present().contains(chunk) && !self.in_flight.contains(unit)
+    }
+
     fn claim_chunks(&self, chunks: &[ChunkId], except: &BTreeSet<Unit>) -> Vec<Claim> {
-        let units: BTreeSet<Unit> = chunks
-            .iter()
-            .map(|&chunk| self.dir.chunks().get(chunk).unit)
-            .filter(|unit| !except.contains(unit))
-            .collect();
+        let records = chunks.iter().map(|&chunk| {
+            let record = self.dir.chunks().get(chunk);
+            self.reads.guess(chunk, &record);
+            record.unit
+        });
+        let units: BTreeSet<Unit> = records.filter(|unit| !except.contains(unit)).collect();
         units
             .into_iter()
             .filter_map(|unit| self.claim(unit))
@@ -245,25 +310,31 @@ impl LazyLayer {
         self.engine.runtime().spawn(async move {
             let closed = layer.closed.clone();
             // Claims that are dropped unfinished wake their waiters.
-            closed
-                .run_until_cancelled(stream::fetch_claimed(&layer, planned.wanted, priority))
-                .await;
+            // Whoever waits is told of errors by the claims.
+            let fetch = stream::fetch_claimed(&layer, planned.wanted, Terms::new(priority));
+            let _ = closed.run_until_cancelled(fetch).await;
         });
     }
 
-    /// A reader has read present bytes; if that calls for more, starts it.
-    fn read_on(&self, offset: u64, len: u64) {
+    /// A reader has read present bytes: what is read for the first time may
+    /// call for more.
+    pub(super) fn note_read(&self, offset: u64, len: u64) {
         let table = self.dir.chunks();
         for chunk in table.overlapping(offset, len) {
-            let Some(me) = self
-                .me
-                .upgrade()
-                .filter(|_| self.read_ahead.take_mark(chunk))
-            else {
+            if self.reads.contains(chunk) {
+                continue;
+            }
+            let Some(hit) = self.reads.read(chunk, &table.get(chunk)) else {
                 continue;
             };
-            let further = self.read_ahead.advance(table, chunk, chunk, true);
-            me.start(self.claim_chunks(&further, &BTreeSet::new()), |_| false);
+            let (Some(budget), Some(me)) = (self.budget(), self.me.upgrade()) else {
+                continue;
+            };
+            let missing = |chunk| self.is_missing(chunk);
+            let further = self.read_ahead.read(table, chunk, hit, &budget, missing);
+            if !further.is_empty() {
+                me.start(self.claim_chunks(&further, &BTreeSet::new()), |_| false);
+            }
         }
     }
 
@@ -308,7 +379,8 @@ impl Content for LazyLayer {
             self.trace.note(chunks);
         }
         let len = buffer.len() as u64;
-        if !self.dir.has(offset, len) {
+        let complete = self.dir.is_complete();
+        if !complete && !self.dir.has(offset, len) {
             return Ok(false);
         }
         if let Err(error) = self.dir.read_at(buffer, offset) {
@@ -317,8 +389,8 @@ impl Content for LazyLayer {
             return Ok(false);
         }
         self.counters.read();
-        if self.read_ahead.is_active() {
-            self.read_on(offset, buffer.len() as u64);
+        if !complete {
+            self.note_read(offset, len);
         }
         Ok(true)
     }

@@ -2,22 +2,32 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use futures_util::FutureExt as _;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 use super::activity::{Entered, Request};
 use super::decode::{Arrived, decode_all, decoded_size};
 use super::inflight::Claim;
 use super::layer::LazyLayer;
-use super::{FetchError, Link, Priority, RangeBody, SourceError};
+use super::link::Receiving;
+use super::pace::Turn;
+use super::{FetchError, Permit, Priority, RangeBody, SourceError};
 
 /// A request holds at most this much of its range in memory, unless one unit
 /// is larger.
 const WINDOW: u64 = 4 << 20;
 /// Units that arrived together are decoded together up to this size.
 const BATCH: usize = 512 << 10;
+/// A prefetch that gives way to readers goes on after so many round trips,
+/// within bounds: it may be slowed down, not stopped.
+const GIVE_WAY: (u32, Duration, Duration) =
+    (10, Duration::from_millis(250), Duration::from_secs(1));
+/// Bounds of how long it stays quiet after a reader's request.
+const QUIET: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(50));
 /// A permanent refusal is asked again so often before it is believed.
 const REFUSALS: u32 = 2;
 
@@ -26,19 +36,32 @@ pub(super) fn window(range: u64, largest: u64) -> u64 {
     range.min(WINDOW.max(largest.saturating_mul(2)))
 }
 
+/// How long a prefetch keeps quiet after a request for a reader, and how long
+/// it gives way at most. Where it is not what is read, the next such request is
+/// likely to follow soon.
+pub(super) fn courtesy(layer: &LazyLayer) -> (Duration, Duration) {
+    let round_trip = layer.link().round_trip();
+    let (round_trips, shortest, longest) = GIVE_WAY;
+    let quiet = match layer.reads().fits() {
+        true => Duration::ZERO,
+        false => round_trip.clamp(QUIET.0, QUIET.1),
+    };
+    (quiet, (round_trip * round_trips).clamp(shortest, longest))
+}
+
 /// An answer that is read unit by unit.
-pub(super) struct Arriving<'a> {
+pub(super) struct Arriving {
     body: Box<dyn RangeBody>,
-    link: &'a Link,
+    receiving: Receiving,
     buffered: Bytes,
     position: u64,
     _under_way: Entered,
 }
 
-impl<'a> Arriving<'a> {
+impl Arriving {
     /// Asks for `start..end` of the layer's blob.
     pub(super) async fn request(
-        layer: &'a LazyLayer,
+        layer: &LazyLayer,
         start: u64,
         end: u64,
         priority: Priority,
@@ -55,7 +78,7 @@ impl<'a> Arriving<'a> {
         layer.link().answered(sent.elapsed());
         Ok(Self {
             body,
-            link: layer.link(),
+            receiving: layer.link().receive(),
             buffered: Bytes::new(),
             position: start,
             _under_way: under_way,
@@ -63,14 +86,24 @@ impl<'a> Arriving<'a> {
     }
 
     async fn more(&mut self) -> Result<(), SourceError> {
-        match self.body.next().await? {
+        let mut next = self.body.next();
+        let (answer, waited) = match (&mut next).now_or_never() {
+            Some(answer) => (answer, false),
+            None => (next.await, true),
+        };
+        match answer? {
             Some(bytes) => {
-                self.link.received(bytes.len() as u64, Instant::now());
+                self.receiving.received(bytes.len() as u64, waited);
                 self.buffered = bytes;
                 Ok(())
             }
             None => Err(SourceError::truncated()),
         }
+    }
+
+    /// It will not be read for a while.
+    pub(super) fn pause(&mut self) {
+        self.receiving.pause();
     }
 
     /// Whether everything up to `end` is here already.
@@ -226,8 +259,32 @@ impl Patience {
     }
 }
 
-/// Fetches units that are claimed already, in the order of the blob.
-pub(super) async fn fetch_claimed(layer: &Arc<LazyLayer>, claims: Vec<Claim>, priority: Priority) {
+/// On what terms units are fetched.
+pub(super) struct Terms {
+    pub(super) priority: Priority,
+    /// For the first request, where it was waited for before.
+    pub(super) permit: Option<Permit>,
+    /// The turn of a prefetch, which gives way to readers.
+    pub(super) turn: Option<Turn>,
+}
+
+impl Terms {
+    pub(super) fn new(priority: Priority) -> Self {
+        Self {
+            priority,
+            permit: None,
+            turn: None,
+        }
+    }
+}
+
+/// Fetches units that are claimed already, in the order of the blob. The error
+/// is that of a registry that did not deliver; whoever waits has it, too.
+pub(super) async fn fetch_claimed(
+    layer: &Arc<LazyLayer>,
+    claims: Vec<Claim>,
+    mut terms: Terms,
+) -> Result<(), SourceError> {
     let mut pending: VecDeque<(Claim, bool)> = claims.into_iter().map(|c| (c, false)).collect();
     let mut patience = Patience::new(layer);
     while let (Some((first, _)), Some((last, _))) = (pending.front(), pending.back()) {
@@ -235,9 +292,15 @@ pub(super) async fn fetch_claimed(layer: &Arc<LazyLayer>, claims: Vec<Claim>, pr
         let range = last.offset + last.size - first.offset;
         let largest = pending.iter().map(|(claim, _)| claim.unit().size).max();
         let bytes = window(range, largest.unwrap_or(0));
-        let permit = layer.engine().admission().admit(priority, bytes).await;
+        let permit = match terms.permit.take() {
+            Some(permit) => permit,
+            None => {
+                let admission = layer.engine().admission();
+                admission.admit(terms.priority, bytes).await
+            }
+        };
         let before = pending.len();
-        let attempt = attempt(layer, &mut pending, priority).await;
+        let attempt = attempt(layer, &mut pending, terms.priority, terms.turn.as_mut()).await;
         drop(permit);
         if pending.len() < before {
             patience.renew();
@@ -250,16 +313,17 @@ pub(super) async fn fetch_claimed(layer: &Arc<LazyLayer>, claims: Vec<Claim>, pr
             layer.report(&error.message, first, "the reader gets EIO");
             let failed = FetchError::Registry {
                 layer: layer.digest(),
-                why: error.message,
+                why: error.message.clone(),
             };
             for (claim, _) in pending {
                 claim.finish(Err(failed.clone()));
             }
-            return;
+            return Err(error);
         };
         layer.report(&error.message, first, "the reader waits");
         tokio::time::sleep(wait).await;
     }
+    Ok(())
 }
 
 /// The client counts every byte as progress: a registry that breaks off again
@@ -279,6 +343,7 @@ async fn attempt(
     layer: &Arc<LazyLayer>,
     pending: &mut VecDeque<(Claim, bool)>,
     priority: Priority,
+    mut turn: Option<&mut Turn>,
 ) -> Result<(), SourceError> {
     let (Some((first, _)), Some((last, _))) = (pending.front(), pending.back()) else {
         return Ok(());
@@ -291,9 +356,24 @@ async fn attempt(
     let mut outcome = Ok(());
     while let Some((claim, _)) = pending.front() {
         let unit = claim.unit();
+        let engine = layer.engine();
+        if turn.is_some() {
+            let (quiet, longest) = courtesy(layer);
+            if engine.is_jumped(quiet) {
+                arriving.pause();
+                let awaited = || pending.iter().any(|(claim, _)| claim.is_awaited());
+                engine.give_way(quiet, longest, awaited).await;
+            }
+        }
+        let before = arriving.position;
         let take = arriving.take(unit.offset, unit.offset + unit.size);
         let bytes = match within(limit, take).await {
-            Ok(bytes) => bytes,
+            Ok(bytes) => {
+                if let Some(turn) = &mut turn {
+                    turn.arrived(arriving.position - before);
+                }
+                bytes
+            }
             Err(error) => {
                 outcome = Err(error);
                 break;

@@ -14,6 +14,7 @@ use tempfile::TempDir;
 use tokio::sync::watch;
 
 mod disk;
+mod simulated;
 
 use super::*;
 use crate::fuse::Content as _;
@@ -161,8 +162,10 @@ struct Setup {
     starts: Vec<u64>,
 }
 
+/// Nothing is guessed, so that requests are exactly those of the readers.
 fn config() -> Config {
     Config {
+        read_ahead: 0,
         retry: Duration::from_millis(1),
         retry_limit: Duration::from_millis(5),
         deadline: Duration::from_secs(60),
@@ -385,55 +388,6 @@ async fn closing_ends_fetches_and_their_readers() {
 }
 
 #[tokio::test]
-async fn a_sequential_reader_is_met_by_growing_requests() {
-    let s = setup_with(
-        Sample::new(
-            vec![SampleFile {
-                name: "large".to_owned(),
-                content: noise(5, 8_000_000),
-            }],
-            &Layout {
-                chunk: 64_000,
-                ..Layout::default()
-            },
-        ),
-        config(),
-    );
-    for offset in (0..8_000_000).step_by(64_000) {
-        s.layer.fetch(offset, 64_000).await.unwrap();
-        // Reading what is there is what drives the window on.
-        assert!(s.layer.try_read(offset, &mut [0; 64_000]).unwrap());
-    }
-    assert!(s.layer.dir().is_complete());
-    let requests = s.source.take_requests();
-    assert!(requests.len() < 125 / 8, "{requests:?}");
-    // One jump back and forth is no sequence.
-    let bytes: u64 = requests.iter().map(|(start, end)| end - start).sum();
-    assert_eq!(bytes, s.source.limit, "no byte twice");
-}
-
-#[tokio::test]
-async fn random_readers_are_not_read_ahead_for() {
-    let s = setup_with(
-        Sample::new(
-            vec![SampleFile {
-                name: "large".to_owned(),
-                content: noise(5, 4_000_000),
-            }],
-            &Layout {
-                chunk: 40_000,
-                ..Layout::default()
-            },
-        ),
-        config(),
-    );
-    for index in [70, 3, 50, 20, 90, 11, 61, 33] {
-        s.layer.fetch(index * 40_000, 4096).await.unwrap();
-    }
-    assert_eq!(s.layer.dir().present().count(), 8);
-}
-
-#[tokio::test]
 async fn prefetch_takes_the_prioritized_files_and_nothing_else() {
     let s = setup();
     let end = s.layer.dir().identity().prefetch_end.unwrap();
@@ -450,22 +404,6 @@ async fn prefetch_takes_the_prioritized_files_and_nothing_else() {
     assert!(requests[0].1 <= end);
     drop(handle);
     until(|| s.nothing_is_held()).await;
-}
-
-#[tokio::test]
-async fn prefetch_follows_an_order() {
-    let s = setup();
-    assert!(s.layer.prefetch(Plan::Order(Arc::default())).is_none());
-    let table = s.layer.dir().chunks();
-    let order: Vec<_> = [9, 2]
-        .into_iter()
-        .flat_map(|file| table.overlapping(s.starts[file], 60_000))
-        .collect();
-    let _handle = s.layer.prefetch(Plan::Order(order.into()));
-    until(|| s.layer.dir().present().count() == 4).await;
-    s.read(9).await.unwrap();
-    s.read(2).await.unwrap();
-    assert!(s.source.take_requests().len() <= 2);
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::ops::RangeInclusive;
 use std::path::Path;
 
 use memmap2::{Advice, Mmap};
@@ -25,6 +26,9 @@ pub(super) const RECORD: usize = 64;
 pub(super) const FLAG_PREFETCH: u32 = 1;
 pub(super) const FLAG_TRUST_COMPRESSED: u32 = 2;
 pub(super) const FLAG_META_SUMMED: u32 = 4;
+
+/// How far the chunks of one file are searched in either direction.
+const FILE_REACH: u32 = 16 << 10;
 
 /// A record's flag: the chunk is its file's first.
 pub(super) const STARTS_FILE: u32 = 1;
@@ -222,10 +226,35 @@ impl ChunkTable {
             .map(ChunkId)
     }
 
-    /// The chunk after this one in the same file.
-    pub fn next_in_file(&self, chunk: ChunkId) -> Option<ChunkId> {
-        let next = ChunkId(chunk.0 + 1);
-        (next.0 < self.chunks && !self.get(next).starts_file).then_some(next)
+    /// The chunks of the file that `chunk` belongs to; of a very large file,
+    /// only those near it.
+    pub fn file_of(&self, chunk: ChunkId) -> RangeInclusive<ChunkId> {
+        let starts = |index: u32| {
+            let at = HEADER + index as usize * RECORD;
+            u32_at(&self.map, at + 28) & STARTS_FILE != 0
+        };
+        let lowest = chunk.0.saturating_sub(FILE_REACH);
+        let highest = chunk.0.saturating_add(FILE_REACH).min(self.chunks - 1);
+        let mut first = chunk.0;
+        while first > lowest && !starts(first) {
+            first -= 1;
+        }
+        let mut last = chunk.0;
+        while last < highest && !starts(last + 1) {
+            last += 1;
+        }
+        ChunkId(first)..=ChunkId(last)
+    }
+
+    /// The chunks after this one, in the order of `data`, which is that of
+    /// files in the blob.
+    pub fn after(&self, chunk: ChunkId) -> impl Iterator<Item = ChunkId> + use<> {
+        (chunk.0 + 1..self.chunks).map(ChunkId)
+    }
+
+    /// The chunks before this one, the nearest first.
+    pub fn before(&self, chunk: ChunkId) -> impl Iterator<Item = ChunkId> + use<> {
+        (0..chunk.0).rev().map(ChunkId)
     }
 
     /// The chunks of the unit that begins at `unit_offset` of the blob, by

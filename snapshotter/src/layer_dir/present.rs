@@ -51,14 +51,16 @@ impl Present {
         word >> (chunk.index() % 64) & 1 == 1
     }
 
-    /// Adds a chunk whose bytes are written.
-    pub(crate) fn insert(&self, chunk: ChunkId) {
+    /// Adds a chunk whose bytes are written, and says whether it is new.
+    pub(crate) fn insert(&self, chunk: ChunkId) -> bool {
         let bit = 1 << (chunk.index() % 64);
         let before = self.words[chunk.index() / 64].fetch_or(bit, Ordering::AcqRel);
-        if before & bit == 0 {
+        let new = before & bit == 0;
+        if new {
             self.count.fetch_add(1, Ordering::AcqRel);
             self.changes.fetch_add(1, Ordering::AcqRel);
         }
+        new
     }
 
     /// Takes a chunk back, and says whether it was there.

@@ -93,9 +93,18 @@ fn what_was_made_is_found_again() {
         assert_eq!(exact, [chunk]);
         let last: Vec<_> = dir.chunks().overlapping(record.data_end() - 1, 1).collect();
         assert_eq!(last, [chunk]);
-        if let Some(next) = dir.chunks().next_in_file(chunk) {
-            assert_eq!(dir.chunks().get(next).data_offset, record.data_end());
+        let file = dir.chunks().file_of(chunk);
+        assert!(file.contains(&chunk) && dir.chunks().get(*file.start()).starts_file);
+        match dir.chunks().after(chunk).next() {
+            Some(next) if file.contains(&next) => {
+                assert_eq!(dir.chunks().get(next).data_offset, record.data_end());
+            }
+            next => {
+                assert_eq!(*file.end(), chunk);
+                assert!(next.is_none_or(|next| dir.chunks().get(next).starts_file));
+            }
         }
+        assert_eq!(dir.chunks().before(chunk).count(), chunk.index());
     }
     // By unit: each chunk once.
     let mut by_unit = Vec::new();

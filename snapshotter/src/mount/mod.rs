@@ -45,6 +45,16 @@ pub enum Error {
     Table(#[source] io::Error),
 }
 
+impl Error {
+    /// Whether something uses the mount.
+    pub fn is_busy(&self) -> bool {
+        match self {
+            Self::Unmount { source, .. } => Errno::from_io_error(source) == Some(Errno::BUSY),
+            _ => false,
+        }
+    }
+}
+
 /// Unmounts the topmost mount on `target`. That nothing is mounted there is
 /// no error.
 pub fn unmount(target: &Path) -> Result<(), Error> {

@@ -6,6 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use sluice_oci::{Digest, Reference};
 use tokio::task::spawn_blocking;
@@ -546,12 +547,23 @@ impl Open {
     }
 }
 
+/// How long a mount may be busy with users that are going: an overlay that
+/// was unmounted lets go of its layers a moment later.
+const LET_GO: Duration = Duration::from_secs(1);
+
 /// Unmounts a layer's mount point and removes it. A mount that something
 /// still uses is taken out of sight, and ends with its last user.
 fn unmount(target: &Path) -> io::Result<()> {
-    if mount::unmount(target).is_err() {
-        mount::detach(target).map_err(io::Error::other)?;
-        tracing::warn!("{} was still in use", target.display());
+    let since = Instant::now();
+    let mut pause = Duration::from_millis(1);
+    while let Err(error) = mount::unmount(target) {
+        if !error.is_busy() || since.elapsed() >= LET_GO {
+            mount::detach(target).map_err(io::Error::other)?;
+            tracing::warn!("{error}; it ends with its last user");
+            break;
+        }
+        std::thread::sleep(pause);
+        pause *= 2;
     }
     fs::remove_dir(target)
 }

@@ -156,7 +156,9 @@ pub enum StartError {
     #[error("{0}")]
     Mount(#[from] mount::Error),
     /// The configured mode does not work here.
-    #[error("mount mode erofs was asked for, but {0}; choose mode auto or fuse")]
+    #[error(
+        "mount mode erofs was asked for, but {0}; choose mode fuse, or leave the choice to the probe"
+    )]
     NoErofs(#[source] mount::erofs::Unsupported),
 }
 

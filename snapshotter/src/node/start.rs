@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use parking_lot::Mutex;
 use sluice_registry::Client;
 use tokio::runtime::Handle;
@@ -162,9 +163,8 @@ impl Node {
     pub async fn stop(&self) {
         self.end_recordings(|_| true).await;
         let slots: Vec<_> = self.0.slots.lock().drain().collect();
-        for (_, slot) in slots {
-            slot.close(self).await;
-        }
+        // All at once, for each may wait a moment for its users to go.
+        join_all(slots.iter().map(|(_, slot)| slot.close(self))).await;
         let sessions = std::mem::take(&mut *self.0.sessions.lock());
         for (mode, session) in sessions {
             self.0.config.keeper.forget(left::name_of(mode));
