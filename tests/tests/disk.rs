@@ -229,6 +229,7 @@ fn reads_survive_a_disk_that_is_full_fails_is_slow_or_loses_power() -> Result<()
     rig.mount_again()?;
     rig.check_all()?;
     assert_eq!(rig.said("nor did the machine"), 1);
+    rig.containerd.unmount(&rig.root)?;
     rig.daemon.stop()
 }
 
