@@ -267,10 +267,10 @@ impl Node {
 
     /// Starts to download what a mounted layer lacks.
     fn download(&self, open: &mut Open) {
-        if !open.layer.dir().is_complete() {
-            if let (Some(delay), None) = (self.0.config.background, &open.download) {
-                open.download = Some(open.layer.download(delay));
-            }
+        if !open.layer.dir().is_complete()
+            && let (Some(delay), None) = (self.0.config.background, &open.download)
+        {
+            open.download = Some(open.layer.download(delay));
         }
     }
 
