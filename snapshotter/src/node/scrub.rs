@@ -18,6 +18,8 @@ use crate::scrub::{Report, Scrubber};
 
 /// Bytes that are read and compared before others get their turn.
 const TURN: u64 = 4 << 20;
+/// How long readers can hold it up each time: it has to come to an end.
+const LONGEST_WAIT: Duration = Duration::from_secs(2);
 /// Tells by its time when all layers were last checked.
 const SCRUBBED: &str = "scrubbed";
 /// How often the timer is looked at: the clock may be set.
