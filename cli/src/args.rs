@@ -254,6 +254,9 @@ pub(crate) enum Profile {
     Clear(ProfileClear),
     /// Make one profile of several of the same image.
     Merge(ProfileMerge),
+    /// Attach a profile to an image in its registry, where every node finds it. The image, its
+    /// digest and its signatures stay as they are.
+    Push(ProfilePush),
     /// Pull an image lazily, run it once, and write what it read.
     Record(Box<ProfileRecord>),
 }
@@ -272,6 +275,36 @@ pub(crate) struct ProfileShow {
     /// A profile in a file.
     #[arg(long, value_name = "FILE")]
     pub(crate) file: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) daemon: DaemonArgs,
+}
+
+/// Arguments of `sluice profile push`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+With --with-data the artifact carries the content of all that the profile names, in the order of
+need: a start is then one long request, however many layers there are. Nodes check every byte of
+it against the image, so it needs no trust.
+
+Examples:
+  sluice profile push registry.example/app:v1
+  sluice profile push --profile app.json --with-data registry.example/app:v1")]
+pub(crate) struct ProfilePush {
+    /// The image, in its registry.
+    #[arg(value_name = "REF")]
+    pub(crate) image: Reference,
+    /// The profile [default: the one that the daemon on this node has of the image].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) profile: Option<PathBuf>,
+    /// Carry the content as well.
+    #[arg(long)]
+    pub(crate) with_data: bool,
+    /// How hard the content is compressed: a level of Zstandard.
+    #[arg(long, value_name = "N", default_value_t = 19, requires = "with_data",
+          value_parser = clap::value_parser!(i32).range(1..=22))]
+    pub(crate) level: i32,
+    #[command(flatten)]
+    pub(crate) registry: RegistryArgs,
     #[command(flatten)]
     pub(crate) daemon: DaemonArgs,
 }

@@ -10,12 +10,13 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
+use sluice_converter::Attaching;
 use sluice_layer::Profile;
 use sluice_layer::profile::MAX_BYTES;
 use sluice_proto::control::v1 as api;
 
-use crate::args::{Profile as Command, ProfileExport, ProfileImport, ProfileMerge};
-use crate::control;
+use crate::args::{Profile as Command, ProfileExport, ProfileImport, ProfileMerge, ProfilePush};
+use crate::{control, registry};
 
 /// Runs it.
 pub(crate) async fn run(command: Command) -> anyhow::Result<ExitCode> {
@@ -31,6 +32,7 @@ pub(crate) async fn run(command: Command) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Merge(args) => merge(&args),
+        Command::Push(args) => push(args).await,
         Command::Record(args) => record::run(*args).await,
     }
 }
@@ -55,6 +57,35 @@ async fn import(args: ProfileImport) -> anyhow::Result<ExitCode> {
     };
     let put = daemon.put_profile(request).await;
     put.map_err(|status| control::failed(&status))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn push(args: ProfilePush) -> anyhow::Result<ExitCode> {
+    let profile = match &args.profile {
+        Some(path) => read(path)?,
+        None => {
+            let mut daemon = control::connect(&args.daemon.address).await?;
+            get(&mut daemon, &args.image.to_string()).await?.1
+        }
+    };
+    let client = registry::client(&args.registry, [&args.image])?;
+    let attaching = Attaching {
+        data: args.with_data.then_some(args.level),
+    };
+    let scratch = std::env::temp_dir();
+    let attached = sluice_converter::attach(&client, &args.image, &profile, attaching, &scratch);
+    let attached = attached.await?;
+    println!(
+        "{}: attached a profile of {} chunks, {} bytes{}, to {}",
+        args.image,
+        attached.chunks,
+        attached.bytes,
+        match args.with_data {
+            true => format!(" in {} compressed", attached.stored),
+            false => String::new(),
+        },
+        attached.image
+    );
     Ok(ExitCode::SUCCESS)
 }
 

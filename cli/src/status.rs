@@ -351,6 +351,7 @@ fn source(source: api::ProfileSource) -> Option<&'static str> {
     match source {
         api::ProfileSource::Unspecified => None,
         api::ProfileSource::Image => Some("image"),
+        api::ProfileSource::Attached => Some("attached"),
         api::ProfileSource::Node => Some("node"),
     }
 }

@@ -102,6 +102,19 @@ pub enum Error {
         /// The destination.
         reference: String,
     },
+    /// A profile of another image.
+    #[error(
+        "{reference} has no layer {layer}, which the profile is about: it is a profile of another image"
+    )]
+    OtherProfile {
+        /// The image.
+        reference: String,
+        /// The layer.
+        layer: Digest,
+    },
+    /// A profile that cannot be used.
+    #[error(transparent)]
+    Profile(#[from] sluice_layer::profile::ProfileError),
     /// A registry refused or failed.
     #[error(transparent)]
     Registry(#[from] sluice_registry::Error),

@@ -20,7 +20,7 @@ pub struct Wanted {
 }
 
 /// A chunk's bytes, which have the digest that the TOC gives. Only
-/// [`decode_unit`] makes one.
+/// [`decode_unit`] and [`verify_chunk`] make one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct VerifiedChunk<'a>(&'a [u8]);
 
@@ -37,6 +37,12 @@ impl Deref for VerifiedChunk<'_> {
     fn deref(&self) -> &[u8] {
         self.0
     }
+}
+
+/// The chunk that a TOC describes by `digest`, if these are its bytes, from
+/// wherever they come.
+pub fn verify_chunk(bytes: &[u8], digest: Digest) -> Option<VerifiedChunk<'_>> {
+    (Digest::of(bytes) == digest).then_some(VerifiedChunk(bytes))
 }
 
 /// Why a unit did not give the wanted chunks. Positions are those in the

@@ -4,6 +4,7 @@
 //! A profile is a hint: it decides what is fetched early, never what is
 //! believed. Whoever applies one still checks every byte against the TOC.
 
+mod attachment;
 mod json;
 mod merge;
 #[cfg(test)]
@@ -16,6 +17,11 @@ use std::time::Duration;
 use sluice_oci::Digest;
 
 use crate::toc::names;
+
+pub use attachment::{
+    ARTIFACT_TYPE, Attachment, CONTENT_TYPE, CONTENT_WINDOW_LOG, DOCUMENT_TYPE, Part,
+    decode_content,
+};
 
 /// The most bytes of a document that are parsed.
 pub const MAX_BYTES: usize = 16 << 20;
@@ -59,6 +65,9 @@ pub enum ProfileError {
     /// Too long to be looked at.
     #[error("the profile has {0} bytes; at most {MAX_BYTES} are read")]
     TooLarge(usize),
+    /// It cannot be decompressed.
+    #[error("the profile cannot be decompressed: {0}")]
+    Compression(String),
     /// Not the JSON that it should be.
     #[error("this is no profile: {0}")]
     Json(String),

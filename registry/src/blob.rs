@@ -49,7 +49,7 @@ struct Target {
 
 /// How a registry answered a request for a range.
 enum Answer {
-    Opened(Opened),
+    Opened(Box<Opened>),
     /// By the whole blob, which was not received.
     Ignored {
         size: Option<u64>,
@@ -232,7 +232,7 @@ impl Blob {
         let context = &endpoint.context(self.context());
         let answer = self.ask(endpoint, range).await?;
         let size = match (answer, range) {
-            (Answer::Opened(opened), _) => return Ok(opened),
+            (Answer::Opened(opened), _) => return Ok(*opened),
             (Answer::Ignored { size: Some(size) }, ByteRange::Suffix(_)) => size,
             (Answer::Unsatisfiable { size, .. }, ByteRange::Suffix(1..)) if size != Some(0) => {
                 match size {
@@ -252,7 +252,7 @@ impl Blob {
             len,
         };
         match self.ask(endpoint, position).await? {
-            Answer::Opened(opened) => Ok(opened),
+            Answer::Opened(opened) => Ok(*opened),
             Answer::Ignored { .. } => Err(ignored(context)),
             Answer::Unsatisfiable { error, .. } => Err(error),
         }
@@ -277,24 +277,24 @@ impl Blob {
                         "Content-Range and Content-Length of the answer contradict each other",
                     ));
                 }
-                Ok(Answer::Opened(Opened {
+                Ok(Answer::Opened(Box::new(Opened {
                     offset,
                     len,
                     blob_size,
                     response: Some(response),
                     endpoint: endpoint.clone(),
-                }))
+                })))
             }
             StatusCode::OK => {
                 let size = content_length(&response);
                 Ok(match size {
-                    Some(size) if range.covers_all_of(size) => Answer::Opened(Opened {
+                    Some(size) if range.covers_all_of(size) => Answer::Opened(Box::new(Opened {
                         offset: 0,
                         len: size,
                         blob_size: Some(size),
                         response: Some(response),
                         endpoint: endpoint.clone(),
-                    }),
+                    })),
                     // Dropping the answer ends the transfer.
                     size => Answer::Ignored { size },
                 })

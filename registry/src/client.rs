@@ -49,7 +49,7 @@ impl Client {
         }
     }
 
-    async fn manifest_once(
+    pub(crate) async fn manifest_once(
         &self,
         reference: &Reference,
         context: &Context,

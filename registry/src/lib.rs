@@ -30,6 +30,7 @@ pub mod fuzzing;
 mod hosts;
 mod http_client;
 mod redirect;
+mod referrers;
 mod retry;
 mod transport;
 mod upload;

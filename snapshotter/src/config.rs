@@ -123,6 +123,9 @@ pub struct Profiles {
     /// Whether starts are recorded. Default true. Recorded profiles are used
     /// when `[prefetch]` is enabled.
     pub record: bool,
+    /// Whether registries are asked for profiles that are attached to images.
+    /// Default true; needs `[prefetch]` as well.
+    pub attached: bool,
     /// How long a start is recorded at most. Default 120.
     pub seconds: NonZeroU64,
     /// A start is over when nothing new was read for so long, in seconds.
@@ -245,6 +248,7 @@ impl Default for Profiles {
     fn default() -> Self {
         Self {
             record: true,
+            attached: true,
             seconds: nonzero(120),
             idle_seconds: nonzero(10),
             images: nonzero(256),
@@ -419,6 +423,7 @@ mod tests {
             "interval_hours",
             "mib_per_second",
             "record",
+            "attached",
             "seconds",
             "idle_seconds",
             "images",

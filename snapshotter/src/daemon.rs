@@ -18,7 +18,7 @@ use crate::fetch;
 use crate::keeper::Keeper;
 use crate::node::{self, LazyFrom, Node};
 use crate::scrub;
-use crate::service::{self, LazyLayers, OverlayOptions, Snapshots, Store};
+use crate::service::{self, Key, LazyLayers, OverlayOptions, Snapshots, Store};
 use crate::socket::{self, Root, Socket};
 
 /// How long calls that are under way may take to finish when the daemon stops.
@@ -73,9 +73,11 @@ pub async fn run(
     stop: impl Future<Output = Stop> + Send,
 ) -> Result<(), Error> {
     let root = Root::take(&config.root)?;
+    crash_point!("start.root-taken");
     let (socket, listener) = Socket::bind(&config.address)?;
     // Before anything is written: this refuses a root of a newer version.
     let store = Store::open(root.path())?;
+    crash_point!("start.database-opened");
     let client = Client::new(registry_config(&config))?;
     let node_config = node::Config {
         keeper: Arc::clone(&keeper),
@@ -112,6 +114,9 @@ async fn serve_node(
     let layers = Arc::new(node.clone());
     let snapshots = Snapshots::start(root.path(), store, layers, overlay).await?;
     let snapshots = Arc::new(snapshots);
+    tell_who_is_affected(node, &snapshots).await;
+    let again = node.clone();
+    tokio::spawn(async move { again.mount_lost().await });
     let _room = AbortOnDropHandle::new(tokio::spawn(keep_room(Arc::clone(&snapshots))));
     let timer = node.clone();
     let interval = Duration::from_secs(config.scrub.interval_hours.saturating_mul(3600));
@@ -123,8 +128,35 @@ async fn serve_node(
     let control = Control::new(Arc::clone(&snapshots), node.clone());
     let services = (Arc::clone(&snapshots), control, Arc::new(node.clone()));
     let served = serve(config, services, listener, keeper, stop).await;
+    crash_point!("stop.drained");
     snapshots.close().await;
+    crash_point!("stop.closed");
     served
+}
+
+/// Says which containers stand on mounts that nobody can serve any more.
+async fn tell_who_is_affected<L: LazyLayers>(node: &Node, snapshots: &Snapshots<L>) {
+    for overlay in node.affected() {
+        let key = match &overlay.upper {
+            Some(upper) => snapshots.key_of(upper).await,
+            None => None,
+        };
+        // containerd's key of a container's snapshot is the container's id.
+        let whose = key.as_ref().map(Key::in_containerd);
+        let (owner, container) = match whose {
+            Some((Some(namespace), name)) => (
+                format!(" of container {name} in namespace {namespace}"),
+                "it".to_owned(),
+            ),
+            Some((None, name)) => (format!(" of snapshot {name}"), "its container".to_owned()),
+            None => (String::new(), "its container".to_owned()),
+        };
+        tracing::error!(
+            "the mount at {}{owner} stands on layers that a former process served and whose FUSE \
+             device was not kept: reads of what is not cached fail there; start {container} again",
+            overlay.target.display()
+        );
+    }
 }
 
 /// Keeps the layers within their quota.
@@ -160,6 +192,7 @@ async fn serve(
             let _ = drained.await;
         });
     tokio::pin!(server);
+    crash_point!("start.ready");
     keeper.ready();
     tracing::info!(
         address = %config.address.display(),
@@ -175,6 +208,7 @@ async fn serve(
     };
     tracing::info!("stopping");
     keeper.stopping();
+    crash_point!("stop.begun");
     let _ = drain.send(());
     calls.close();
     tokio::select! {
@@ -211,6 +245,7 @@ fn node_config(config: &Config, root: &Path) -> node::Config {
         prefetch: config.prefetch.enabled,
         profiles: node::ProfileConfig {
             record: config.profiles.record,
+            attached: config.profiles.attached,
             longest: Duration::from_secs(config.profiles.seconds.get()),
             idle: Duration::from_secs(config.profiles.idle_seconds.get()),
             images: config.profiles.images.get() as usize,

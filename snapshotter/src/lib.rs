@@ -1,6 +1,9 @@
 //! The node's daemon as a library: lazily mounted layers, and containerd's
 //! snapshots service in front of them.
 
+#[macro_use]
+pub mod crash_points;
+
 pub mod cleanup;
 pub mod config;
 pub mod control;

@@ -92,7 +92,7 @@ struct Serve {
     log_level: Option<String>,
 }
 
-fn main() -> ExitCode {
+pub(crate) fn main() -> ExitCode {
     // Before anything else opens or starts anything.
     let keeper = Keeper::from_environment();
     let result = match Cli::parse().command {

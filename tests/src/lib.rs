@@ -6,16 +6,21 @@
 //! Everything belongs to a [`Scratch`], which takes it all down again, also
 //! when a test panics or the process is interrupted.
 
+pub mod agreement;
 pub mod command;
 pub mod containerd;
+pub mod content;
 pub mod daemon;
+pub mod faulty;
 pub mod image;
 pub mod kernel;
+pub mod killer;
 pub mod link;
 pub mod node;
 pub mod programs;
 pub mod proxy;
 pub mod registry;
+pub mod relay;
 pub mod scratch;
 pub mod tools;
 pub mod tree;

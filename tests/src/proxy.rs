@@ -138,6 +138,11 @@ impl Proxy {
         }
     }
 
+    /// Whether it has not died.
+    pub fn is_up(&self) -> bool {
+        lock(&self.shared.open).up
+    }
+
     /// Comes back at the same address.
     pub fn up(&self) -> Result<()> {
         // Somebody may have the port for a moment, as one end of a connection.

@@ -4,6 +4,7 @@ use std::fs;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context as _, Result, bail};
 
@@ -26,7 +27,7 @@ pub struct Registry {
     scratch: Scratch,
     dir: PathBuf,
     host: String,
-    process: Process,
+    process: Mutex<Process>,
 }
 
 impl Registry {
@@ -86,7 +87,7 @@ impl Registry {
         }
         fs::write(dir.join("config.yml"), config)?;
         Ok(Self {
-            process: launch(scratch, &dir, command, &host)?,
+            process: Mutex::new(launch(scratch, &dir, command, &host)?),
             scratch: scratch.clone(),
             host,
             dir,
@@ -95,13 +96,14 @@ impl Registry {
 
     /// Starts it again at the same address, with what it has stored, after
     /// its process has ended. On loopback only.
-    pub fn start_again(&mut self) -> Result<()> {
-        self.process = wait_for("the registry's port", || {
+    pub fn start_again(&self) -> Result<()> {
+        let process = wait_for("the registry's port", || {
             let command = Command::new("docker-registry");
             // Somebody may have the port for a moment, as one end of a
             // connection.
             Ok(launch(&self.scratch, &self.dir, command, &self.host).ok())
         })?;
+        *self.process.lock().unwrap_or_else(PoisonError::into_inner) = process;
         Ok(())
     }
 
@@ -116,8 +118,9 @@ impl Registry {
     }
 
     /// The process.
-    pub fn process(&self) -> &Process {
-        &self.process
+    pub fn process(&self) -> Process {
+        let process = self.process.lock();
+        process.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The file that holds a blob or manifest, by digest `sha256:<hex>`.

@@ -76,12 +76,13 @@ const MODULES: &[(&str, &[&str])] = &[
             "scrub",
         ],
     ),
+    ("scrub", &["layer_dir"]),
     ("profiles", &["erofs", "layer_dir"]),
     ("control", &["node", "service", "fetch", "profiles"]),
-    ("scrub", &["layer_dir"]),
     ("keeper", &["fuse"]),
     ("service", &[]),
     ("socket", &[]),
+    ("crash_points", &[]),
     (
         "config",
         &["mount", "fuse", "fetch", "node", "remote", "service"],
@@ -112,6 +113,7 @@ const MODULES: &[(&str, &[&str])] = &[
     ),
     // The program: arguments in, exit status out.
     ("cleanup", &["mount", "socket"]),
+    ("crashing", &[]),
     (
         "main",
         &["daemon", "config", "keeper", "cleanup", "scrub", "socket"],

@@ -72,6 +72,21 @@ impl Toc {
         &self.nodes[id.index()]
     }
 
+    /// The inode that a path names, relative to the root and without `.`, `..`
+    /// and empty components. Symbolic links are not followed.
+    pub fn find(&self, path: &[u8]) -> Option<&Node> {
+        let mut node = self.nodes.first()?;
+        for name in path.split(|byte| *byte == b'/') {
+            let NodeKind::Directory(directory) = &node.kind else {
+                return None;
+            };
+            let children = &directory.children;
+            let at = children.binary_search_by(|child| (*child.name).cmp(name));
+            node = self.node(children[at.ok()?].node);
+        }
+        Some(node)
+    }
+
     /// All chunks, grouped by file in the order of [`Toc::nodes`], each
     /// file's in the order of their offsets, without gap or overlap.
     pub fn chunks(&self) -> &[Chunk] {

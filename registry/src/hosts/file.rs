@@ -114,8 +114,12 @@ pub(super) fn parse(text: &str, path: &Path) -> Result<Vec<Entry>, Invalid> {
             _ => fields.push((key, value)),
         }
     }
-    // The map is sorted by name, and keys know where they stood.
-    hosts.sort_by_key(|(url, _)| url.span().start);
+    // The map is sorted by name, and keys know where they stood. A host may
+    // begin with a table below it.
+    hosts.sort_by_key(|(url, table)| {
+        let fields = table.keys().map(|key| key.span().start);
+        fields.chain([url.span().start]).min()
+    });
     let mut entries = Vec::new();
     for (url, table) in hosts {
         let root = (url.get_ref().as_ref(), url.span().start);
@@ -195,7 +199,7 @@ impl<'a> Reader<'a> {
     }
 
     fn root(&self, text: &str, at: usize, override_path: bool) -> Result<Url, Invalid> {
-        let full = match text.starts_with("http") {
+        let full = match text.contains("://") {
             true => text.to_owned(),
             false => format!("https://{text}"),
         };

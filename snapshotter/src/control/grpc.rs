@@ -184,6 +184,7 @@ fn to_source(source: Option<ProfileSource>) -> api::ProfileSource {
     match source {
         None => api::ProfileSource::Unspecified,
         Some(ProfileSource::Image) => api::ProfileSource::Image,
+        Some(ProfileSource::Attached) => api::ProfileSource::Attached,
         Some(ProfileSource::Node) => api::ProfileSource::Node,
     }
 }

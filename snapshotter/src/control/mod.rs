@@ -53,6 +53,11 @@ impl Control {
         Self { snapshots, node }
     }
 
+    /// The node.
+    pub fn node(&self) -> &Node {
+        &self.node
+    }
+
     /// What the node holds and does, and the images that are in use.
     pub async fn status(&self) -> Result<(NodeStatus, Vec<UsedImage>), ControlError> {
         let used = self.snapshots.images().await;

@@ -32,10 +32,12 @@ pub(super) fn decode_all(
     {
         let unit = claim.unit();
         let digest = layer.digest();
+        crash_point!("fill.arrived");
         match decode_one(layer, unit.offset, &bytes, claim.is_awaited()) {
             Ok(unstored) => {
                 layer.count_decoded(priority, bytes.len() as u64);
                 claim.finish(Ok(unstored));
+                crash_point!("fill.told");
             }
             Err(error) if !again => {
                 tracing::warn!(

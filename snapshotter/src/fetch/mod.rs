@@ -8,6 +8,7 @@
 mod activity;
 mod admission;
 mod ahead;
+mod content;
 mod decode;
 mod disk;
 mod engine;
@@ -31,6 +32,7 @@ use sluice_oci::Digest;
 pub use activity::{Activity, Request};
 pub use admission::{Admission, Permit, Priority};
 pub use ahead::Handle;
+pub use content::{Content, Piece};
 pub use engine::{Config, Engine};
 pub use layer::{LazyLayer, PathOf};
 pub use link::{Link, LinkFigures};

@@ -296,8 +296,10 @@ pub(super) async fn fetch_claimed(
     claims: Vec<Claim>,
     mut terms: Terms,
 ) -> Result<(), SourceError> {
+    crash_point!("fill.claimed");
     let mut pending: VecDeque<(Claim, bool)> = claims.into_iter().map(|c| (c, false)).collect();
     let mut patience = Patience::new(layer);
+    let mut failed: Option<SourceError> = None;
     while let (Some((first, _)), Some((last, _))) = (pending.front(), pending.back()) {
         let (first, last) = (first.unit(), last.unit());
         let range = last.offset + last.size - first.offset;
@@ -317,10 +319,16 @@ pub(super) async fn fetch_claimed(
         if pending.len() < before {
             patience.renew();
         }
-        let Err(error) = attempt else {
+        let Err(mut error) = attempt else {
             layer.recovered();
+            failed = None;
             continue;
         };
+        // That time ran out says less than why.
+        if error == SourceError::late(layer.engine().config().deadline) {
+            error = failed.take().unwrap_or(error);
+        }
+        failed = Some(error.clone());
         let Some(wait) = patience.after(&error) else {
             layer.report(&error.message, first, "the reader gets EIO");
             let failed = FetchError::Registry {

@@ -113,6 +113,7 @@ pub fn mend(path: &Path, whole: &Path) -> Result<bool, Error> {
             file.sync_all()
         };
         mend().map_err(|e| Error::io("mend", &path, e))?;
+        crash_point!("mend.written");
     }
     Ok(true)
 }

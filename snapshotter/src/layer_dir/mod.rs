@@ -33,6 +33,10 @@ pub const CHUNKS: &str = "chunks";
 pub const DATA: &str = "data";
 /// Which chunks of `data` hold verified bytes.
 pub const PRESENT: &str = "present";
+/// The next `data`, while it is made.
+pub const DATA_DRAFT: &str = "data.new";
+/// The next `present`, while it is written.
+pub const PRESENT_DRAFT: &str = "present.new";
 /// Prefix of directories that are being made or deleted.
 pub const TEMPORARY: &str = ".tmp-";
 
@@ -241,13 +245,16 @@ impl LayerDir {
     /// come from the decoder, which checked them against `digest`.
     pub fn store(&self, chunk: ChunkId, bytes: &sluice_layer::VerifiedChunk<'_>) -> io::Result<()> {
         let record = self.chunks.get(chunk);
+        crash_point!("fill.verified");
         // Writing would make holes of what a shortened file has lost.
         if self.data.metadata()?.len() < self.identity.data_size {
             self.restore()?;
         }
         let _storing = self.storing.read();
         self.data.write_all_at(bytes, record.data_offset)?;
+        crash_point!("fill.written");
         self.present.insert(chunk);
+        crash_point!("fill.present");
         self.claimed.remove(chunk);
         Ok(())
     }
@@ -265,11 +272,13 @@ impl LayerDir {
             return Ok(false);
         }
         let snapshot = self.present.union(&self.claimed);
+        crash_point!("persist.taken");
         let path = self.data_path();
         if let Err(error) = self.data.sync_data() {
             self.distrust();
             return Err(Error::io("write", &path, error));
         }
+        crash_point!("persist.data-synced");
         snapshot.save(&self.path, &self.identity.digest)?;
         persisted.changes = changes;
         Ok(true)
@@ -368,15 +377,21 @@ fn empty(directory: &Path, size: u64) -> Result<(), Error> {
         })
         .and_then(|()| sync())
         .map_err(|e| Error::io("remove", &present, e))?;
+    crash_point!("evict.present-removed");
     // A new file, so that a mount that still has the old one never reads holes
     // for content.
     let data = directory.join(DATA);
-    let new = directory.join("data.new");
-    File::create(&new)
-        .and_then(|file| file.set_len(size))
-        .and_then(|()| fs::rename(&new, &data))
-        .and_then(|()| sync())
-        .map_err(|e| Error::io("empty", &data, e))
+    let new = directory.join(DATA_DRAFT);
+    let replace = || {
+        File::create(&new)?.set_len(size)?;
+        crash_point!("evict.data-made");
+        fs::rename(&new, &data)?;
+        crash_point!("evict.data-named");
+        sync()?;
+        crash_point!("evict.synced");
+        Ok(())
+    };
+    replace().map_err(|e| Error::io("empty", &data, e))
 }
 
 #[cfg(test)]

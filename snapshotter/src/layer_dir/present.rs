@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use sluice_oci::Digest;
 
 use super::error::{Error, Problem};
-use super::{ChunkId, PRESENT};
+use super::{ChunkId, PRESENT, PRESENT_DRAFT};
 
 const MAGIC: &[u8; 8] = b"SLPRESNT";
 const VERSION: u32 = 1;
@@ -160,14 +160,20 @@ impl Present {
 
     /// Replaces the file in `directory` at one stroke.
     pub(crate) fn save(&self, directory: &Path, layer: &Digest) -> Result<(), Error> {
-        let new = directory.join("present.new");
+        let new = directory.join(PRESENT_DRAFT);
         let path = directory.join(PRESENT);
         let write = || {
             let mut file = File::create(&new)?;
+            crash_point!("persist.new-made");
             file.write_all(&self.encode(layer))?;
+            crash_point!("persist.new-written");
             file.sync_all()?;
+            crash_point!("persist.new-synced");
             fs::rename(&new, &path)?;
-            File::open(directory)?.sync_all()
+            crash_point!("persist.named");
+            File::open(directory)?.sync_all()?;
+            crash_point!("persist.synced");
+            Ok(())
         };
         write().map_err(|e| Error::io("write", &path, e))
     }

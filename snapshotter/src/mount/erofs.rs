@@ -56,8 +56,14 @@ pub fn mount(meta: &Path, data: &Path, target: &Path, options: Options) -> Resul
 }
 
 fn mount_with(meta: &Path, target: &Path, options: Vec<u8>) -> Result<(), Errno> {
-    let options = CString::new(options).map_err(|_| Errno::INVAL)?;
-    rustix::mount::mount(meta, target, "erofs", MountFlags::RDONLY, &*options)
+    let path = |path: &Path| CString::new(path.as_os_str().as_bytes());
+    let (Ok(meta), Ok(target), Ok(options)) = (path(meta), path(target), CString::new(options))
+    else {
+        return Err(Errno::INVAL);
+    };
+    // mount(2) opens the file of contents, and the one who answers that is
+    // perhaps this very process.
+    super::apart::mount(&meta, &target, c"erofs", MountFlags::RDONLY, &options)
 }
 
 /// Why layers cannot be mounted in `erofs` mode.
@@ -124,6 +130,7 @@ pub fn clear_probe(root: &Path) -> io::Result<()> {
     let directory = root.join(PROBE);
     for mount in super::mounts_below(&directory).map_err(io::Error::other)? {
         super::detach(&mount.target).map_err(io::Error::other)?;
+        crash_point!("probe.unmounted");
     }
     match std::fs::remove_dir_all(&directory) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
@@ -155,6 +162,7 @@ fn attempt(directory: &Path) -> Result<(), Unsupported> {
         },
         other => failed(io::Error::other(other)),
     })?;
+    crash_point!("probe.mounted");
     match std::fs::read_to_string(target.join("probe")).map_err(failed)? {
         content if content == PROBE_CONTENT => Ok(()),
         content => Err(Unsupported::Wrong(content)),

@@ -1,5 +1,6 @@
 //! Mounting and unmounting layers, and what is mounted.
 
+mod apart;
 pub mod erofs;
 mod table;
 pub mod users;

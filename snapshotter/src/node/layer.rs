@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use futures_util::future::BoxFuture;
 use sluice_oci::{Digest, Reference};
 use sluice_registry::Senders;
 use tokio::task::spawn_blocking;
@@ -22,11 +23,11 @@ use crate::erofs::Image;
 use crate::fetch::{Handle, LazyLayer, Plan};
 use crate::fuse::blobs::BlobTable;
 use crate::fuse::{Content, Tree, TreeTable};
-use crate::layer_dir::{self, LayerDir, TEMPORARY};
+use crate::layer_dir::{self, LayerDir, META, TEMPORARY};
 use crate::mount;
 use crate::profiles::ImageId;
 use crate::remote::{FetchedToc, Known};
-use crate::service::{LayerRequest, MountError, NotLazy, Usage};
+use crate::service::{MountError, NotLazy, Owner, Usage};
 
 /// The place of a layer, whether it is there or not. The lock is held while
 /// the layer is being opened, mounted or removed.
@@ -37,14 +38,16 @@ pub(super) struct Slot(pub(super) tokio::sync::Mutex<Option<Open>>);
 pub(super) struct Open {
     pub(super) layer: Arc<LazyLayer>,
     pub(super) mounted: Option<PathBuf>,
-    pub(super) prefetch: Option<(ProfileSource, Handle)>,
+    /// Who says what is fetched ahead, once that was looked for, and its
+    /// fetching.
+    pub(super) prefetch: Option<(Option<ProfileSource>, Option<Handle>)>,
     download: Option<Handle>,
     /// Whether a snapshot was mounted from it, and nobody noted that yet.
     pub(super) used: bool,
-    /// Whether the kernel reads its content without asking.
-    pub(super) direct: bool,
     /// A former process mounted it: what was read before is not known.
     resumed: bool,
+    /// Whether the kernel reads its content without asking.
+    pub(super) direct: bool,
 }
 
 impl Node {
@@ -53,7 +56,8 @@ impl Node {
     /// another image, which claimed other content for the same layer.
     pub(super) async fn open_layer(
         &self,
-        request: &LayerRequest,
+        reference: &Reference,
+        image: &ImageId,
         digest: Digest,
         known: &Known,
     ) -> Result<(), NotLazy> {
@@ -64,7 +68,7 @@ impl Node {
             *place = self.load(digest).await.map_err(not_lazy)?;
         }
         if place.is_none() {
-            self.make(&request.reference, digest, known)
+            self.make(reference, digest, known)
                 .await
                 .map_err(not_lazy)?;
             *place = self.load(digest).await.map_err(not_lazy)?;
@@ -79,12 +83,7 @@ impl Node {
                     .to_owned(),
             ));
         }
-        let image = ImageId {
-            reference: Some(request.reference.to_string()),
-            manifest: request.manifest_digest,
-            layers: request.image_layers.clone(),
-        };
-        self.prefetch(open, &image).await;
+        self.prefetch(open, image);
         Ok(())
     }
 
@@ -253,12 +252,31 @@ impl Node {
 
     /// Starts to fetch what `image` will need of the layer, if anything says
     /// what that is and it was not started before.
-    async fn prefetch(&self, open: &mut Open, image: &ImageId) {
+    fn prefetch(&self, open: &mut Open, image: &ImageId) {
         if !self.0.config.prefetch || open.prefetch.is_some() || open.layer.dir().is_complete() {
             return;
         }
-        if let Some((source, plan)) = self.plan(&open.layer, image).await {
-            open.prefetch = open.layer.prefetch(plan).map(|handle| (source, handle));
+        open.prefetch = Some((None, None));
+        let (node, image) = (self.clone(), image.clone());
+        let layer = Arc::clone(&open.layer);
+        // It may have to ask the registry, and nobody waits for that.
+        let ahead: BoxFuture<'static, ()> =
+            Box::pin(async move { node.fetch_ahead(layer, &image).await });
+        tokio::spawn(ahead);
+    }
+
+    /// Notes who says what is fetched ahead of the layer, and the fetching,
+    /// which ends with the layer.
+    pub(super) async fn follows(
+        &self,
+        digest: Digest,
+        source: ProfileSource,
+        fetching: Option<Handle>,
+    ) {
+        let slot = self.0.slots.lock().get(&digest).cloned();
+        let Some(slot) = slot else { return };
+        if let Some(open) = slot.0.lock().await.as_mut() {
+            open.prefetch = Some((Some(source), fetching));
         }
     }
 
@@ -283,7 +301,7 @@ impl Node {
             let activity = open.layer.activity();
             let unread = activity.reads == 0 && activity.waited == 0;
             whole &= dir.chunks().is_empty() || (unread && !open.resumed && !dir.is_complete());
-            self.prefetch(open, image).await;
+            self.prefetch(open, image);
             layers.push(Arc::clone(&open.layer));
         }
         (layers, whole)
@@ -291,10 +309,10 @@ impl Node {
 
     /// Starts to download what a mounted layer lacks.
     fn download(&self, open: &mut Open) {
-        if !open.layer.dir().is_complete() {
-            if let (Some(delay), None) = (self.0.config.background, &open.download) {
-                open.download = Some(open.layer.download(delay));
-            }
+        if let (Some(delay), None) = (self.0.config.background, &open.download)
+            && !open.layer.dir().is_complete()
+        {
+            open.download = Some(open.layer.download(delay));
         }
     }
 
@@ -322,6 +340,7 @@ impl Node {
 
     /// Goes on with the mount of a former process.
     pub(super) fn resume_mount(&self, open: &mut Open, mounted: Option<PathBuf>) {
+        open.resumed = true;
         if mounted.is_some() {
             open.mounted = mounted;
             // Perhaps; it had to be complete for that.
@@ -329,7 +348,8 @@ impl Node {
             open.resumed = true;
             if self.0.config.prefetch {
                 let landmark = open.layer.prefetch(Plan::Landmark);
-                open.prefetch = landmark.map(|handle| (ProfileSource::Image, handle));
+                open.prefetch =
+                    landmark.map(|fetching| (Some(ProfileSource::Image), Some(fetching)));
             }
             self.download(open);
         }
@@ -364,7 +384,9 @@ impl Node {
                 }
                 _ => {}
             }
+            crash_point!("mount.target-made");
             mount::erofs::mount(&meta, &data, &target, options)?;
+            crash_point!("mount.mounted");
             Ok(target)
         })
         .await?
@@ -378,6 +400,7 @@ impl Node {
         let meta = layer.dir().meta_path();
         let image = spawn_blocking(move || Image::open(&meta)).await??;
         self.insert_tree(layer, image);
+        crash_point!("mount.shown");
         let name = TreeTable::directory_name(number);
         Ok(self.0.config.root.join(TREES).join(name))
     }
@@ -398,6 +421,7 @@ impl Node {
         if let Some(open) = place.take() {
             open.close(self, false).await;
         }
+        crash_point!("release.closed");
         let path = self.layer_path(digest);
         let deleted = spawn_blocking(move || delete(&path)).await;
         deleted
@@ -428,6 +452,23 @@ impl Node {
         if Arc::strong_count(slot) == 2 && slot.0.try_lock().is_ok_and(|place| place.is_none()) {
             slots.remove(&digest);
         }
+    }
+
+    /// Who owns the layer's root directory.
+    pub(super) async fn layer_owner(&self, digest: Digest) -> Result<Owner, MountError> {
+        let meta = self.layer_path(digest).join(META);
+        let read = spawn_blocking(move || {
+            let image = Image::open(&meta)?;
+            image.attributes(image.root())
+        });
+        let failed =
+            |error: Box<dyn std::error::Error + Send + Sync>| MountError::failed(digest, error);
+        let root = read.await.map_err(|e| failed(e.into()))?;
+        let root = root.map_err(|e| failed(e.into()))?;
+        Ok(Owner {
+            uid: root.uid,
+            gid: root.gid,
+        })
     }
 
     /// What the layer takes on disk.
@@ -555,7 +596,7 @@ impl Open {
             chunks: dir.chunks().len(),
             present: dir.present().count(),
             activity: self.layer.activity(),
-            profile: self.prefetch.as_ref().map(|(source, _)| *source),
+            profile: self.prefetch.as_ref().and_then(|(source, _)| *source),
         }
     }
 
@@ -596,13 +637,21 @@ fn unmount(target: &Path) -> io::Result<()> {
         std::thread::sleep(pause);
         pause *= 2;
     }
-    fs::remove_dir(target)
+    crash_point!("release.unmounted");
+    fs::remove_dir(target)?;
+    crash_point!("release.target-removed");
+    Ok(())
 }
 
 /// The same, unless something uses it: says whether it is unmounted.
 pub(super) fn unmount_unused(target: &Path) -> io::Result<bool> {
     match mount::unmount(target) {
-        Ok(()) => fs::remove_dir(target).map(|()| true),
+        Ok(()) => {
+            crash_point!("evict.unmounted");
+            fs::remove_dir(target)?;
+            crash_point!("evict.target-removed");
+            Ok(true)
+        }
         Err(mount::Error::Unmount { source, .. })
             if source.kind() == io::ErrorKind::ResourceBusy =>
         {
@@ -618,7 +667,12 @@ fn delete(path: &Path) -> io::Result<()> {
     let doomed = path.with_file_name(format!("{TEMPORARY}{name}.deleted"));
     let _ = fs::remove_dir_all(&doomed);
     match fs::rename(path, &doomed) {
-        Ok(()) => fs::remove_dir_all(&doomed),
+        Ok(()) => {
+            crash_point!("release.renamed");
+            fs::remove_dir_all(&doomed)?;
+            crash_point!("release.deleted");
+            Ok(())
+        }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),
     }

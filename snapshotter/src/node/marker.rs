@@ -63,10 +63,14 @@ impl Marker {
 
     fn write(&self, doubted: bool) -> io::Result<()> {
         let mut file = File::create(&self.path)?;
+        crash_point!("marker.opened");
         let doubted = if doubted { DOUBTED } else { "" };
         write!(file, "{}\n{doubted}", self.boot)?;
+        crash_point!("marker.written");
         file.sync_all()?;
-        self.sync_directory()
+        self.sync_directory()?;
+        crash_point!("marker.set");
+        Ok(())
     }
 
     fn sync_directory(&self) -> io::Result<()> {
@@ -84,6 +88,7 @@ impl Marker {
     /// The process ends, and all is durable.
     pub(super) fn clear(&self) {
         let cleared = fs::remove_file(&self.path).and_then(|()| self.sync_directory());
+        crash_point!("marker.cleared");
         if let Err(error) = cleared
             && error.kind() != io::ErrorKind::NotFound
         {

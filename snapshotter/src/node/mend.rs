@@ -39,12 +39,14 @@ impl Node {
         } = identity;
         let made = self.compile(place.clone(), fetched, digest, &reference, number);
         let made = made.await.map_err(|error| error.to_string());
+        crash_point!("mend.compiled");
         let path = self.layer_path(digest);
         let mended = spawn_blocking(move || {
             let mended = made.and_then(|()| {
                 let whole = place.join(digest.hex());
                 layer_dir::mend(&path, &whole).map_err(|error| error.to_string())
             });
+            crash_point!("mend.done");
             let _ = fs::remove_dir_all(&place);
             mended
         });

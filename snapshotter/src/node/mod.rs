@@ -13,6 +13,7 @@
 //! | `t/<number>/` | in mode `fuse`, a layer in the node's one FUSE file system of trees |
 
 mod allowed;
+mod attached;
 mod compile;
 mod evict;
 mod images;
@@ -43,12 +44,15 @@ use crate::fetch::{self, Engine};
 use crate::fuse::blobs::BlobTable;
 use crate::fuse::{self, SessionError, TreeTable};
 use crate::keeper::Keeper;
-use crate::mount;
-use crate::profiles::{ProfileError, Profiles};
+use crate::mount::{self, users::Overlay};
+use crate::profiles::{ImageId, ProfileError, Profiles};
 use crate::remote::Remote;
-use crate::service::{ImageUse, InUse, LayerRequest, LazyLayers, MountError, NotLazy, Usage};
+use crate::service::{
+    ImageUse, InUse, LayerRequest, LazyLayers, MountError, NotLazy, Owner, Usage,
+};
 
 pub use allowed::LazyFrom;
+use attached::Attachments;
 pub use evict::Quota;
 use layer::Slot;
 use left::Numbers;
@@ -121,6 +125,8 @@ impl Config {
 pub struct ProfileConfig {
     /// Whether they are, beyond those that are asked for.
     pub record: bool,
+    /// Whether registries are asked for profiles attached to images.
+    pub attached: bool,
     /// How long a recording lasts at most.
     pub longest: Duration,
     /// A recording ends when nothing new was read for so long.
@@ -133,6 +139,7 @@ impl Default for ProfileConfig {
     fn default() -> Self {
         Self {
             record: true,
+            attached: true,
             longest: Duration::from_secs(120),
             idle: Duration::from_secs(10),
             images: 256,
@@ -182,11 +189,16 @@ struct Inner {
     /// The node's own, and one that a process in the other mode left.
     sessions: Mutex<Vec<(Mode, fuse::Session)>>,
     numbers: Numbers,
+    /// Layers whose mounts were lost.
+    lost: Mutex<Vec<Digest>>,
+    /// Who stood on them.
+    affected: Vec<Overlay>,
     opening: Semaphore,
     /// Whether it was told that there is more in use than there may be.
     overfull: AtomicBool,
     profiles: Arc<Profiles>,
     recordings: Recordings,
+    attachments: Attachments,
     marker: Marker,
     /// Whether the machine went down and not everything was verified since.
     doubted: AtomicBool,
@@ -200,6 +212,12 @@ impl Node {
     /// Its mount mode.
     pub fn mode(&self) -> Mode {
         self.0.mode
+    }
+
+    /// The overlays that stand on layers which a former process served and
+    /// whose FUSE device was not kept.
+    pub fn affected(&self) -> &[Overlay] {
+        &self.0.affected
     }
 
     /// Bytes and requests under way.
@@ -228,20 +246,30 @@ impl LazyLayers for Node {
                           names";
             return Err(NotLazy::new(request.digest, reason));
         }
-        let ahead = self.clone();
-        let image = request.clone();
-        if image.image_layers.len() > 1 {
-            tokio::spawn(async move { ahead.open_image(&image).await });
+        let image = ImageId::from(&request);
+        if self.0.config.prefetch {
+            let (ahead, image) = (self.clone(), image.clone());
+            tokio::spawn(async move { ahead.attached(&image).await });
+        }
+        if request.image_layers.len() > 1 {
+            let (ahead, request) = (self.clone(), request.clone());
+            tokio::spawn(async move { ahead.open_image(&request).await });
         }
         let known = self
             .known(&request)
             .await
             .map_err(|error| NotLazy::new(request.digest, error.to_string()))?;
-        self.open_layer(&request, request.digest, &known).await
+        let reference = &request.reference;
+        self.open_layer(reference, &image, request.digest, &known)
+            .await
     }
 
     async fn mount(&self, layer: Digest) -> Result<PathBuf, MountError> {
         self.mount_layer(layer).await
+    }
+
+    async fn owner(&self, layer: Digest) -> Result<Owner, MountError> {
+        self.layer_owner(layer).await
     }
 
     async fn starts(&self, image: ImageUse) {

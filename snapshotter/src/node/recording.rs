@@ -120,8 +120,8 @@ impl Node {
                         None => (limits.longest, limits.idle),
                     };
                     let now = recording.noted();
-                    // Who waits for bytes is not idle.
-                    if now != noted || node.0.engine.waiting() > 0 {
+                    // Who waits for bytes, or has not begun, is not idle.
+                    if now != noted || now == 0 || node.0.engine.waiting() > 0 {
                         quiet = Instant::now();
                     }
                     let over = recording.began.elapsed() >= longest || quiet.elapsed() >= idle;

@@ -110,10 +110,12 @@ impl Node {
                 tracing::warn!(layer = %digest, "not verified after an unclean stop: {why}");
                 failed = true;
             }
+            crash_point!("verify.layer-done");
         }
         if !failed {
             self.0.doubted.store(false, Ordering::Relaxed);
             self.0.marker.settle();
+            crash_point!("verify.settled");
             tracing::info!("all layers are verified after an unclean stop");
         }
     }

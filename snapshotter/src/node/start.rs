@@ -14,6 +14,7 @@ use sluice_registry::Client;
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
+use super::attached::Attachments;
 use super::left::{self, Left, Numbers, clear, tidy};
 use super::marker::{Before, Marker};
 use super::recording::Recordings;
@@ -57,7 +58,8 @@ impl Node {
         // The kernel lists mounts by their real paths.
         config.root = fs::canonicalize(&config.root).map_err(failed(&config.root))?;
         let root = &config.root;
-        let left = Left::take_over(root, &config.keeper)?;
+        let mut left = Left::take_over(root, &config.keeper)?;
+        crash_point!("start.taken-over");
         for name in [LAYERS, MOUNTS, BLOBS, TREES] {
             let path = root.join(name);
             // Looking at a mount that nobody serves yet would wait for ever.
@@ -80,6 +82,7 @@ impl Node {
                 }
             },
         };
+        crash_point!("start.probed");
         let (marker, before) = Marker::set(root)?;
         let layers = tidy(&root.join(LAYERS))?;
         clear(root)?;
@@ -95,8 +98,11 @@ impl Node {
             slots: Mutex::new(HashMap::new()),
             sessions: Mutex::default(),
             numbers: Numbers::load(root, &layers)?,
+            lost: Mutex::default(),
+            affected: std::mem::take(&mut left.lost.overlays),
             opening: Semaphore::new(config.opening.max(1)),
             profiles: Arc::new(profiles),
+            attachments: Attachments::new(),
             recordings: Recordings::default(),
             mode,
             blobs: BlobTable::new(),
@@ -110,6 +116,7 @@ impl Node {
         }));
         node.go_on(layers, &left, before)?;
         node.serve(left)?;
+        crash_point!("start.served");
         if before != Before::InOrder {
             tracing::warn!(
                 "the last process did not end in order{}: what it left is verified",
@@ -169,17 +176,21 @@ impl Node {
     /// Ends all fetches, makes what is present durable, and unmounts. What
     /// something still uses is detached, and fails when its bytes are missing.
     pub async fn stop(&self) {
+        self.0.attachments.end();
         self.end_recordings(|_| true).await;
         let slots: Vec<_> = self.0.slots.lock().drain().collect();
         // All at once, for each may wait a moment for its users to go.
         join_all(slots.iter().map(|(_, slot)| slot.close(self))).await;
+        crash_point!("end.layers-closed");
         let sessions = std::mem::take(&mut *self.0.sessions.lock());
         for (mode, session) in sessions {
             self.0.config.keeper.forget(left::name_of(mode));
+            crash_point!("end.forgotten");
             let unmounted = tokio::task::spawn_blocking(move || session.unmount()).await;
             if let Err(error) = unmounted {
                 tracing::warn!("unmounting: {error}");
             }
+            crash_point!("end.unmounted");
         }
         self.end_in_order();
     }
@@ -201,9 +212,11 @@ impl Node {
         }
         self.end_recordings(|_| true).await;
         self.persist().await;
+        crash_point!("leave.persisted");
         for (_, session) in std::mem::take(&mut *self.0.sessions.lock()) {
             session.leave();
         }
+        crash_point!("leave.left");
         self.end_in_order();
     }
 }

@@ -4,5 +4,5 @@
 mod resolve;
 mod store;
 
-pub use resolve::{chunks, reads};
+pub use resolve::{chunks, exact_chunks, reads};
 pub use store::{ImageId, ProfileError, Profiles, Stored};

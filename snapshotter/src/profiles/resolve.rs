@@ -8,7 +8,7 @@ use std::time::Duration;
 use sluice_layer::Profile;
 use sluice_layer::profile::Read;
 
-use crate::erofs::{Error, Image};
+use crate::erofs::{Error, Extent, Image};
 use crate::layer_dir::{ChunkId, LayerDir};
 
 /// What a profile's layer number `layer` read: the chunks as ranges of files.
@@ -49,29 +49,70 @@ pub fn reads(
     Ok(found.into_iter().flatten().collect())
 }
 
-/// The chunks of a layer that the profile names, each once, in the order of
-/// first need. What the layer does not hold is passed over: a profile may be
+/// For each read of a layer, in their order, the one chunk that it is. None
+/// where it is not exactly one.
+pub fn exact_chunks(dir: &LayerDir, profile: &Profile) -> Result<Vec<Option<ChunkId>>, Error> {
+    let mut extents = Extents::new(dir)?;
+    let reads = profile.reads_of(dir.identity().digest);
+    reads
+        .map(|read| {
+            let Some((offset, _)) = extents.range(read)? else {
+                return Ok(None);
+            };
+            let chunk = dir.chunks().overlapping(offset, 1).next();
+            Ok(chunk.filter(|&chunk| {
+                let record = dir.chunks().get(chunk);
+                record.data_offset == offset && u64::from(record.size) == read.len
+            }))
+        })
+        .collect()
+}
+
+/// The chunks of a layer that the profile names, each once, with the time of
+/// first need and in its order. What the layer does not hold is passed over: a profile may be
 /// of another version of the image, or made up.
-pub fn chunks(dir: &LayerDir, profile: &Profile) -> Result<Vec<ChunkId>, Error> {
-    let mut extents = HashMap::new();
+pub fn chunks(dir: &LayerDir, profile: &Profile) -> Result<Vec<(ChunkId, Duration)>, Error> {
+    let mut extents = Extents::new(dir)?;
     let mut seen = HashSet::new();
     let mut order = Vec::new();
-    let image = Image::open(&dir.meta_path())?;
     for read in profile.reads_of(dir.identity().digest) {
-        let extent = match extents.get(&read.path) {
+        if let Some((offset, len)) = extents.range(read)? {
+            let overlapping = dir.chunks().overlapping(offset, len);
+            let new = overlapping.filter(|chunk| seen.insert(*chunk));
+            order.extend(new.map(|chunk| (chunk, read.at)));
+        }
+    }
+    Ok(order)
+}
+
+/// Where files of a layer lie in its data, each looked up once.
+struct Extents {
+    image: Image,
+    known: HashMap<Arc<[u8]>, Option<Extent>>,
+}
+
+impl Extents {
+    fn new(dir: &LayerDir) -> Result<Self, Error> {
+        Ok(Self {
+            image: Image::open(&dir.meta_path())?,
+            known: HashMap::new(),
+        })
+    }
+
+    /// Offset and length in the data of what was read, if the layer has it.
+    fn range(&mut self, read: &Read) -> Result<Option<(u64, u64)>, Error> {
+        let extent = match self.known.get(&read.path) {
             Some(extent) => *extent,
             None => {
-                let extent = image.extent_of(&read.path)?;
-                extents.insert(Arc::clone(&read.path), extent);
+                let extent = self.image.extent_of(&read.path)?;
+                self.known.insert(Arc::clone(&read.path), extent);
                 extent
             }
         };
-        let Some(extent) = extent.filter(|extent| read.offset < extent.size) else {
-            continue;
-        };
-        let len = read.len.min(extent.size - read.offset);
-        let overlapping = dir.chunks().overlapping(extent.offset + read.offset, len);
-        order.extend(overlapping.filter(|chunk| seen.insert(*chunk)));
+        let within = extent.filter(|extent| read.offset < extent.size);
+        Ok(within.map(|extent| {
+            let len = read.len.min(extent.size - read.offset);
+            (extent.offset + read.offset, len)
+        }))
     }
-    Ok(order)
 }

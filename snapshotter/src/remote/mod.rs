@@ -1,5 +1,6 @@
 //! From what containerd says of a layer to its verified TOC.
 
+mod attached;
 mod budget;
 mod images;
 mod toc;
@@ -12,6 +13,7 @@ use sluice_layer::{FooterError, LayerAnnotations, Limits, TocError, TocTrust};
 use sluice_oci::{Digest, Reference};
 use sluice_registry::{Client, ErrorKind};
 
+pub use attached::AttachedProfile;
 pub use budget::{Taken, TocBudget};
 pub use images::{ImageLayer, Images};
 pub use toc::FetchedToc;
@@ -40,6 +42,9 @@ pub enum Error {
     /// The TOC is refused.
     #[error("{0}")]
     Toc(#[from] TocError),
+    /// An attached profile cannot be used.
+    #[error("{0}")]
+    Profile(String),
     /// The registry took too long.
     #[error(
         "the registry did not deliver it within {} s",

@@ -49,6 +49,15 @@ pub struct Usage {
     pub inodes: u64,
 }
 
+/// User and group of a directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Owner {
+    /// The user's number.
+    pub uid: u32,
+    /// The group's number.
+    pub gid: u32,
+}
+
 /// Asks which layers some snapshot is mounted from now, or is about to be.
 /// Blocks. None when that cannot be told.
 pub type InUse = Arc<dyn Fn() -> Option<HashSet<Digest>> + Send + Sync>;
@@ -125,6 +134,10 @@ pub trait LazyLayers: Send + Sync + 'static {
     /// (`m/<number>`, not 64 hexadecimal digits): an image's directories share
     /// one page of mount options.
     fn mount(&self, layer: Digest) -> impl Future<Output = Result<PathBuf, MountError>> + Send;
+
+    /// Who owns the layer's root directory. Told without a look at where it is
+    /// mounted: a daemon that waits for its own answer cannot be killed.
+    fn owner(&self, layer: Digest) -> impl Future<Output = Result<Owner, MountError>> + Send;
 
     /// A writable snapshot of an image was made, whose layers are mounted: a
     /// container is about to read them. A hint, which cannot fail.

@@ -11,11 +11,11 @@ use parking_lot::Mutex;
 use sluice_oci::Digest;
 use tokio::sync::OwnedMutexGuard;
 
-use super::directories::{Directories, Found, Owner};
+use super::directories::{Directories, Found};
 use super::error::Error;
 use super::filter::Filter;
 use super::labels;
-use super::lazy_layers::{ImageUse, LayerRequest, LazyLayers, MountError, Usage};
+use super::lazy_layers::{ImageUse, LayerRequest, LazyLayers, MountError, Owner, Usage};
 use super::mounts::{Mount, OverlayOptions, mounts};
 use super::pins::{Pinned, Pins};
 use super::snapshot::{Content, Info, Key, Kind, Labels, SnapshotId};
@@ -53,7 +53,14 @@ impl<L: LazyLayers> Snapshots<L> {
             leftovers: Mutex::default(),
         };
         snapshots.restore_directories().await?;
+        crash_point!("start.directories-restored");
+        if snapshots.store.was_rebuilt() {
+            // What has no record may only have lost it.
+            snapshots.set_aside_orphans().await?;
+            return Ok(snapshots);
+        }
         let removed = snapshots.remove_orphans().await?;
+        crash_point!("start.orphans-removed");
         if removed > 0 {
             tracing::info!(removed, "directories without a snapshot removed");
         }
@@ -62,6 +69,7 @@ impl<L: LazyLayers> Snapshots<L> {
         if let Err(error) = snapshots.layers.retain(known).await {
             tracing::warn!(%error, "layers without a snapshot stay");
         }
+        crash_point!("start.layers-retained");
         Ok(snapshots)
     }
 
@@ -104,20 +112,25 @@ impl<L: LazyLayers> Snapshots<L> {
     pub async fn commit(&self, name: Key, key: Key, labels: Labels) -> Result<(), Error> {
         let id = self.store.would_commit(key.clone(), name.clone()).await?;
         let usage = self.measure(id).await?;
+        crash_point!("commit.measured");
         self.store
             .commit(key, name, labels, usage, SystemTime::now())
-            .await
+            .await?;
+        crash_point!("commit.recorded");
+        Ok(())
     }
 
     /// Deletes a snapshot, and its layer if it was the last one of it.
     pub async fn remove(&self, key: Key) -> Result<(), Error> {
         let removed = self.store.remove(key).await?;
+        crash_point!("remove.recorded");
         // The record is gone: what fails from here on is a leftover, which
         // `cleanup` tries again, and not a failed removal.
         let directories = Arc::clone(&self.directories);
         if let Err(error) = blocking(move || directories.remove(removed.id)).await {
             tracing::warn!(%error, "the directory of a removed snapshot stays until the next cleanup");
         }
+        crash_point!("remove.directory-removed");
         if let Some(layer) = removed.unused_layer
             && let Err(error) = self.release(layer).await
         {
@@ -161,6 +174,12 @@ impl<L: LazyLayers> Snapshots<L> {
             LabelChange::Some(named)
         };
         self.store.update(key, change, SystemTime::now()).await
+    }
+
+    /// The key of the snapshot whose changes are in the directory `upper`.
+    pub async fn key_of(&self, upper: &Path) -> Option<Key> {
+        let id = self.directories.id_of(upper)?;
+        self.store.key_of(id).await.ok().flatten()
     }
 
     /// Every snapshot that one of the filters matches; all, if there is none.
@@ -249,6 +268,7 @@ impl<L: LazyLayers> Snapshots<L> {
             tracing::warn!(image, reason = %reason, "unpacked as usual");
             return Ok(Lazily::Not(reason.reason().to_owned()));
         }
+        crash_point!("open.opened");
         let new = NewSnapshot {
             id: self.store.new_id(),
             key: target.clone(),
@@ -258,6 +278,7 @@ impl<L: LazyLayers> Snapshots<L> {
         };
         match self.store.create_remote(new, layer).await {
             Ok(()) => {
+                crash_point!("open.recorded");
                 tracing::info!(image, %layer, snapshot = %target, "served lazily");
                 Ok(Lazily::Served)
             }
@@ -282,6 +303,7 @@ impl<L: LazyLayers> Snapshots<L> {
         // Until it is recorded that something is mounted from them.
         let _pinned = self.pin(&below);
         let lower = self.lower(&below).await?;
+        crash_point!("prepare.lower-mounted");
         // What containerd unpacks a layer into is nobody's start.
         let starts = kind == Kind::Active && labels::target(&labels).is_none();
         let starting = match &parent {
@@ -296,14 +318,14 @@ impl<L: LazyLayers> Snapshots<L> {
             labels,
             now: SystemTime::now(),
         };
-        let nearest = lower.first().cloned();
+        let owner = match below.first() {
+            Some(nearest) => Some(self.owner(nearest).await?),
+            None => None,
+        };
         let directories = Arc::clone(&self.directories);
-        let directory = blocking(move || {
-            let owner = nearest.as_deref().map(Owner::of).transpose()?;
-            directories.create(id, kind, owner)
-        })
-        .await?;
+        let directory = blocking(move || directories.create(id, kind, owner)).await?;
         self.store.create(kind, new).await?;
+        crash_point!("prepare.recorded");
         directory.keep();
         if let Some(image) = starting {
             self.layers.starts(image).await;
@@ -349,6 +371,17 @@ impl<L: LazyLayers> Snapshots<L> {
             }
         }))
         .await
+    }
+
+    /// Who owns the root directory of what lies below a snapshot.
+    async fn owner(&self, below: &Content) -> Result<Owner, Error> {
+        match *below {
+            Content::Directory(id) => {
+                let directories = Arc::clone(&self.directories);
+                blocking(move || directories.owner(id)).await
+            }
+            Content::Lazy(layer) => Ok(self.layers.owner(layer).await?),
+        }
     }
 
     /// Mounts a layer. One that the disk has lost is made again as the labels
@@ -417,6 +450,19 @@ impl<L: LazyLayers> Snapshots<L> {
     async fn remove_orphans(&self) -> Result<usize, Error> {
         let (store, directories) = (Arc::clone(&self.store), Arc::clone(&self.directories));
         blocking(move || directories.remove_orphans(|| store.known_ids())).await
+    }
+
+    async fn set_aside_orphans(&self) -> Result<(), Error> {
+        let (store, directories) = (Arc::clone(&self.store), Arc::clone(&self.directories));
+        let moved = blocking(move || directories.set_aside_orphans(|| store.known_ids())).await?;
+        for path in moved {
+            tracing::error!(
+                "a snapshot's directory has no record any more; it is kept as {}, remove it when \
+                 nothing needs it",
+                path.display()
+            );
+        }
+        Ok(())
     }
 
     async fn restore_directories(&self) -> Result<(), Error> {

@@ -20,7 +20,9 @@ pub use filter::{Filter, FilterError};
 pub use grpc::{Adapter, server};
 #[cfg(any(test, fuzzing))]
 pub(crate) use labels::{layer_request, target};
-pub use lazy_layers::{ImageUse, InUse, LayerRequest, LazyLayers, MountError, NotLazy, Usage};
+pub use lazy_layers::{
+    ImageUse, InUse, LayerRequest, LazyLayers, MountError, NotLazy, Owner, Usage,
+};
 pub use logic::Snapshots;
 pub use mounts::{Mount, OverlayOptions};
 pub use snapshot::{Chain, Content, EmptyKey, Info, Key, Kind, Labels, SnapshotId};

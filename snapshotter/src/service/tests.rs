@@ -97,6 +97,16 @@ impl LazyLayers for Fake {
         Ok(directory)
     }
 
+    async fn owner(&self, layer: Digest) -> Result<Owner, MountError> {
+        let metadata = fs::metadata(self.mount(layer).await?);
+        let metadata = metadata.map_err(|error| MountError::failed(layer, error))?;
+        use std::os::unix::fs::MetadataExt as _;
+        Ok(Owner {
+            uid: metadata.uid(),
+            gid: metadata.gid(),
+        })
+    }
+
     async fn starts(&self, image: ImageUse) {
         self.state.lock().starts.push(image);
     }
@@ -409,6 +419,44 @@ fn one_bad_layer_fails_alone() {
 }
 
 #[test]
+fn the_data_plane_is_told_of_what_is_about_to_run() {
+    let rig = Rig::new();
+    let manifest = Digest::of(b"manifest");
+    let mut top = lazy("chain-2", layer(2));
+    let label = "containerd.io/snapshot/cri.manifest-digest";
+    top.insert(label.to_owned(), manifest.to_string());
+    let _ = rig.prepare("x", "", lazy("chain-1", layer(1)));
+    let _ = rig.prepare("x", "chain-1", top);
+    // An upper layer that is unpacked runs nothing, nor does who only looks.
+    rig.fake.state.lock().not_lazy.insert(layer(3));
+    rig.prepare("x", "chain-2", lazy("chain-3", layer(3)))
+        .unwrap();
+    rig.view("look", "chain-2").unwrap();
+    rig.prepare("nothing-lazy", "", Labels::new()).unwrap();
+    assert!(rig.fake.state.lock().starts.is_empty());
+
+    let asked = [("containerd.io/snapshot/sluice.record", "ci")];
+    let asked = asked.map(|(k, v)| (k.to_owned(), v.to_owned())).into();
+    rig.prepare("one", "chain-2", Labels::new()).unwrap();
+    rig.prepare("two", "chain-2", asked).unwrap();
+    let image = ImageUse {
+        reference: Some("r.io/app:1".to_owned()),
+        manifest_digest: Some(manifest),
+        layers: vec![layer(1), layer(2)],
+        recording: None,
+    };
+    let named = ImageUse {
+        recording: Some("ci".to_owned()),
+        ..image.clone()
+    };
+    assert_eq!(rig.fake.state.lock().starts, [image.clone(), named]);
+    // And whoever asks, of what is in use: two containers, the view, and the
+    // snapshot into which the third layer is unpacked.
+    let used = rig.run(async |s| s.images().await).unwrap();
+    assert_eq!(used, [(image, 4)]);
+}
+
+#[test]
 fn a_snapshot_that_is_not_made_leaves_nothing() {
     let rig = Rig::new();
     rig.prepare("a", "", Labels::new()).unwrap();
@@ -505,6 +553,8 @@ struct Model {
     parent: Option<String>,
     layer: Option<u8>,
     labelled: bool,
+    /// The key that it was committed from.
+    was: Option<String>,
 }
 
 type World = BTreeMap<String, Model>;
@@ -537,6 +587,7 @@ fn expect(world: &mut World, op: &Op) -> Option<ErrorKind> {
                 parent,
                 layer: None,
                 labelled: false,
+                was: None,
             };
             world.insert(name(a), model);
             Ok(())
@@ -551,26 +602,36 @@ fn expect(world: &mut World, op: &Op) -> Option<ErrorKind> {
                 // Only its beginning is fixed when the name itself is taken.
                 let mut at = name(a);
                 if world.contains_key(&at) {
-                    at = format!("{}@{}", at, world.len() + 1000);
+                    let free = |at: &String| !world.contains_key(at);
+                    at = (0..).map(|n| format!("{at}@{n}")).find(free).unwrap();
                 }
                 let model = Model {
                     kind: Kind::Committed,
                     parent,
                     layer: Some(layer),
                     labelled: false,
+                    was: None,
                 };
                 world.insert(at, model);
             }
             Err(AlreadyExists)
         }),
         Op::Commit(a, b) => match world.get(&name(b)) {
-            None => Err(NotFound),
+            // The same again: the first answer may have been lost.
+            None => match world.get_mut(&name(a)) {
+                Some(model) if model.was == Some(name(b)) => {
+                    model.labelled = false;
+                    Ok(())
+                }
+                _ => Err(NotFound),
+            },
             Some(_) if world.contains_key(&name(a)) => Err(AlreadyExists),
             Some(model) if model.kind != Kind::Active => Err(FailedPrecondition),
             Some(_) => {
                 let mut model = world.remove(&name(b)).unwrap();
                 model.kind = Kind::Committed;
                 model.labelled = false;
+                model.was = Some(name(b));
                 world.insert(name(a), model);
                 Ok(())
             }
@@ -744,4 +805,29 @@ fn a_layer_that_the_disk_has_lost_is_made_again() {
         "{error}"
     );
     rig.stat("c").unwrap();
+}
+
+#[test]
+fn what_a_rebuilt_database_does_not_know_is_set_aside() {
+    let mut rig = Rig::new();
+    assert_kind(
+        rig.prepare("tmp", "", lazy("chain", layer(1))),
+        ErrorKind::AlreadyExists,
+    );
+    rig.prepare("c", "chain", Labels::new()).unwrap();
+    rig.stop();
+    let root = rig.root.path();
+    let upper = root.join("snapshots/2/fs");
+    fs::write(upper.join("precious"), "written").unwrap();
+    // Both copies of the records are gone.
+    fs::write(root.join("state.redb"), "rubbish").unwrap();
+    fs::remove_file(root.join("state.journal")).unwrap();
+    rig.restart();
+    assert_eq!(rig.list(), []);
+    let kept = rig.root.path().join("lost/2-0/fs/precious");
+    assert_eq!(fs::read(kept).unwrap(), b"written");
+    assert_eq!(rig.fake.on_disk(), [layer(1)].into(), "not this time");
+    // Numbers are not given out again.
+    rig.prepare("new", "", Labels::new()).unwrap();
+    assert!(rig.root.path().join("snapshots/3").is_dir());
 }

@@ -398,11 +398,14 @@ fn blobs() -> Result<Vec<Layer>> {
                 "io.containers.zstd-chunked.manifest-position",
                 format!("{}:18446744073709551615:1:1", u64::MAX),
             ),
-            honest(zstd, "position-of-content", Unpacked(""))?.annotate(
-                "containerd.io/snapshot/io.containers.zstd-chunked.manifest-position",
-                "8:20:100:1",
-            ),
         ];
+
+    // A position is a hint: where it leads nowhere, the footer is asked.
+    let content = Content::new(zstd, "position-of-content")?;
+    let (entry, seen) = (content.honest(), shown(&content, "inside"));
+    let hint = "containerd.io/snapshot/io.containers.zstd-chunked.manifest-position";
+    let layer = content.with(&[entry], seen)?;
+    layers.push(layer.annotate(hint, "8:20:100:1"));
 
     // No footer at all.
     let content = Content::new(gzip, "no-footer")?;

@@ -8,6 +8,7 @@
 //! share the next one (see `writer`).
 
 mod database;
+mod journal;
 mod tables;
 #[cfg(test)]
 mod tests;
@@ -93,6 +94,27 @@ impl StoreError {
         !matches!(self, Self::Record { .. })
     }
 
+    /// Whether the file is not what was written, or the disk does not give it
+    /// back.
+    fn is_damage(&self) -> bool {
+        let Self::Database { source, .. } = self else {
+            return false;
+        };
+        match &**source {
+            redb::Error::Corrupted(_)
+            | redb::Error::TableDoesNotExist(_)
+            | redb::Error::TableTypeMismatch { .. } => true,
+            redb::Error::Io(error) => {
+                error.raw_os_error() == Some(libc::EIO)
+                    || matches!(
+                        error.kind(),
+                        io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof
+                    )
+            }
+            _ => false,
+        }
+    }
+
     fn new(path: &Path, source: impl Into<redb::Error>) -> Self {
         let path = path.to_owned();
         match source.into() {
@@ -167,6 +189,11 @@ impl Store {
         })
     }
 
+    /// Whether the database was damaged and made anew from its copy.
+    pub(crate) fn was_rebuilt(&self) -> bool {
+        self.database.was_rebuilt()
+    }
+
     /// A number for a new snapshot. It is burnt when the snapshot is not made.
     pub(crate) fn new_id(&self) -> SnapshotId {
         SnapshotId(
@@ -232,7 +259,8 @@ impl Store {
     }
 
     /// Turns the active snapshot `key` into the committed snapshot `name`.
-    /// Labels are replaced, not inherited.
+    /// Labels are replaced, not inherited. A commit that was made, and whose
+    /// answer was lost, succeeds again.
     pub(crate) async fn commit(
         &self,
         key: Key,
@@ -243,9 +271,12 @@ impl Store {
     ) -> Result<(), Error> {
         self.writer
             .write(move |tables| {
-                let mut record = tables.committable(&key, &name)?;
-                record.committed(labels, usage, now);
-                tables.remove(&key, &record)?;
+                let (before, mut record) = match tables.committed_before(&key, &name)? {
+                    Some(before) => (before.clone(), tables.need(&before)?),
+                    None => (key.clone(), tables.committable(&key, &name)?),
+                };
+                record.committed(key, labels, usage, now);
+                tables.remove(&before, &record)?;
                 tables.insert(&name, &record)
             })
             .await
@@ -287,6 +318,20 @@ impl Store {
                 Ok(record.info(key))
             })
             .await
+    }
+
+    /// The key or name of the snapshot with this number.
+    pub(crate) async fn key_of(&self, id: SnapshotId) -> Result<Option<Key>, Error> {
+        self.read(move |tables| {
+            let mut found = None;
+            tables.each(|key, record| {
+                if record.id == id {
+                    found = Some(key);
+                }
+            })?;
+            Ok(found)
+        })
+        .await
     }
 
     /// What is known of one snapshot.
@@ -359,8 +404,13 @@ impl Store {
 
     /// The number of the active snapshot `key`. Fails as `commit` would.
     pub(crate) async fn would_commit(&self, key: Key, name: Key) -> Result<SnapshotId, Error> {
-        self.read(move |tables| Ok(tables.committable(&key, &name)?.id))
-            .await
+        self.read(move |tables| {
+            Ok(match tables.committed_before(&key, &name)? {
+                Some(before) => tables.need(&before)?.id,
+                None => tables.committable(&key, &name)?.id,
+            })
+        })
+        .await
     }
 
     /// Where the usage of a snapshot is known.
