@@ -14,6 +14,7 @@ use tonic::transport::Server;
 
 use crate::config::{Config, MountMode};
 use crate::control::{self, Control};
+use crate::descriptors;
 use crate::fetch;
 use crate::keeper::Keeper;
 use crate::node::{self, LazyFrom, Node};
@@ -72,6 +73,7 @@ pub async fn run(
     keeper: Arc<Keeper>,
     stop: impl Future<Output = Stop> + Send,
 ) -> Result<(), Error> {
+    let descriptors = descriptors::raise_limit();
     let root = Root::take(&config.root)?;
     crash_point!("start.root-taken");
     let (socket, listener) = Socket::bind(&config.address)?;
@@ -88,7 +90,7 @@ pub async fn run(
         node::Mode::Erofs => "erofs",
         node::Mode::Fuse => "fuse",
     };
-    tracing::info!(mode, "layers can be mounted");
+    tracing::info!(mode, descriptors, "layers can be mounted");
     let result = serve_node(&config, &root, store, &node, listener, &keeper, stop).await;
     match result {
         Ok(Stop::End) => node.stop().await,

@@ -8,6 +8,7 @@ pub mod cleanup;
 pub mod config;
 pub mod control;
 pub mod daemon;
+pub mod descriptors;
 pub mod erofs;
 pub mod fetch;
 pub mod fuse;

@@ -45,6 +45,8 @@ pub struct Options {
     pub supervised: bool,
     /// The program, when it is not the one just built.
     pub program: Option<PathBuf>,
+    /// Its limit of file descriptors, soft and hard, when it is not our own.
+    pub descriptors: Option<(u64, u64)>,
     /// Whether it logs all that it can.
     pub traced: bool,
     /// The file that arms its crash points; then the program is the one that
@@ -90,7 +92,14 @@ impl Daemon {
             (None, Some(_)) => crate::programs::crashing_snapshotter()?,
             (None, None) => crate::programs::snapshotter()?,
         };
-        let mut command = Command::new(program);
+        let mut command = match options.descriptors {
+            Some((soft, hard)) => {
+                let mut limited = Command::new("prlimit");
+                limited.arg(format!("--nofile={soft}:{hard}")).arg(program);
+                limited
+            }
+            None => Command::new(program),
+        };
         if let Some(file) = &options.crash_points {
             command.env(sluice_snapshotter::crash_points::FILE, file);
         }

@@ -261,29 +261,19 @@ impl Process {
 
     /// Its resident memory in bytes.
     pub fn resident_bytes(&self) -> Result<u64> {
-        self.memory("VmRSS:")
+        crate::figures::memory(self.pid, "VmRSS")
     }
 
     /// The same without what is only mapped from files.
     pub fn anonymous_bytes(&self) -> Result<u64> {
-        self.memory("RssAnon:")
+        crate::figures::memory(self.pid, "RssAnon")
     }
 
     /// The most resident memory since the last call, in bytes.
     pub fn peak_bytes(&self) -> Result<u64> {
-        let peak = self.memory("VmHWM:")?;
-        fs::write(format!("/proc/{}/clear_refs", self.pid), "5")?;
+        let peak = crate::figures::memory(self.pid, "VmHWM")?;
+        crate::figures::forget_peak(self.pid)?;
         Ok(peak)
-    }
-
-    fn memory(&self, which: &str) -> Result<u64> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.pid))?;
-        let line = status
-            .lines()
-            .find_map(|line| line.strip_prefix(which))
-            .with_context(|| format!("{} has no {which}", self.name))?;
-        let kib: u64 = line.trim().trim_end_matches(" kB").trim().parse()?;
-        Ok(kib * 1024)
     }
 
     /// Ends it one way or the other.

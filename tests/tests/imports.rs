@@ -5,9 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// What each crate may depend on within the workspace. `tests` and `benches`
-/// may use anything and nothing uses them, but that benches stand on the
-/// harness.
+/// What each crate may depend on within the workspace. `tests`, `interleavings`
+/// and `benches` may use anything and nothing uses them, but that benches stand
+/// on the harness.
 const CRATES: &[(&str, &[&str])] = &[
     ("oci", &[]),
     ("proto", &[]),
@@ -36,6 +36,11 @@ const CRATES: &[(&str, &[&str])] = &[
             "snapshotter",
             "proto",
         ],
+    ),
+    // Compiles the fetch engine anew, with other locks.
+    (
+        "interleavings",
+        &["oci", "layer", "registry", "snapshotter"],
     ),
     (
         "benches",
@@ -74,12 +79,14 @@ const MODULES: &[(&str, &[&str])] = &[
             "keeper",
             "profiles",
             "scrub",
+            "descriptors",
         ],
     ),
     ("scrub", &["layer_dir"]),
     ("profiles", &["erofs", "layer_dir"]),
     ("control", &["node", "service", "fetch", "profiles"]),
     ("keeper", &["fuse"]),
+    ("descriptors", &[]),
     ("service", &[]),
     ("socket", &[]),
     ("crash_points", &[]),
@@ -92,6 +99,7 @@ const MODULES: &[(&str, &[&str])] = &[
         &[
             "config",
             "control",
+            "descriptors",
             "keeper",
             "socket",
             "service",

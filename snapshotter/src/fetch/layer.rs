@@ -290,9 +290,9 @@ impl LazyLayer {
     /// Starts to fetch claimed units in as few requests as pay.
     fn start(self: &Arc<Self>, mut claims: Vec<Claim>, urgent: impl Fn(&Claim) -> bool) {
         claims.sort_by_key(|claim| claim.unit().offset);
-        let gap = self.link.worthwhile_gap();
+        self.claim_gaps(&mut claims);
         let longest = self.engine.config().longest_range;
-        for planned in plan::group(claims, Claim::unit, gap, longest) {
+        for planned in plan::group(claims, Claim::unit, 0, longest) {
             let priority = if planned.wanted.iter().any(&urgent) {
                 Priority::OnDemand
             } else {
@@ -300,6 +300,25 @@ impl LazyLayer {
             };
             self.spawn(planned, priority);
         }
+    }
+
+    /// Adds the units that lie in small gaps between claimed ones: their bytes
+    /// come along, and count. Bytes that are here, or on their way, are never
+    /// asked for again.
+    fn claim_gaps(&self, claims: &mut Vec<Claim>) {
+        let gap = self.link.worthwhile_gap();
+        let mut between = Vec::new();
+        for pair in claims.windows(2) {
+            let (before, after) = (pair[0].unit(), pair[1].unit());
+            let end = before.offset + before.size;
+            if (1..=gap).contains(&after.offset.saturating_sub(end)) {
+                let units = self.dir.chunks().units_from(end);
+                let units = units.take_while(|unit| unit.offset < after.offset);
+                between.extend(units.filter_map(|unit| self.claim(unit)));
+            }
+        }
+        claims.extend(between);
+        claims.sort_by_key(|claim| claim.unit().offset);
     }
 
     fn spawn(self: &Arc<Self>, planned: Planned<Claim>, priority: Priority) {

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use sluice_layer::Unit;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -102,7 +103,7 @@ impl LazyLayer {
                 };
                 flights.spawn(async move { fetch_claimed(&layer, claims, terms).await });
             }
-            while let Some(done) = flights.try_join_next() {
+            while let Some(done) = flights.join_next().now_or_never().flatten() {
                 done.unwrap_or(Ok(()))?;
             }
         }

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use futures_util::FutureExt as _;
-use tokio::task::JoinSet;
+use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt as _, StreamExt as _};
+use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::Instant;
 
 use super::activity::{Entered, Request};
@@ -161,7 +162,7 @@ pub(super) struct Decoding<'a> {
     priority: Priority,
     batch: Vec<Arrived>,
     bytes: usize,
-    jobs: JoinSet<Vec<Claim>>,
+    jobs: FuturesUnordered<JoinHandle<Vec<Claim>>>,
 }
 
 impl<'a> Decoding<'a> {
@@ -171,7 +172,7 @@ impl<'a> Decoding<'a> {
             priority,
             batch: Vec::new(),
             bytes: 0,
-            jobs: JoinSet::new(),
+            jobs: FuturesUnordered::new(),
         }
     }
 
@@ -199,17 +200,17 @@ impl<'a> Decoding<'a> {
         self.bytes = 0;
         let layer = Arc::clone(self.layer);
         let priority = self.priority;
-        self.jobs.spawn_blocking(move || {
+        self.jobs.push(spawn_blocking(move || {
             let _core = core;
             decode_all(&layer, priority, batch)
-        });
+        }));
     }
 
     /// Waits for all, and returns the units whose bytes were wrong.
     pub(super) async fn finish(mut self) -> Vec<Claim> {
         self.flush().await;
         let mut wrong = Vec::new();
-        while let Some(done) = self.jobs.join_next().await {
+        while let Some(done) = self.jobs.next().await {
             // A job that panicked has dropped its claims, and their waiters
             // try anew.
             wrong.extend(done.unwrap_or_default());

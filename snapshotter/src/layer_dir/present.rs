@@ -52,7 +52,7 @@ impl Present {
     }
 
     /// Adds a chunk whose bytes are written, and says whether it is new.
-    pub(crate) fn insert(&self, chunk: ChunkId) -> bool {
+    pub fn insert(&self, chunk: ChunkId) -> bool {
         let bit = 1 << (chunk.index() % 64);
         let before = self.words[chunk.index() / 64].fetch_or(bit, Ordering::AcqRel);
         let new = before & bit == 0;

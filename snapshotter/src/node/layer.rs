@@ -19,6 +19,7 @@ use super::plans::ProfileSource;
 use super::start::{BLOBS, MOUNTS, TREES};
 use super::status::LayerStatus;
 use super::{Mode, Node, source};
+use crate::descriptors::Seat;
 use crate::erofs::Image;
 use crate::fetch::{Handle, LazyLayer, Plan};
 use crate::fuse::blobs::BlobTable;
@@ -51,6 +52,7 @@ pub(super) struct Open {
     resumed: bool,
     /// Whether the kernel reads its content without asking.
     pub(super) direct: bool,
+    _seat: Seat,
 }
 
 impl Node {
@@ -70,14 +72,12 @@ impl Node {
         if place.is_none() {
             *place = self.load(digest).await.map_err(not_lazy)?;
         }
-        if place.is_none() {
-            self.make(reference, digest, known)
-                .await
-                .map_err(not_lazy)?;
-            *place = self.load(digest).await.map_err(not_lazy)?;
-        }
-        let Some(open) = place.as_mut() else {
-            return Err(not_lazy("its directory is gone again".to_owned()));
+        let open = match place.take() {
+            Some(open) => place.insert(open),
+            None => {
+                let made = self.make_and_load(reference, digest, known).await;
+                place.insert(made.map_err(not_lazy)?)
+            }
         };
         let identity = open.layer.dir().identity();
         if !known.vouches_for(identity.trust, identity.compressed_toc) {
@@ -88,6 +88,27 @@ impl Node {
         }
         self.prefetch(open, image);
         Ok(())
+    }
+
+    async fn make_and_load(
+        &self,
+        reference: &Reference,
+        digest: Digest,
+        known: &Known,
+    ) -> Result<Open, String> {
+        self.make(reference, digest, known).await?;
+        let reason = match self.load(digest).await {
+            Ok(Some(open)) => return Ok(open),
+            Ok(None) => "its directory is gone again".to_owned(),
+            Err(error) => error,
+        };
+        // No snapshot refers to it, so that nothing else would remove it.
+        let path = self.layer_path(digest);
+        let deleted = spawn_blocking(move || delete(&path)).await;
+        if let Err(error) = deleted.map_err(io::Error::other).flatten() {
+            tracing::warn!(layer = %digest, "its directory stays until the next start: {error}");
+        }
+        Err(reason)
     }
 
     /// Makes the layer's directory. A table of contents that is not where the
@@ -156,8 +177,10 @@ impl Node {
     /// the content. A damaged one is mended; one that cannot be is removed, to
     /// be made again.
     pub(super) async fn load(&self, digest: Digest) -> Result<Option<Open>, String> {
+        // Also before a layer is made that could then not be opened.
+        let seat = self.0.seats.take().map_err(|full| full.to_string())?;
         let error = match self.open_checked(digest).await? {
-            Ok(dir) => return Ok(dir.map(|dir| self.adopt(dir))),
+            Ok(dir) => return Ok(dir.map(|dir| self.adopt(dir, seat))),
             Err(error) if error.is_damage() => error,
             Err(error) => return Err(error.to_string()),
         };
@@ -175,7 +198,7 @@ impl Node {
         tracing::warn!(layer = %digest, "{error}; it has been mended");
         let dir = self.open_checked(digest).await?;
         let dir = dir.map_err(|error| error.to_string())?;
-        let open = dir.map(|dir| self.adopt(dir));
+        let open = dir.map(|dir| self.adopt(dir, seat));
         Ok(open.inspect(|open| open.layer.was_mended(error.to_string())))
     }
 
@@ -199,7 +222,7 @@ impl Node {
         opened.await.map_err(|error| error.to_string())
     }
 
-    fn adopt(&self, dir: LayerDir) -> Open {
+    fn adopt(&self, dir: LayerDir, seat: Seat) -> Open {
         let identity = dir.identity().clone();
         let source = source(&self.0.remote, &identity.reference, identity.digest);
         let meta = dir.meta_path();
@@ -219,6 +242,7 @@ impl Node {
             used: false,
             resumed: false,
             direct: false,
+            _seat: seat,
         }
     }
 
@@ -326,10 +350,11 @@ impl Node {
         dir: LayerDir,
         mounted: Option<PathBuf>,
         tree: bool,
-    ) -> Result<(), crate::erofs::Error> {
+    ) -> Result<(), Box<dyn std::error::Error>> {
+        let seat = self.0.seats.take()?;
         let digest = dir.identity().digest;
         let meta = dir.meta_path();
-        let mut open = self.adopt(dir);
+        let mut open = self.adopt(dir, seat);
         if tree {
             self.insert_tree(&open.layer, Image::open(&meta)?);
         }
@@ -381,10 +406,14 @@ impl Node {
         let meta = layer.dir().meta_path();
         spawn_blocking(move || {
             match fs::create_dir(&target) {
+                Ok(()) => {}
                 Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
                     return Err(error.into());
                 }
-                _ => {}
+                // A former process mounted a layer that could not be opened
+                // when this one started: its mount works again.
+                Err(_) if is_mounted(&target)? => return Ok(target),
+                Err(_) => {}
             }
             crash_point!("mount.target-made");
             mount::erofs::mount(&meta, &data, &target, options)?;
@@ -622,6 +651,11 @@ impl Open {
             node.persist_layer(self.layer).await;
         }
     }
+}
+
+fn is_mounted(target: &Path) -> Result<bool, mount::Error> {
+    let mounts = mount::mounts_below(target)?;
+    Ok(mounts.iter().any(|mount| mount.target == target))
 }
 
 /// How long a mount may be busy with users that are going: an overlay that

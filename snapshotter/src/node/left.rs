@@ -168,9 +168,10 @@ pub(super) fn tidy(layers: &Path) -> Result<Vec<Identity>, StartError> {
         for draft in [PRESENT_DRAFT, DATA_DRAFT] {
             remove_draft(&path.join(draft))?;
         }
-        // One bad layer is found out when it is opened.
-        if let Ok(identity) = LayerDir::identify(&path) {
-            found.push(identity);
+        match LayerDir::identify(&path) {
+            Ok(identity) => found.push(identity),
+            // One bad layer is no reason not to start.
+            Err(error) => tracing::error!("the layer's readers get an error: {error}"),
         }
     }
     Ok(found)

@@ -40,6 +40,7 @@ use parking_lot::Mutex;
 use sluice_oci::{Digest, Reference};
 use tokio::sync::Semaphore;
 
+use crate::descriptors::Seats;
 use crate::fetch::{self, Engine};
 use crate::fuse::blobs::BlobTable;
 use crate::fuse::{self, SessionError, TreeTable};
@@ -189,6 +190,7 @@ struct Inner {
     /// The node's own, and one that a process in the other mode left.
     sessions: Mutex<Vec<(Mode, fuse::Session)>>,
     numbers: Numbers,
+    seats: Seats,
     /// Layers whose mounts were lost.
     lost: Mutex<Vec<Digest>>,
     /// Who stood on them.

@@ -24,8 +24,6 @@ const LONGEST_WAIT: Duration = Duration::from_secs(2);
 const SCRUBBED: &str = "scrubbed";
 /// How often the timer is looked at: the clock may be set.
 const LOOK: Duration = Duration::from_secs(3600);
-/// How long a check lets readers go first, at a time.
-const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 /// Keeps a rate of bytes.
 struct Pace {
@@ -285,7 +283,7 @@ impl Node {
             let (turn, later) = rest.split_at(turn);
             rest = later;
             // Readers first.
-            self.0.engine.idle(LONGEST_PAUSE).await;
+            self.0.engine.idle(LONGEST_WAIT).await;
             let checking = Arc::clone(layer);
             let turn = turn.to_vec();
             let checked = spawn_blocking(move || {

@@ -19,6 +19,7 @@ use super::left::{self, Left, Numbers, clear, tidy};
 use super::marker::{Before, Marker};
 use super::recording::Recordings;
 use super::{Config, Inner, Mode, Node, StartError, memory};
+use crate::descriptors::Seats;
 use crate::fetch::Engine;
 use crate::fuse::blobs::{BlobTable, Blobs};
 use crate::fuse::tree::Trees;
@@ -98,6 +99,7 @@ impl Node {
             slots: Mutex::new(HashMap::new()),
             sessions: Mutex::default(),
             numbers: Numbers::load(root, &layers)?,
+            seats: Seats::new(config.fetch.connections),
             lost: Mutex::default(),
             affected: std::mem::take(&mut left.lost.overlays),
             opening: Semaphore::new(config.opening.max(1)),

@@ -1,6 +1,7 @@
 //! Images to test with, as OCI layouts that are kept between runs.
 
 mod debian;
+mod host;
 mod layout;
 mod synthetic;
 mod tarball;
@@ -13,6 +14,7 @@ use anyhow::{Context as _, Result};
 use crate::scratch::Scratch;
 
 pub use debian::{base, scientific};
+pub use host::add_programs;
 pub use layout::{Compression, LayoutWriter, append_layer, read_manifest};
 pub use synthetic::{MANY_FILES, Noise, SPARSE_SIZE, many, odd, synthetic};
 pub use tarball::{Meta, Tarball};
