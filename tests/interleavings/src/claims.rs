@@ -12,7 +12,7 @@ use crate::fetch::{FetchError, Unstored};
 #[allow(dead_code, reason = "not everything of it is wanted here")]
 mod inflight;
 
-use inflight::{Abandoned, Claim, InFlight};
+use inflight::{Claim, InFlight};
 
 const UNITS: [Unit; 2] = [
     Unit {
@@ -65,9 +65,9 @@ impl World {
                 }
             }
             for waiter in waiters {
-                match waiter.wait().await {
-                    Ok(outcome) => drop(outcome.expect("nothing fails")),
-                    Err(Abandoned) => {}
+                // One that was abandoned is taken over in the next round.
+                if let Ok(outcome) = waiter.wait().await {
+                    drop(outcome.expect("nothing fails"));
                 }
             }
         }

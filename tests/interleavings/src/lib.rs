@@ -9,6 +9,8 @@
 
 // The tests within the engine's sources are for tokio.
 #![cfg(not(test))]
+// What is private to the engine is tried beside it.
+#![allow(clippy::duplicate_mod)]
 
 /// Nothing dies here.
 macro_rules! crash_point {
@@ -24,6 +26,7 @@ pub mod layers;
 #[allow(
     dead_code,
     unused_imports,
+    clippy::unwrap_used,
     reason = "not everything of it is wanted here"
 )]
 mod sample;
