@@ -209,8 +209,10 @@ fn a_start_is_recorded_and_the_next_one_finds_its_bytes() -> Result<()> {
 
     moved(&world, &file, &twice)?;
     built_in(&world, &file, &twice)?;
+    let kept = world.scratch.path().join("kept.json");
+    std::fs::write(&kept, twice.to_json())?;
     recorded_on_request(&world)?;
-    attached(world, &file, present)
+    attached(world, &kept, twice.reads().len() as u64)
 }
 
 /// Merged, shown, forgotten and given back.
