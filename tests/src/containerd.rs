@@ -120,12 +120,16 @@ impl Containerd {
     }
 
     /// Waits until containerd has connected to a snapshotter again: after a
-    /// refused connection it takes its time.
+    /// refused connection it takes its time. What it lists it may know by
+    /// itself, so it is made to ask.
     pub fn wait_for_snapshotter(&self, name: &str) -> Result<()> {
+        let snapshots = ["snapshots", "--snapshotter", name];
         wait_for("containerd to connect to the snapshotter", || {
-            let list = ["snapshots", "--snapshotter", name, "list"];
-            let answer = attempt(self.ctr().args(list))?;
-            Ok(answer.status.success().then_some(()))
+            let made = attempt(self.ctr().args(snapshots).args(["prepare", "reachable"]))?;
+            if made.status.success() {
+                run(self.ctr().args(snapshots).args(["remove", "reachable"]))?;
+            }
+            Ok(made.status.success().then_some(()))
         })
     }
 

@@ -52,6 +52,8 @@ pub struct Options {
     /// The file that arms its crash points; then the program is the one that
     /// has some.
     pub crash_points: Option<PathBuf>,
+    /// Where its layers are, when that is elsewhere than below its root.
+    pub layers: Option<PathBuf>,
 }
 
 const DOCKER_CONFIG: &str = "docker.json";
@@ -70,6 +72,10 @@ impl Daemon {
     pub fn start(scratch: &Scratch, options: &Options) -> Result<Self> {
         let dir = scratch.fresh_dir("sluice")?;
         fs::write(dir.join("config.toml"), config(&dir, options))?;
+        if let Some(layers) = &options.layers {
+            fs::create_dir(dir.join("root"))?;
+            std::os::unix::fs::symlink(layers, dir.join("root/layers"))?;
+        }
         let process = launch(scratch, &dir, Self::command(&dir, options)?)?;
         Ok(Self {
             scratch: scratch.clone(),

@@ -11,6 +11,7 @@ pub mod command;
 pub mod containerd;
 pub mod content;
 pub mod daemon;
+pub mod disk;
 pub mod faulty;
 pub mod figures;
 pub mod image;

@@ -66,12 +66,9 @@ fn connect(to: &Path, over: &AtomicBool) -> Option<(UnixStream, Vec<u8>)> {
     while !over.load(Ordering::SeqCst) {
         if let Ok(mut server) = UnixStream::connect(to) {
             let mut first = vec![0; 4096];
-            match server.read(&mut first) {
-                Ok(len @ 1..) => {
-                    first.truncate(len);
-                    return Some((server, first));
-                }
-                Ok(0) | Err(_) => {}
+            if let Ok(len @ 1..) = server.read(&mut first) {
+                first.truncate(len);
+                return Some((server, first));
             }
         }
         thread::sleep(Duration::from_millis(2));

@@ -226,7 +226,7 @@ fn what_fails_for_good_fails_the_read_and_nothing_else() -> Result<()> {
             // Once, however many readers and tries there were.
             let lines = log.lines().filter(|line| line.contains("gets EIO"));
             let lines: Vec<_> = lines.collect();
-            let path = format!("path=/{} ", file_name(number));
+            let path = format!("path=/{}", file_name(number));
             ensure!(
                 lines.len() == 1 && lines[0].contains(&path),
                 "{fault:?}: {lines:?}"

@@ -13,7 +13,7 @@ use sluice_tests::containerd::Containerd;
 use sluice_tests::daemon::{Daemon, Options};
 use sluice_tests::image;
 use sluice_tests::programs::sluice_command;
-use sluice_tests::proxy::Proxy;
+use sluice_tests::proxy::{Fault, Proxy};
 use sluice_tests::registry::Registry;
 use sluice_tests::scratch::Scratch;
 
@@ -209,7 +209,10 @@ fn a_start_is_recorded_and_the_next_one_finds_its_bytes() -> Result<()> {
 
     moved(&world, &file, &twice)?;
     built_in(&world, &file, &twice)?;
-    recorded_on_request(&world)
+    let kept = world.scratch.path().join("kept.json");
+    std::fs::write(&kept, twice.to_json())?;
+    recorded_on_request(&world)?;
+    attached(world, &kept, twice.reads().len() as u64)
 }
 
 /// Merged, shown, forgotten and given back.
@@ -325,4 +328,63 @@ fn recorded_on_request(world: &World) -> Result<()> {
     ensure!(written.contains("ended with 7"), "{written}");
     ensure!(names(&parse(&file)?, "usr/bin/sleep"));
     Ok(())
+}
+
+/// Attached in the registry, a profile serves nodes that never saw the image.
+fn attached(mut world: World, file: &Path, chunks: u64) -> Result<()> {
+    let to = world.registry.reference("base:lazy");
+    let layer = world.registry.manifest(&to)?.layers[0].digest.to_string();
+    let push = |more: &[&str]| -> Result<()> {
+        let mut command = sluice_command()?;
+        command.args(["profile", "push", "--profile"]).arg(file);
+        let said = text(command.args(more).arg(&to))?;
+        ensure!(said.contains(&format!("{chunks} chunks")), "{said}");
+        Ok(())
+    };
+    push(&[])?;
+    world.follow_attached(chunks)?;
+    ensure!(world.layer()?["profile"] == "attached");
+    ensure!(world.proxy.requests(&layer) > 1);
+    world.remove("attached")?;
+
+    // With its content, the layer is asked for its table of contents alone.
+    push(&["--with-data", "--level", "3"])?;
+    world.follow_attached(chunks)?;
+    let requests = world.proxy.requests(&layer);
+    ensure!(requests == 1, "{requests} requests for the layer");
+    let largest = world.proxy.seen().into_iter().max_by_key(|seen| seen.bytes);
+    let content = largest.context("nothing was asked for")?.path;
+    world.remove("attached")?;
+
+    // What is wrong with it is fetched from the layer instead.
+    world.proxy.fail(&content, u64::MAX, Fault::Tamper(100_000));
+    world.follow_attached(chunks)?;
+    ensure!(world.proxy.requests(&layer) > 1);
+    let log = world.daemon.log();
+    ensure!(log.contains("the content of an attached profile is given up"));
+    world.remove("attached")
+}
+
+impl World {
+    /// Pulls with a daemon that knows nothing of the image, waits for what the
+    /// profile names, and runs the program.
+    fn follow_attached(&mut self, chunks: u64) -> Result<()> {
+        if self.export().is_ok() {
+            run(&mut self.ask(&["profile", "clear", &self.reference])?)?;
+        }
+        self.daemon.stop()?;
+        self.daemon.start_again()?;
+        self.containerd.wait_for_snapshotter(SNAPSHOTTER)?;
+        self.proxy.forget();
+        self.containerd.lazy_pull(&self.reference, SNAPSHOTTER)?;
+        let log = || format!("the daemon's log:\n{}", self.daemon.log());
+        wait_for("what the profile names", || {
+            let present = number(&self.layer()?, "/present_chunks");
+            Ok((present >= chunks).then_some(()))
+        })
+        .with_context(log)?;
+        let written = self.start("attached").with_context(log)?;
+        ensure!(written.trim() == "{\"a\": 1}", "{written}");
+        Ok(())
+    }
 }

@@ -26,11 +26,9 @@ use crate::layer_dir::{ChunkId, LayerDir};
 /// Finds the file that an offset of `data` belongs to, for messages.
 pub type PathOf = Box<dyn Fn(u64) -> Option<PathBuf> + Send + Sync>;
 
-/// Fetched around a read at least, whatever the link: a read of its own costs
-/// as much time at the registry and here.
-const LEAST_AROUND: u64 = 32 << 10;
-/// And at most: it delays what is read next by as long as it takes.
-const MOST_AROUND: u64 = 1 << 20;
+/// Bounds of what is fetched around a read: less saves nothing, since a request
+/// costs as much; more delays what is read next by too much when it is wrong.
+const AROUND: (u64, u64) = (32 << 10, 2 << 20);
 
 /// How often a read takes over fetches that others gave up.
 const ATTEMPTS: usize = 16;
@@ -261,7 +259,7 @@ impl LazyLayer {
     /// How much may be guessed; none where read-ahead is off.
     fn budget(&self) -> Option<Budget> {
         let longest = self.engine.config().read_ahead;
-        let around = self.link.product().clamp(LEAST_AROUND, MOST_AROUND);
+        let around = self.link.around().clamp(AROUND.0, AROUND.1);
         (longest > 0).then(|| Budget {
             around: around.min(longest),
             sequential: self.link.window().max(around).min(longest),

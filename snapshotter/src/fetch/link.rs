@@ -32,6 +32,9 @@ const LARGEST_GAP: u64 = 512 << 10;
 const PIECE: Duration = Duration::from_millis(50);
 const SMALLEST_PIECE: u64 = 256 << 10;
 const LARGEST_PIECE: u64 = 8 << 20;
+/// A miss costs so much even where the registry is next door: requests,
+/// decoding, and a link that is idle until the reader goes on.
+const LEAST_MISS: Duration = Duration::from_millis(5);
 /// A sequential reader may be busy with something else for about this long.
 const WINDOW: Duration = Duration::from_millis(500);
 /// How much earlier than needed the next range is asked for: what registries
@@ -138,6 +141,12 @@ impl Link {
     pub(super) fn piece(&self) -> u64 {
         self.bytes_in(|round_trip| PIECE.max(round_trip * 2))
             .clamp(SMALLEST_PIECE, LARGEST_PIECE)
+    }
+
+    /// What to fetch around a read that misses. The next miss would cost a
+    /// round trip; twice that is the best in replayed starts of programs.
+    pub(super) fn around(&self) -> u64 {
+        self.bytes_in(|round_trip| round_trip.max(LEAST_MISS) * 2)
     }
 
     /// How far to fetch ahead of a sequential reader at most: one range that

@@ -24,8 +24,7 @@ const STEPS: usize = 4096;
 /// How much may be guessed.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Budget {
-    /// Compressed bytes around one read: what arrives in a round trip, since
-    /// that is what the next read would cost if it were not here.
+    /// Compressed bytes around one read.
     pub(super) around: u64,
     /// The largest window of a sequential reader, in compressed bytes.
     pub(super) sequential: u64,

@@ -13,8 +13,8 @@ use crate::layer_dir::{ChunkId, Present, Record};
 const PATIENCE: u32 = 32;
 /// What one read within the plan makes up for.
 const WORTH: u32 = 2;
-/// Guesses may be wrong by so many bytes, and by half of what was read, so that
-/// at most about a third of all is fetched in vain.
+/// Guesses may be wrong by so many bytes, and by as many as were read, so that
+/// no more than twice what is read is fetched, and this.
 const FREE_GUESSES: u64 = 2 << 20;
 
 /// The reads of one layer since it was opened.
@@ -127,7 +127,7 @@ impl Reads {
 
     /// Bytes, uncompressed, that may be fetched on a guess now.
     pub(super) fn credit(&self) -> u64 {
-        let earned = self.read_bytes.load(Ordering::Relaxed) / 2 + FREE_GUESSES;
+        let earned = self.read_bytes.load(Ordering::Relaxed) + FREE_GUESSES;
         earned.saturating_sub(self.wrong_bytes.load(Ordering::Relaxed))
     }
 }

@@ -35,6 +35,9 @@ use crate::service::{MountError, NotLazy, Owner, Usage};
 #[derive(Default)]
 pub(super) struct Slot(pub(super) tokio::sync::Mutex<Option<Open>>);
 
+/// A layer that somebody holds for longer than this is being opened.
+const BUSY: std::time::Duration = std::time::Duration::from_secs(2);
+
 /// A layer that is open.
 pub(super) struct Open {
     pub(super) layer: Arc<LazyLayer>,
@@ -370,7 +373,6 @@ impl Node {
             open.mounted = mounted;
             // Perhaps; it had to be complete for that.
             open.direct = self.0.mode == Mode::Erofs && open.layer.dir().is_complete();
-            open.resumed = true;
             if self.0.config.prefetch {
                 let landmark = open.layer.prefetch(Plan::Landmark);
                 open.prefetch =
@@ -527,7 +529,10 @@ impl Node {
             if known.contains(&digest) {
                 continue;
             }
-            let busy = self.slot(digest).0.try_lock().is_err();
+            // What verifies a layer at the start holds it for a moment only.
+            let slot = self.slot(digest);
+            let busy = tokio::time::timeout(BUSY, slot.0.lock()).await.is_err();
+            drop(slot);
             if busy {
                 continue;
             }

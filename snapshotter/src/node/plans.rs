@@ -41,7 +41,7 @@ impl Node {
                 None => {
                     plan = self
                         .plan(&layer, move || Ok(attached.profile.clone()))
-                        .await
+                        .await;
                 }
             }
             return self.follows(digest, ProfileSource::Attached, plan).await;

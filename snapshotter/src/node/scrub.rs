@@ -18,12 +18,12 @@ use crate::scrub::{Report, Scrubber};
 
 /// Bytes that are read and compared before others get their turn.
 const TURN: u64 = 4 << 20;
+/// How long readers can hold it up each time: it has to come to an end.
+const LONGEST_WAIT: Duration = Duration::from_secs(2);
 /// Tells by its time when all layers were last checked.
 const SCRUBBED: &str = "scrubbed";
 /// How often the timer is looked at: the clock may be set.
 const LOOK: Duration = Duration::from_secs(3600);
-/// How long a check lets readers go first, at a time.
-const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 /// Keeps a rate of bytes.
 struct Pace {
@@ -283,7 +283,7 @@ impl Node {
             let (turn, later) = rest.split_at(turn);
             rest = later;
             // Readers first.
-            self.0.engine.idle(LONGEST_PAUSE).await;
+            self.0.engine.idle(LONGEST_WAIT).await;
             let checking = Arc::clone(layer);
             let turn = turn.to_vec();
             let checked = spawn_blocking(move || {

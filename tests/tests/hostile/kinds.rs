@@ -25,9 +25,11 @@ pub(crate) fn all() -> Result<Vec<Layer>> {
     Ok(layers)
 }
 
+type Make = dyn Fn(&Content) -> (Vec<Value>, Outcome);
+
 struct Kind {
     name: &'static str,
-    make: Box<dyn Fn(&Content) -> (Vec<Value>, Outcome)>,
+    make: Box<Make>,
 }
 
 fn kind(name: &'static str, make: impl Fn(&Content) -> (Vec<Value>, Outcome) + 'static) -> Kind {

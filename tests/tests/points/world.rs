@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::Signal;
@@ -223,7 +223,8 @@ impl<'s> World<'s> {
 
     pub(crate) fn pull(&self) -> Result<()> {
         self.containerd.lazy_pull(&self.source.reference, SLUICE)?;
-        *self.unread.lock().unwrap() = (0..self.source.files.len()).collect();
+        *self.unread.lock().unwrap_or_else(PoisonError::into_inner) =
+            (0..self.source.files.len()).collect();
         Ok(())
     }
 
@@ -233,7 +234,11 @@ impl<'s> World<'s> {
 
     /// Reads a file that is not on the node yet.
     pub(crate) fn read(&self, root: &Path) -> Result<()> {
-        let next = self.unread.lock().unwrap().pop_front();
+        let next = self
+            .unread
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pop_front();
         let number = next.context("all files were read")?;
         content::check(root, &self.source.files[number])
     }

@@ -27,7 +27,7 @@ use super::filter::Filter;
 use super::lazy_layers::Usage;
 use super::snapshot::{Chain, Content, Info, Key, Kind, Labels, SnapshotId};
 use database::Database;
-use tables::{Read, Record};
+use tables::{Read, Record, other_names};
 use writer::Writer;
 
 /// The version of everything under the root directory. It grows when an older
@@ -246,7 +246,7 @@ impl Store {
                     return Err(Error::AlreadyExists(new.key));
                 }
                 if tables.get(&new.key)?.is_some() {
-                    new.key = Key::try_from(format!("{}@{}", new.key, new.id))?;
+                    new.key = Key::try_from(format!("{}{}", other_names(&new.key), new.id))?;
                     if tables.get(&new.key)?.is_some() {
                         return Err(Error::AlreadyExists(new.key));
                     }

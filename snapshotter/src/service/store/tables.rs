@@ -283,20 +283,25 @@ where
     /// Whether there is a committed snapshot that serves as `target` over
     /// `parent`: one of that name, or one that is labelled so.
     pub(super) fn serving(&self, target: &Key, parent: Option<&Key>) -> Result<bool, Error> {
-        let Some(record) = self.get(target)? else {
-            return Ok(false);
-        };
-        if record.kind == Kind::Committed && record.parent.as_ref() == parent {
+        let over =
+            |record: &Record| record.kind == Kind::Committed && record.parent.as_ref() == parent;
+        if self.get(target)?.as_ref().is_some_and(over) {
             return Ok(true);
         }
-        // Rare: the name is taken by a snapshot over another parent.
-        let mut found = false;
-        self.each(|_, record| {
-            found |= record.kind == Kind::Committed
-                && record.parent.as_ref() == parent
-                && labels::serves(&record.labels, target);
-        })?;
-        Ok(found)
+        // Rare: the name was taken by a snapshot over another parent.
+        let others = other_names(target);
+        let range = self.snapshots.range(others.as_str()..);
+        for entry in range.map_err(|e| self.fail(e))? {
+            let (key, value) = entry.map_err(|e| self.fail(e))?;
+            if !key.value().starts_with(&others) {
+                break;
+            }
+            let record = self.parse(key.value(), value.value())?;
+            if over(&record) && labels::serves(&record.labels, target) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     pub(super) fn layer_in_use(&self, layer: Digest) -> Result<bool, Error> {
@@ -331,6 +336,12 @@ where
         }
         Ok(())
     }
+}
+
+/// How the names begin of snapshots that serve as `target` when that name was
+/// taken.
+pub(super) fn other_names(target: &Key) -> String {
+    format!("{target}@")
 }
 
 impl Write<'_> {
