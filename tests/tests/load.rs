@@ -387,7 +387,7 @@ fn at_the_limit_of_descriptors_the_next_layer_is_refused_and_all_others_work() -
     // The soft limit alone would not even do for the first.
     let options = Options {
         descriptors: Some((64, 144)),
-        more: "[prefetch]\nenabled = false\n[background]\nenabled = false\n".to_owned(),
+        more: "[fetch]\nconnections = 16\n[prefetch]\nenabled = false\n[background]\nenabled = false\n".to_owned(),
         ..Options::default()
     };
     let daemon = Daemon::start(&scratch, &options)?;
