@@ -10,7 +10,7 @@ use std::time::SystemTime;
 use sluice_oci::Digest;
 use tokio::task::spawn_blocking;
 
-use super::layer::{list, unmount_unused};
+use super::release::{list, unmount_unused};
 use super::{Mode, Node};
 use crate::layer_dir::LayerDir;
 use crate::service::InUse;

@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 
 use super::Node;
-use super::layer::list;
+use super::release::list;
 use crate::fetch::LazyLayer;
 use crate::layer_dir::{ChunkId, Verdict};
 use crate::scrub::{Report, Scrubber};
