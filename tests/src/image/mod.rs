@@ -2,6 +2,7 @@
 
 mod debian;
 mod layout;
+mod packages;
 mod synthetic;
 mod tarball;
 
@@ -13,6 +14,7 @@ use anyhow::{Context as _, Result};
 use crate::scratch::Scratch;
 
 pub use debian::{base, scientific};
+pub use packages::{model, MODEL_SIZE, with_packages};
 pub use layout::{Compression, LayoutWriter, append_layer, read_manifest};
 pub use synthetic::{MANY_FILES, Noise, SPARSE_SIZE, many, odd, synthetic};
 pub use tarball::{Meta, Tarball};
