@@ -30,6 +30,10 @@ test: lint ## Lint and every test, with real containerd, runc and registry
 	cargo test --workspace --locked --doc
 	cargo test --workspace --locked --lib --bins --tests
 
+.PHONY: soak
+soak: deps ## Everything at once for MINUTES (10): starts, reads, faults, kills; make soak MINUTES=60
+	SLUICE_SOAK_MINUTES=$(or $(MINUTES),10) cargo test --locked -p sluice-tests --test soak -- --nocapture
+
 .PHONY: demo
 demo: build ## Starts a 300 MB image over a 100 Mbit/s link, ordinarily and lazily
 	cargo build --release --locked -p sluice-benches --bin demo
@@ -39,6 +43,7 @@ demo: build ## Starts a 300 MB image over a 100 Mbit/s link, ordinarily and lazi
 bench: demo ## The demo and the benchmarks of benches/
 	cargo run --release --locked -p sluice-benches --bin warm_reads > target/warm_reads.json
 	cargo run --release --locked -p sluice-benches --bin mounting > target/mounting.json
+	cargo run --release --locked -p sluice-benches --bin snapshots > target/snapshots.json
 	cargo run --release --locked -p sluice-benches --bin conversion > target/conversion.json
 
 .PHONY: clean

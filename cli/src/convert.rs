@@ -10,11 +10,11 @@ use clap::CommandFactory as _;
 use clap::error::ErrorKind;
 use indicatif::HumanBytes;
 use sluice_converter::{Conversion, Platforms};
-use sluice_layer::Format;
 use sluice_layer::write::Options;
+use sluice_layer::{Format, Profile};
 
 use crate::args::{Cli, Convert, FormatArg};
-use crate::{progress, registry};
+use crate::{profile, progress, registry};
 
 /// More than anybody lists by hand.
 const MAX_LIST: u64 = 64 << 20;
@@ -38,9 +38,10 @@ pub(crate) async fn run(args: Convert) -> anyhow::Result<ExitCode> {
     let conversion = Conversion {
         options,
         platforms: platforms(&args.platform),
-        prioritized: match &args.prioritize {
-            Some(file) => prioritized(file)?,
-            None => Vec::new(),
+        prioritized: match (&args.prioritize, &args.profile) {
+            (Some(file), _) => prioritized(file)?,
+            (None, Some(file)) => profiled(&profile::read(file)?),
+            (None, None) => Vec::new(),
         },
         force: args.force,
         scratch: std::env::temp_dir(),
@@ -95,6 +96,14 @@ fn platforms(given: &[String]) -> Platforms {
         Err(cause) => usage(&format!("--platform: {cause}")),
     };
     Platforms::Only(given.iter().map(parse).collect())
+}
+
+/// The files of a profile, as a tar's names are read.
+fn profiled(profile: &Profile) -> Vec<String> {
+    let files = profile.files().into_iter();
+    files
+        .map(|path| String::from_utf8_lossy(&path).into_owned())
+        .collect()
 }
 
 /// Paths, one a line; empty lines and lines that begin with # do not count.

@@ -6,6 +6,7 @@ use indicatif::HumanBytes;
 use sluice_converter::{InspectedImage, Lazy};
 
 use crate::args::Inspect;
+use crate::progress::counted;
 use crate::registry;
 
 /// Runs it.
@@ -47,14 +48,20 @@ fn print(image: &InspectedImage) {
             Lazy::Broken { why } => println!("            not lazily loadable: {why}"),
             Lazy::Yes(toc) => {
                 println!("            {}, TOC {}", toc.format, toc.toc_digest);
+                let prioritized = match toc.prioritized.len() {
+                    0 => String::new(),
+                    count => format!(
+                        ", {} ({})",
+                        counted(count, "prioritized file"),
+                        HumanBytes(toc.prioritized_bytes)
+                    ),
+                };
                 println!(
-                    "            {} entries, {} files of {}, {} chunks, {} prioritized files ({})",
+                    "            {} entries, {} of {}, {}{prioritized}",
                     toc.entries,
-                    toc.files,
+                    counted(toc.files, "file"),
                     HumanBytes(toc.file_bytes),
-                    toc.chunks,
-                    toc.prioritized.len(),
-                    HumanBytes(toc.prioritized_bytes),
+                    counted(toc.chunks, "chunk"),
                 );
             }
         }

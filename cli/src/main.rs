@@ -2,12 +2,16 @@
 //! in the libraries.
 
 mod args;
+mod control;
 mod convert;
 mod inspect;
 mod mount;
+mod profile;
 mod progress;
 mod pull;
 mod registry;
+mod status;
+mod top;
 mod verify;
 
 use std::process::ExitCode;
@@ -33,7 +37,10 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Convert(args) => convert::run(args).await,
         Command::Inspect(args) => inspect::run(args).await,
         Command::Mount(args) => mount::run(*args).await,
+        Command::Profile(command) => profile::run(command).await,
         Command::Pull(args) => pull::run(*args).await,
+        Command::Status(args) => status::run(args).await,
+        Command::Top(args) => top::run(args).await,
         Command::Verify(args) => verify::run(args).await,
     }
 }

@@ -5,14 +5,14 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use sluice_oci::Manifest;
+use sluice_oci::{Manifest, Platform};
 use sluice_registry::Client;
 use sluice_snapshotter::node::Mode;
 use sluice_snapshotter::standalone::{ImageMount, Options};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::args::{Mount, MountMode};
-use crate::pull::{choose, this_platform};
+use crate::pull::choose;
 use crate::registry;
 
 /// How often it is looked whether the image is still mounted, or no longer in
@@ -62,7 +62,10 @@ async fn manifest(args: &Mount, client: &Client) -> anyhow::Result<Manifest> {
     if !document.is_index() {
         return Ok(document.manifest()?);
     }
-    let platform = args.platform.clone().unwrap_or_else(this_platform);
+    let platform = args
+        .platform
+        .clone()
+        .unwrap_or_else(Platform::of_this_machine);
     let index = document.index()?;
     let chosen = choose(&args.image, &index, &platform)?;
     let reference = args.image.with_digest(chosen.digest);

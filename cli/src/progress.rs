@@ -22,11 +22,17 @@ pub(crate) fn short(digest: Digest) -> String {
     digest.hex()[..12].to_owned()
 }
 
+/// `1 layer`, `2 layers`.
+pub(crate) fn counted(count: usize, thing: &str) -> String {
+    let plural = if count == 1 { "" } else { "s" };
+    format!("{count} {thing}{plural}")
+}
+
 fn image_line(platform: Option<&str>, layers: usize) -> String {
-    let plural = if layers == 1 { "" } else { "s" };
+    let layers = counted(layers, "layer");
     match platform {
-        Some(platform) => format!("{platform}: {layers} layer{plural}"),
-        None => format!("{layers} layer{plural}"),
+        Some(platform) => format!("{platform}: {layers}"),
+        None => layers,
     }
 }
 
@@ -46,7 +52,9 @@ fn layer_line(layer: Digest, outcome: &LayerOutcome) -> String {
 }
 
 fn missing_line(name: &str) -> String {
-    format!("warning: no layer holds the prioritized file {name}")
+    format!(
+        "warning: no layer holds the prioritized file /{name}; give its path without symbolic links"
+    )
 }
 
 struct Lines;

@@ -7,7 +7,7 @@ mod content;
 mod image;
 mod labels;
 mod layers;
-mod node;
+pub(crate) mod node;
 mod report;
 mod time;
 
@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::bail;
+use sluice_oci::Platform;
 use sluice_registry::Client;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -25,7 +26,7 @@ use layers::Layers;
 use node::Node;
 use report::Report;
 
-pub(crate) use image::{choose, parse_platform, this_platform};
+pub(crate) use image::{Image, choose};
 
 /// Runs it.
 pub(crate) async fn run(args: Pull) -> anyhow::Result<ExitCode> {
@@ -37,8 +38,8 @@ pub(crate) async fn run(args: Pull) -> anyhow::Result<ExitCode> {
     };
     let released = node.release(done.is_err()).await;
     match (done, released) {
-        (Ok(()), Ok(())) => Ok(ExitCode::SUCCESS),
-        (Ok(()), Err(error)) => {
+        (Ok(_), Ok(())) => Ok(ExitCode::SUCCESS),
+        (Ok(_), Err(error)) => {
             tracing::warn!(%error, "the lease stays until it expires");
             Ok(ExitCode::SUCCESS)
         }
@@ -47,7 +48,7 @@ pub(crate) async fn run(args: Pull) -> anyhow::Result<ExitCode> {
 }
 
 /// Fails when somebody wants the program to end.
-async fn interruption() -> anyhow::Result<()> {
+pub(crate) async fn interruption<T>() -> anyhow::Result<T> {
     let mut terminate = signal(SignalKind::terminate())?;
     tokio::select! {
         pressed = tokio::signal::ctrl_c() => pressed?,
@@ -56,10 +57,18 @@ async fn interruption() -> anyhow::Result<()> {
     bail!("interrupted; nothing of the image was kept")
 }
 
-async fn pull(args: &Pull, client: &Client, node: &Arc<Node>) -> anyhow::Result<()> {
+/// Pulls the image under the node's lease.
+pub(crate) async fn pull(
+    args: &Pull,
+    client: &Client,
+    node: &Arc<Node>,
+) -> anyhow::Result<Arc<Image>> {
     let started = Instant::now();
     node.check_snapshotter(&args.snapshotter).await?;
-    let platform = args.platform.clone().unwrap_or_else(this_platform);
+    let platform = args
+        .platform
+        .clone()
+        .unwrap_or_else(Platform::of_this_machine);
     let image = image::fetch(node, client, &args.image, &platform).await?;
     let image = Arc::new(image);
     let report = Report::default();
@@ -79,5 +88,5 @@ async fn pull(args: &Pull, client: &Client, node: &Arc<Node>) -> anyhow::Result<
     node.put_image(&image.reference.to_string(), &image.target)
         .await?;
     report.done(&image, &outcomes, &args.snapshotter, started.elapsed());
-    Ok(())
+    Ok(image)
 }

@@ -19,6 +19,7 @@ pub(crate) fn client<'a>(
     Client::new(Config {
         plain_http: hosts.filter(|_| args.plain_http).collect(),
         docker_configs: credential_files(),
+        hosts_dirs: args.hosts_dir.clone(),
         ..Config::default()
     })
 }

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use crate::args::Verify;
+use crate::progress::counted;
 use crate::registry;
 
 /// Runs it.
@@ -13,14 +14,16 @@ pub(crate) async fn run(args: Verify) -> anyhow::Result<ExitCode> {
         println!("{}", defect.replace('\n', " "));
     }
     if !found.defects.is_empty() {
-        let count = found.defects.len();
-        let plural = if count == 1 { "" } else { "s" };
-        eprintln!("sluice: {} has {count} defect{plural}", args.image);
+        let defects = counted(found.defects.len(), "defect");
+        eprintln!("sluice: {} has {defects}", args.image);
         return Ok(ExitCode::FAILURE);
     }
     println!(
-        "{}: {} layers, {} of them lazily loadable, {} chunks: all as their digests say",
-        args.image, found.layers, found.seekable, found.chunks
+        "{}: {}, {} of them lazily loadable, {}: all as their digests say",
+        args.image,
+        counted(found.layers, "layer"),
+        found.seekable,
+        counted(found.chunks, "chunk"),
     );
     Ok(ExitCode::SUCCESS)
 }

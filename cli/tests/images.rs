@@ -114,7 +114,8 @@ fn convert_inspect_and_verify() {
         assert!(lines[1].contains(" converted to "), "{err}");
         assert_eq!(
             lines[2],
-            "warning: no layer holds the prioritized file no/such"
+            "warning: no layer holds the prioritized file /no/such; give its path without symbolic \
+             links"
         );
         assert!(
             lines[3].starts_with(&format!("{to}: 1 of 1 layers converted; ")),
@@ -145,7 +146,7 @@ fn convert_inspect_and_verify() {
         assert_eq!(
             out,
             format!(
-                "{to}: 1 layers, 1 of them lazily loadable, 4 chunks: all as their digests say\n"
+                "{to}: 1 layer, 1 of them lazily loadable, 4 chunks: all as their digests say\n"
             )
         );
     }

@@ -14,7 +14,7 @@ use sluice_oci::{Descriptor, Digest, Index, Manifest, Platform, media_type};
 use crate::destination::{Destination, blocking};
 use crate::media;
 use crate::pipeline::Job;
-use crate::platform::{Platforms, is_attestation, platform_text};
+use crate::platform::{Platforms, is_attestation};
 use crate::progress::{Event, LayerOutcome, Progress};
 use crate::source::Source;
 use crate::toc::{self, is_seekable};
@@ -162,7 +162,7 @@ impl<'a> Converter<'a> {
             .iter()
             .filter(|entry| !is_attestation(entry))
             .filter_map(|entry| entry.platform.as_ref())
-            .map(platform_text)
+            .map(ToString::to_string)
             .collect();
         let before = index.clone();
         let (statements, images): (Vec<_>, Vec<_>) = index
@@ -268,7 +268,7 @@ impl<'a> Converter<'a> {
         }
         self.images += 1;
         self.progress.event(Event::Image {
-            platform: entry.platform.as_ref().map(platform_text).as_deref(),
+            platform: entry.platform.as_ref().map(ToString::to_string).as_deref(),
             layers: manifest.layers.len(),
         });
         let diff_ids = diff_ids(&mut config, &manifest)?;
@@ -331,7 +331,7 @@ impl<'a> Converter<'a> {
         }
         Err(Error::NoPlatform {
             wanted: self.wanted(),
-            has: platform_text(&platform),
+            has: platform.to_string(),
         })
     }
 
@@ -384,26 +384,28 @@ impl<'a> Converter<'a> {
         }
         let stop = Arc::new(AtomicBool::new(false));
         let _stop = StopOnDrop(Arc::clone(&stop));
-        let job = Job {
-            layer: layer.digest,
-            size: layer.size,
-            options: self.conversion.options,
-            prioritized: Arc::clone(&self.prioritized),
-            workers: self.conversion.workers,
-            spool: self.destination.spool_directory(),
-            scratch: self.conversion.scratch.clone(),
-            stop,
+        let convert = |blob| {
+            let job = Job {
+                layer: layer.digest,
+                size: layer.size,
+                options: self.conversion.options,
+                prioritized: Arc::clone(&self.prioritized),
+                workers: self.conversion.workers,
+                spool: self.destination.spool_directory(),
+                scratch: self.conversion.scratch.clone(),
+                stop: Arc::clone(&stop),
+            };
+            let progress = Arc::clone(&self.progress);
+            let digest = layer.digest;
+            let read = move |bytes| {
+                progress.event(Event::LayerRead {
+                    layer: digest,
+                    bytes,
+                });
+            };
+            blocking(move || job.run(blob, read))
         };
-        let blob = self.source.reader(layer.digest).await?;
-        let progress = Arc::clone(&self.progress);
-        let digest = layer.digest;
-        let read = move |bytes| {
-            progress.event(Event::LayerRead {
-                layer: digest,
-                bytes,
-            });
-        };
-        let converted = match blocking(move || job.run(blob, read)).await {
+        let converted = match self.source.read(layer.digest, convert).await {
             Err(Error::Layer {
                 cause: WriteError::Unsupported(why),
                 ..

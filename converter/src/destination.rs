@@ -99,26 +99,30 @@ impl Destination {
                 if writer.has(digest, size) {
                     return Ok(());
                 }
-                let blob = source.reader(digest).await?;
-                let writer = Arc::clone(writer);
-                blocking(move || {
-                    let spool = Spool::new(&writer.spool_directory())?;
-                    let mut blob = Counted::new(blob, |_| ());
-                    let mut buffer = vec![0; 256 << 10];
-                    loop {
-                        match blob.read(&mut buffer) {
-                            Ok(0) => break,
-                            Ok(n) => spool.write_all(&buffer[..n])?,
-                            Err(cause) if cause.kind() == io::ErrorKind::Interrupted => {}
-                            Err(cause) => return Err(crate::pipeline::read_error(digest, cause)),
+                let copy = |blob| {
+                    let writer = Arc::clone(writer);
+                    blocking(move || {
+                        let spool = Spool::new(&writer.spool_directory())?;
+                        let mut blob = Counted::new(blob, |_| ());
+                        let mut buffer = vec![0; 256 << 10];
+                        loop {
+                            match blob.read(&mut buffer) {
+                                Ok(0) => break,
+                                Ok(n) => spool.write_all(&buffer[..n])?,
+                                Err(cause) if cause.kind() == io::ErrorKind::Interrupted => {}
+                                Err(cause) => {
+                                    return Err(crate::pipeline::read_error(digest, cause));
+                                }
+                            }
                         }
-                    }
-                    let end = blob.end();
-                    let end = end.map_err(|cause| crate::pipeline::read_error(digest, cause))?;
-                    end.check(what, digest, size)?;
-                    writer.adopt(&spool, digest)
-                })
-                .await
+                        let end = blob.end();
+                        let end =
+                            end.map_err(|cause| crate::pipeline::read_error(digest, cause))?;
+                        end.check(what, digest, size)?;
+                        writer.adopt(&spool, digest)
+                    })
+                };
+                source.read(digest, copy).await
             }
             Self::Registry { .. } => {
                 let bytes = source.upload(digest);

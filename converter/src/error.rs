@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use sluice_layer::write::WriteError;
 use sluice_oci::Digest;
+use sluice_registry::ErrorKind;
 
 /// Why an image could not be read, converted or written.
 #[derive(Debug, thiserror::Error)]
@@ -101,6 +102,19 @@ pub enum Error {
         /// The destination.
         reference: String,
     },
+    /// A profile of another image.
+    #[error(
+        "{reference} has no layer {layer}, which the profile is about: it is a profile of another image"
+    )]
+    OtherProfile {
+        /// The image.
+        reference: String,
+        /// The layer.
+        layer: Digest,
+    },
+    /// A profile that cannot be used.
+    #[error(transparent)]
+    Profile(#[from] sluice_layer::profile::ProfileError),
     /// A registry refused or failed.
     #[error(transparent)]
     Registry(#[from] sluice_registry::Error),
@@ -119,6 +133,16 @@ fn disk_remedy(cause: &std::io::Error) -> &'static str {
 }
 
 impl Error {
+    /// Whether other bytes might be the right ones.
+    pub(crate) fn is_of_content(&self) -> bool {
+        match self {
+            Self::Damaged { .. } => true,
+            Self::Layer { cause, .. } => !matches!(cause, WriteError::Unsupported(_)),
+            Self::Registry(error) => error.kind() == ErrorKind::DigestMismatch,
+            _ => false,
+        }
+    }
+
     pub(crate) fn file(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.to_owned();
         move |cause| Self::File {

@@ -5,7 +5,7 @@ use serde_json::Value;
 use sluice_layer::{Format, Limits, NodeKind, Toc};
 use sluice_oci::{Descriptor, Digest, Index, Manifest, Platform, media_type};
 
-use crate::platform::{is_attestation, platform_text};
+use crate::platform::is_attestation;
 use crate::source::Source;
 use crate::toc::{self, NoToc};
 use crate::{Error, document, media};
@@ -135,7 +135,7 @@ async fn image(source: &Source, entry: &Descriptor, bytes: &[u8]) -> Result<Insp
         });
     }
     let platform = match &entry.platform {
-        Some(platform) => Some(platform_text(platform)),
+        Some(platform) => Some(platform.to_string()),
         None => {
             let config = source.blob("configuration", &manifest.config).await?;
             configured_platform(&config)
@@ -154,12 +154,13 @@ async fn image(source: &Source, entry: &Descriptor, bytes: &[u8]) -> Result<Insp
 fn configured_platform(config: &[u8]) -> Option<String> {
     let config: Value = serde_json::from_slice(config).ok()?;
     let text = |key: &str| Some(config.get(key)?.as_str()?.to_owned());
-    Some(platform_text(&Platform {
+    let platform = Platform {
         os: text("os")?,
         architecture: text("architecture")?,
         variant: text("variant"),
         other: Default::default(),
-    }))
+    };
+    Some(platform.to_string())
 }
 
 async fn lazy(source: &Source, layer: &Descriptor) -> Result<Lazy, Error> {

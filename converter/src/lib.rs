@@ -3,6 +3,7 @@
 //! place; and inspects and verifies such images. It touches neither the
 //! terminal nor the environment.
 
+mod attach;
 mod convert;
 mod destination;
 mod document;
@@ -23,11 +24,12 @@ use std::sync::Arc;
 
 use sluice_registry::Client;
 
+pub use attach::{Attached, Attaching, attach};
 pub use convert::{Conversion, Report};
 pub use error::Error;
 pub use inspect::{InspectedImage, InspectedLayer, InspectedToc, Inspection, Lazy};
 pub use location::{Location, LocationError};
-pub use platform::{PlatformError, Platforms, WantedPlatform, platform_text};
+pub use platform::Platforms;
 pub use progress::{Event, LayerOutcome, Progress};
 pub use verify::Verification;
 

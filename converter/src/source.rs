@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use bytes::{Buf as _, Bytes};
 use futures_util::stream;
 use sluice_oci::{Descriptor, Digest, Reference};
-use sluice_registry::{BlobSource, ByteRange, Client};
+use sluice_registry::{BlobSource, ByteRange, Client, Senders};
 use tokio::sync::mpsc;
 
 use crate::layout::{Layout, MAX_DOCUMENT};
@@ -94,6 +94,7 @@ impl Source {
             }),
             Self::Registry { client, reference } => {
                 let mut body = client.blob(reference, layer).whole().await?;
+                let senders = body.senders();
                 let (sender, receiver) = mpsc::channel(16);
                 tokio::spawn(async move {
                     loop {
@@ -107,8 +108,31 @@ impl Source {
                 Ok(BlobReader::Received {
                     receiver,
                     piece: Bytes::new(),
+                    senders,
                 })
             }
+        }
+    }
+
+    /// Does `work` with a blob's bytes, and once more with those of another
+    /// host if they were wrong.
+    pub(crate) async fn read<T, F>(
+        &self,
+        blob: Digest,
+        mut work: impl FnMut(BlobReader) -> F,
+    ) -> Result<T, Error>
+    where
+        F: Future<Output = Result<T, Error>>,
+    {
+        let reader = self.reader(blob).await?;
+        let senders = reader.senders();
+        match work(reader).await {
+            Err(error)
+                if error.is_of_content() && senders.is_some_and(|senders| senders.distrust()) =>
+            {
+                work(self.reader(blob).await?).await
+            }
+            done => done,
         }
     }
 
@@ -172,14 +196,27 @@ pub(crate) enum BlobReader {
     Received {
         receiver: mpsc::Receiver<Result<Bytes, Error>>,
         piece: Bytes,
+        senders: Senders,
     },
+}
+
+impl BlobReader {
+    /// The hosts that send it.
+    fn senders(&self) -> Option<Senders> {
+        match self {
+            Self::File { .. } => None,
+            Self::Received { senders, .. } => Some(senders.clone()),
+        }
+    }
 }
 
 impl Read for BlobReader {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match self {
             Self::File { file, path } => file.read(buffer).map_err(|cause| named(cause, path)),
-            Self::Received { receiver, piece } => {
+            Self::Received {
+                receiver, piece, ..
+            } => {
                 while piece.is_empty() {
                     match receiver.blocking_recv() {
                         Some(next) => *piece = next.map_err(io::Error::other)?,

@@ -1,6 +1,8 @@
 //! Finding and reading a layer's TOC, wherever the layer is.
 
-use sluice_layer::annotations::{TOC_DIGEST, UNCOMPRESSED_SIZE, ZSTD_CHUNKED_PREFIXES};
+use sluice_layer::annotations::{
+    TOC_DIGEST, TOC_POSITION, UNCOMPRESSED_SIZE, ZSTD_CHUNKED_PREFIXES,
+};
 use sluice_layer::{
     FOOTER_MAX, FooterError, Format, LayerAnnotations, Limits, TocLocation, TocTrust, UntrustedToc,
     locate_toc,
@@ -16,6 +18,8 @@ pub(crate) struct FoundToc {
     pub(crate) toc: UntrustedToc,
     /// What the annotations vouch for.
     pub(crate) trust: Option<TocTrust>,
+    /// Whether the hint for nodes says that it is elsewhere.
+    pub(crate) misplaced: bool,
 }
 
 /// Why a layer has no usable TOC.
@@ -28,8 +32,7 @@ pub(crate) enum NoToc {
 
 /// Whether the annotation belongs to a layer's TOC.
 pub(crate) fn is_toc_annotation(key: &str) -> bool {
-    key == TOC_DIGEST
-        || key == UNCOMPRESSED_SIZE
+    [TOC_DIGEST, TOC_POSITION, UNCOMPRESSED_SIZE].contains(&key)
         || ZSTD_CHUNKED_PREFIXES
             .iter()
             .any(|prefix| key.starts_with(prefix))
@@ -87,6 +90,9 @@ pub(crate) async fn find(
     if let Err(cause) = location.check(&limits) {
         return Ok(Err(NoToc::Broken(cause.to_string())));
     }
+    let misplaced = annotations
+        .toc_hint()
+        .is_some_and(|hint| hint.format != location.format || hint.range() != location.range());
     let range = location.range();
     let compressed = source
         .range(layer.digest, range.start, range.end - range.start)
@@ -96,6 +102,7 @@ pub(crate) async fn find(
             location,
             toc,
             trust,
+            misplaced,
         }),
         Err(cause) => Err(NoToc::Broken(cause.to_string())),
     })

@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
+use sluice_layer::annotations::TOC_POSITION;
 use sluice_layer::{
     Chunk, ChunkSource, DecodeError, Limits, NodeId, NodeKind, Toc, Unit, Wanted, decode_unit,
 };
@@ -193,6 +194,11 @@ async fn check_layer(
         None => checked
             .defects
             .push("no annotation vouches for its table of contents".to_owned()),
+    }
+    if toc.misplaced {
+        checked.defects.push(format!(
+            "its table of contents is not where the annotation {TOC_POSITION} says"
+        ));
     }
     let tree = match toc.toc.parse_without_trust(&Limits::default()) {
         Ok(tree) => tree,

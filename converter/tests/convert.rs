@@ -132,6 +132,7 @@ async fn formats_convert_into_each_other() {
     assert_eq!(
         keys,
         [
+            "containerd.io/snapshot/sluice.toc-position",
             "containerd.io/snapshot/stargz/toc.digest",
             "io.containers.estargz.uncompressed-size"
         ]

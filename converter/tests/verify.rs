@@ -110,6 +110,22 @@ async fn a_toc_that_the_annotation_does_not_name() {
 }
 
 #[tokio::test]
+async fn a_toc_that_is_not_where_the_hint_says() {
+    for format in [Format::Estargz, Format::ZstdChunked] {
+        let (bench, root, _) = converted(format).await;
+        let change = |manifest: &mut Value| {
+            manifest["layers"][0]["annotations"]["containerd.io/snapshot/sluice.toc-position"] =
+                json!("estargz:1:2:3");
+        };
+        replace(&bench, root, change, None);
+        let found = bench.verify("out").await;
+        assert_eq!(found.defects.len(), 1, "{:?}", found.defects);
+        assert!(found.defects[0].contains("sluice.toc-position says"));
+        assert_eq!(found.seekable, 1);
+    }
+}
+
+#[tokio::test]
 async fn a_toc_without_annotation() {
     let (bench, root, _) = converted(Format::Estargz).await;
     replace(

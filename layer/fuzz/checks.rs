@@ -1,12 +1,12 @@
 //! What must hold for any bytes at all. The fuzz targets and the ordinary
 //! tests (`tests/corpus.rs`) run these.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::Read;
 
 use sluice_layer::{
-    ChunkSource, FOOTER_MAX, Format, Limits, NodeId, NodeKind, Toc, TocLocation, UntrustedToc,
-    Wanted, decode_unit, locate_toc, read_toc_json,
+    ChunkSource, FOOTER_MAX, Format, LayerAnnotations, Limits, NodeId, NodeKind, Toc, TocLocation,
+    UntrustedToc, Wanted, decode_unit, locate_toc, read_toc_json,
 };
 use sluice_oci::Digest;
 
@@ -72,6 +72,34 @@ pub fn toc(data: &[u8]) {
         if let Ok(toc) = untrusted.parse_without_trust(&limits) {
             check_toc(&toc, &limits);
         }
+    }
+}
+
+/// Annotations are refused, or give numbers that a blob can have. Each line
+/// is `key=value`.
+pub fn annotations(data: &[u8]) {
+    let text = String::from_utf8_lossy(data);
+    let annotations: BTreeMap<String, String> = text
+        .lines()
+        .filter_map(|line| line.split_once('='))
+        .map(|(key, value)| (key.to_owned(), value.to_owned()))
+        .collect();
+    match LayerAnnotations::parse(&annotations) {
+        Ok(known) => {
+            if let Some(location) = known.toc_location() {
+                assert!(location.compressed_size > 0);
+                assert!(location.range().end >= location.compressed_size);
+                assert!(location.chunks_end() < location.offset);
+            }
+            assert_eq!(
+                known.trust().is_some(),
+                known
+                    .toc_digest()
+                    .or(known.compressed_toc_digest())
+                    .is_some()
+            );
+        }
+        Err(error) => assert!(error.to_string().chars().count() < 400),
     }
 }
 
@@ -215,7 +243,11 @@ fn decompress(format: Format, data: &[u8]) -> Vec<u8> {
     let mut reader: Box<dyn Read + '_> = match format {
         Format::Estargz => Box::new(flate2::bufread::MultiGzDecoder::new(data)),
         Format::ZstdChunked => match zstd::stream::read::Decoder::with_buffer(data) {
-            Ok(decoder) => Box::new(decoder),
+            // Frames with larger windows are refused.
+            Ok(mut decoder) => match decoder.window_log_max(25) {
+                Ok(()) => Box::new(decoder),
+                Err(_) => return Vec::new(),
+            },
             Err(_) => return Vec::new(),
         },
     };

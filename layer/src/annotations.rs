@@ -23,6 +23,9 @@ pub const MANIFEST_CHECKSUM: &str = "manifest-checksum";
 pub const MANIFEST_POSITION: &str = "manifest-position";
 /// After a prefix: `offset:compressed size:size` of the tar-split frame.
 pub const TARSPLIT_POSITION: &str = "tarsplit-position";
+/// `format:offset:compressed size:size` of the TOC, in either format: Sluice's
+/// own, under the prefix of which containerd makes labels for snapshotters.
+pub const TOC_POSITION: &str = "containerd.io/snapshot/sluice.toc-position";
 
 /// A layer's annotations that concern its TOC.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -30,6 +33,7 @@ pub struct LayerAnnotations {
     toc_digest: Option<Digest>,
     compressed_toc_digest: Option<Digest>,
     toc_location: Option<TocLocation>,
+    toc_hint: Option<TocLocation>,
     uncompressed_size: Option<u64>,
     tar_split: Option<FramePosition>,
 }
@@ -81,9 +85,20 @@ impl LayerAnnotations {
             toc_digest,
             compressed_toc_digest: either(annotations, MANIFEST_CHECKSUM, digest)?,
             toc_location: either(annotations, MANIFEST_POSITION, toc_location)?,
+            toc_hint: get(TOC_POSITION).and_then(toc_hint),
             uncompressed_size,
             tar_split: either(annotations, TARSPLIT_POSITION, tar_split)?,
         })
+    }
+
+    /// Those of a layer of which only its root of trust is known.
+    pub fn trusting(trust: TocTrust) -> Self {
+        let mut annotations = Self::default();
+        match trust {
+            TocTrust::Uncompressed(digest) => annotations.toc_digest = Some(digest),
+            TocTrust::Compressed(digest) => annotations.compressed_toc_digest = Some(digest),
+        }
+        annotations
     }
 
     /// What the TOC must match, if the annotations say. The digest of its
@@ -98,6 +113,21 @@ impl LayerAnnotations {
     /// Where the TOC is, if the annotations say: then no footer is needed.
     pub fn toc_location(&self) -> Option<TocLocation> {
         self.toc_location.clone()
+    }
+
+    /// Where the TOC probably is, if [`TOC_POSITION`] says: to be looked for
+    /// there first, and then by the footer.
+    pub fn toc_hint(&self) -> Option<TocLocation> {
+        self.toc_hint.clone()
+    }
+
+    /// The same without anything that says where the TOC is.
+    pub fn without_position(&self) -> Self {
+        Self {
+            toc_location: None,
+            toc_hint: None,
+            ..self.clone()
+        }
     }
 
     /// Digest of the uncompressed TOC, if stated.
@@ -166,6 +196,35 @@ fn toc_location(key: &str, value: &str) -> Result<TocLocation, AnnotationError> 
             "position of the form offset:compressed size:size:1",
         )),
     }
+}
+
+/// How a value of [`TOC_POSITION`] begins.
+const HINTED: [(Format, &str); 2] = [
+    (Format::Estargz, "estargz:"),
+    (Format::ZstdChunked, "zstd-chunked:"),
+];
+
+/// The value of [`TOC_POSITION`] for a TOC of `size` bytes uncompressed.
+pub(crate) fn toc_position(format: Format, offset: u64, compressed: usize, size: usize) -> String {
+    let prefix = HINTED.iter().find(|(hinted, _)| *hinted == format);
+    let prefix = prefix.map_or("", |(_, prefix)| prefix);
+    format!("{prefix}{offset}:{compressed}:{size}")
+}
+
+/// A hint that cannot be read is none: the footer is always there.
+fn toc_hint(value: &str) -> Option<TocLocation> {
+    HINTED.iter().find_map(|(format, prefix)| {
+        let [offset, compressed_size, size] = numbers(value.strip_prefix(prefix)?)?;
+        offset
+            .checked_add(compressed_size)
+            .filter(|_| compressed_size > 0)?;
+        Some(TocLocation {
+            format: *format,
+            offset,
+            compressed_size,
+            uncompressed_size: Some(size),
+        })
+    })
 }
 
 fn tar_split(key: &str, value: &str) -> Result<FramePosition, AnnotationError> {

@@ -6,6 +6,7 @@ use std::ops::{Deref, Range};
 use sluice_oci::Digest;
 
 use crate::Format;
+use crate::toc::ZSTD_WINDOW_LOG;
 
 /// A chunk that is wanted from a unit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,7 +20,7 @@ pub struct Wanted {
 }
 
 /// A chunk's bytes, which have the digest that the TOC gives. Only
-/// [`decode_unit`] makes one.
+/// [`decode_unit`] and [`verify_chunk`] make one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct VerifiedChunk<'a>(&'a [u8]);
 
@@ -36,6 +37,12 @@ impl Deref for VerifiedChunk<'_> {
     fn deref(&self) -> &[u8] {
         self.0
     }
+}
+
+/// The chunk that a TOC describes by `digest`, if these are its bytes, from
+/// wherever they come.
+pub fn verify_chunk(bytes: &[u8], digest: Digest) -> Option<VerifiedChunk<'_>> {
+    (Digest::of(bytes) == digest).then_some(VerifiedChunk(bytes))
 }
 
 /// Why a unit did not give the wanted chunks. Positions are those in the
@@ -174,7 +181,12 @@ impl<'a> OpenUnit<'a> {
         }
         let reader: Box<dyn Read + 'a> = match format {
             Format::Estargz => Box::new(flate2::bufread::MultiGzDecoder::new(compressed)),
-            Format::ZstdChunked => Box::new(zstd::stream::read::Decoder::with_buffer(compressed)?),
+            Format::ZstdChunked => {
+                let mut decoder = zstd::stream::read::Decoder::with_buffer(compressed)?;
+                // Memory that a frame asks for, whatever it holds.
+                decoder.window_log_max(ZSTD_WINDOW_LOG)?;
+                Box::new(decoder)
+            }
         };
         Ok(Self::Stream {
             reader,

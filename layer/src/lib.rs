@@ -9,13 +9,15 @@ pub mod annotations;
 mod decode;
 mod footer;
 mod format;
+pub mod profile;
 mod toc;
 pub mod write;
 
 pub use annotations::LayerAnnotations;
-pub use decode::{DecodeError, VerifiedChunk, Wanted, decode_unit};
+pub use decode::{DecodeError, VerifiedChunk, Wanted, decode_unit, verify_chunk};
 pub use footer::{FOOTER_MAX, FooterError, TocLocation, locate_toc};
 pub use format::Format;
+pub use profile::{Profile, ProfileError};
 pub use toc::{
     Child, Chunk, ChunkSource, Directory, EntryError, FileContent, Limits, Mtime, Node, NodeId,
     NodeKind, Toc, TocError, TocTrust, Unit, UntrustedToc, Xattr, read_toc, read_toc_json,

@@ -242,6 +242,14 @@ fn refusal(format: Format, compressed: &[u8], size: Option<u64>, limits: &Limits
     refused
 }
 
+fn toc_tar(name: &str, size: u64, content: &[u8]) -> Vec<u8> {
+    let mut header = tar::Header::new_ustar();
+    header.set_path(name).unwrap();
+    header.set_size(size);
+    header.set_cksum();
+    [header.as_bytes().as_slice(), content].concat()
+}
+
 #[test]
 fn bombs_and_lies_about_sizes_are_refused() {
     let limits = Limits {
@@ -249,7 +257,10 @@ fn bombs_and_lies_about_sizes_are_refused() {
         ..Limits::default()
     };
     let zeros = vec![0; 64 << 20];
-    let gzip = blobs::compress(Format::Estargz, &zeros);
+    let gzip = blobs::compress(
+        Format::Estargz,
+        &toc_tar("stargz.index.json", 64 << 20, &zeros),
+    );
     let zstd = blobs::compress(Format::ZstdChunked, &zeros);
     let refused = refusal(Format::Estargz, &gzip, None, &limits);
     assert!(matches!(refused, TocError::TooLarge { .. }), "{refused}");
@@ -259,7 +270,9 @@ fn bombs_and_lies_about_sizes_are_refused() {
     hidden[end - 4..].fill(0);
     let refused = refusal(Format::Estargz, &hidden, None, &limits);
     assert!(matches!(refused, TocError::TooLarge { .. }), "{refused}");
-    for size in [None, Some(0), Some(1 << 20)] {
+    let refused = refusal(Format::ZstdChunked, &zstd, None, &limits);
+    assert!(matches!(refused, TocError::TooLarge { .. }), "{refused}");
+    for size in [Some(0), Some(1 << 20)] {
         let refused = refusal(Format::ZstdChunked, &zstd, size, &limits);
         assert!(matches!(refused, TocError::Compression { .. }), "{refused}");
     }
@@ -293,12 +306,7 @@ fn bombs_and_lies_about_sizes_are_refused() {
 fn an_estargz_toc_is_the_first_entry_of_its_tar() {
     let limits = Limits::default();
     let tar = |name: &str, size: u64, content: &[u8]| {
-        let mut header = tar::Header::new_ustar();
-        header.set_path(name).unwrap();
-        header.set_size(size);
-        header.set_cksum();
-        let tar = [header.as_bytes().as_slice(), content].concat();
-        blobs::compress(Format::Estargz, &tar)
+        blobs::compress(Format::Estargz, &toc_tar(name, size, content))
     };
     let json = br#"{"version":1,"entries":[]}"#;
     for bad in [

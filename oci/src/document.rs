@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::Digest;
+use crate::{Digest, Platform};
 
 /// A typed pointer to a blob or document (OCI content descriptor).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -40,21 +40,6 @@ impl Descriptor {
             other: Map::new(),
         }
     }
-}
-
-/// Operating system and processor that an image is for.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Platform {
-    /// Processor, as Go's `GOARCH` names it.
-    pub architecture: String,
-    /// Operating system, as Go's `GOOS` names it.
-    pub os: String,
-    /// Processor variant, for example `v8`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub variant: Option<String>,
-    /// Fields that Sluice does not know.
-    #[serde(flatten)]
-    pub other: Map<String, Value>,
 }
 
 /// One image: its configuration and layers (OCI image manifest, or Docker's

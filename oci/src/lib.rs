@@ -1,5 +1,5 @@
 //! The vocabulary of OCI images that every other crate speaks: digests,
-//! descriptors, manifests, indexes and references. No I/O.
+//! descriptors, manifests, indexes, platforms and references. No I/O.
 //!
 //! Documents keep the fields that Sluice does not know, so that an image can
 //! be rewritten without losing what another tool put there.
@@ -7,8 +7,10 @@
 mod digest;
 mod document;
 pub mod media_type;
+mod platform;
 mod reference;
 
 pub use digest::{Digest, DigestError, Hasher};
-pub use document::{Descriptor, Index, Manifest, Platform};
+pub use document::{Descriptor, Index, Manifest};
+pub use platform::{Platform, PlatformError};
 pub use reference::{Reference, ReferenceError};

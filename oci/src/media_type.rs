@@ -7,6 +7,8 @@ pub const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 pub const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
 /// An OCI image configuration.
 pub const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
+/// The empty document `{}`, for artifacts that have no configuration.
+pub const OCI_EMPTY: &str = "application/vnd.oci.empty.v1+json";
 /// An uncompressed layer.
 pub const OCI_LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
 /// A layer compressed with gzip.

@@ -53,6 +53,17 @@ impl Reference {
             ..self.clone()
         }
     }
+
+    /// The same repository, at the tag under which a registry that cannot list
+    /// referrers keeps the index of those of `subject` (OCI distribution
+    /// specification 1.1, "referrers tag schema").
+    pub fn with_referrers_tag(&self, subject: Digest) -> Self {
+        Self {
+            digest: None,
+            tag: Some(format!("sha256-{}", subject.hex())),
+            ..self.clone()
+        }
+    }
 }
 
 impl FromStr for Reference {

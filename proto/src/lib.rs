@@ -20,3 +20,10 @@ pub mod containerd {
         }
     }
 }
+
+/// Sluice's own service.
+pub mod control {
+    pub mod v1 {
+        tonic::include_proto!("sluice.control.v1");
+    }
+}

@@ -5,16 +5,18 @@ use std::time::Duration;
 
 use http::header::{ACCEPT_ENCODING, CONTENT_LENGTH, RANGE};
 use http::{HeaderMap, HeaderValue, Method, StatusCode};
-use reqwest::{Response, Url};
+use reqwest::Response;
 use sluice_oci::{Digest, Reference};
 
+use crate::RetryPolicy;
 use crate::auth::Scope;
 use crate::body::{Body, Opened};
 use crate::content_range::ContentRange;
 use crate::endpoint::Endpoint;
 use crate::error::{Context, Error, ErrorKind};
-use crate::redirect::Key;
-use crate::transport::{Call, Transport};
+use crate::hosts::Round;
+use crate::retry::Attempts;
+use crate::transport::{Call, Purpose, Transport};
 
 /// Which bytes of a blob.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,22 +36,20 @@ pub enum ByteRange {
 #[derive(Clone)]
 pub struct Blob {
     transport: Arc<Transport>,
-    /// The error of a host that is none is told when the blob is read.
-    target: Result<Arc<Target>, Error>,
+    target: Arc<Target>,
+    retries: bool,
 }
 
 struct Target {
-    endpoint: Endpoint,
+    reference: Reference,
     scope: Scope,
     context: Context,
-    url: Url,
-    key: Key,
     digest: Digest,
 }
 
 /// How a registry answered a request for a range.
 enum Answer {
-    Opened(Opened),
+    Opened(Box<Opened>),
     /// By the whole blob, which was not received.
     Ignored {
         size: Option<u64>,
@@ -64,26 +64,39 @@ impl Blob {
     pub(crate) fn new(transport: Arc<Transport>, reference: &Reference, digest: Digest) -> Self {
         let host = reference.host();
         let repository = reference.repository();
-        let context = Context {
-            action: "fetch",
-            subject: format!("blob {digest} of {host}/{repository}"),
-            host: host.to_owned(),
+        let target = Target {
+            reference: reference.clone(),
+            scope: Scope::pull(repository),
+            context: Context {
+                action: "fetch",
+                subject: format!("blob {digest} of {host}/{repository}"),
+                host: host.to_owned(),
+            },
+            digest,
         };
-        let target = transport.endpoint(reference, &context).map(|endpoint| {
-            Arc::new(Target {
-                scope: Scope::pull(repository),
-                url: endpoint.url(&format!("blobs/{digest}")),
-                key: Key {
-                    host: host.to_owned(),
-                    repository: repository.to_owned(),
-                    digest,
-                },
-                endpoint,
-                context,
-                digest,
-            })
-        });
-        Self { transport, target }
+        Self {
+            transport,
+            target: Arc::new(target),
+            retries: true,
+        }
+    }
+
+    /// The same for callers that try again themselves: each host is asked at
+    /// most once, and what breaks off is told.
+    #[must_use]
+    pub fn without_retries(mut self) -> Self {
+        self.retries = false;
+        self
+    }
+
+    fn attempts(&self) -> Attempts {
+        match self.retries {
+            true => self.transport.attempts(),
+            false => Attempts::new(&RetryPolicy {
+                attempts: 1,
+                ..self.transport.config.retry.clone()
+            }),
+        }
     }
 
     /// Starts to receive a part of the blob. Its bytes are what the registry
@@ -94,7 +107,7 @@ impl Blob {
     /// is asked for a second time by its position when the registry knows no
     /// suffix ranges or finds the suffix too long.
     pub async fn range(&self, range: ByteRange) -> Result<Body, Error> {
-        let mut attempts = self.transport.attempts();
+        let mut attempts = self.attempts();
         loop {
             match self.open(range).await {
                 Ok(opened) => {
@@ -109,8 +122,8 @@ impl Blob {
     /// Starts to receive the whole blob. Its digest is checked at the end:
     /// [`Body::next`] fails instead of returning `None` when it is wrong.
     pub async fn whole(&self) -> Result<Body, Error> {
-        let digest = self.target()?.digest;
-        let mut attempts = self.transport.attempts();
+        let digest = self.target.digest;
+        let mut attempts = self.attempts();
         loop {
             match self.open_whole().await {
                 Ok(opened) => {
@@ -122,47 +135,109 @@ impl Blob {
         }
     }
 
-    fn target(&self) -> Result<&Target, Error> {
-        self.target.as_deref().map_err(Error::clone)
-    }
-
-    pub(crate) fn context(&self) -> Result<&Context, Error> {
-        Ok(&self.target()?.context)
+    pub(crate) fn context(&self) -> &Context {
+        &self.target.context
     }
 
     pub(crate) fn stall_timeout(&self) -> Duration {
         self.transport.config.stall_timeout
     }
 
+    fn round(&self) -> Result<Round<'_>, Error> {
+        let Target {
+            reference,
+            context,
+            digest,
+            ..
+        } = &*self.target;
+        self.transport
+            .round(reference, Purpose::Pull, Some(*digest), context)
+    }
+
+    /// A host has broken off. Whether another is ready to go on.
+    pub(crate) fn failed(&self, endpoint: &Endpoint, error: Error) -> bool {
+        match self.round() {
+            Ok(mut round) => {
+                round.failed(endpoint, error);
+                round.is_ready()
+            }
+            Err(_) => false,
+        }
+    }
+
+    /// A host has sent all that it was asked for.
+    pub(crate) fn delivered(&self, endpoint: &Endpoint) {
+        if let Ok(round) = self.round() {
+            round.delivered(endpoint);
+        }
+    }
+
+    /// Hosts have sent what is not the blob. Whether another is ready.
+    pub(crate) fn distrust(&self, senders: &[Endpoint]) -> bool {
+        let Ok(mut round) = self.round() else {
+            return false;
+        };
+        for endpoint in senders {
+            let context = endpoint.context(self.context());
+            let why = format!("{} sent bytes that are not the blob's", endpoint.name());
+            round.failed(endpoint, context.error(ErrorKind::DigestMismatch, why));
+        }
+        round.is_ready()
+    }
+
+    /// One try to open the whole.
     pub(crate) async fn open_whole(&self) -> Result<Opened, Error> {
-        let target = self.target()?;
-        let response = self.request(Method::GET, None).await?;
+        let mut round = self.round()?;
+        while let Some(endpoint) = round.next() {
+            match self.open_whole_at(&endpoint).await {
+                Ok(opened) => return Ok(opened),
+                Err(error) => round.failed(&endpoint, error),
+            }
+        }
+        Err(round.error(self.context()))
+    }
+
+    async fn open_whole_at(&self, endpoint: &Endpoint) -> Result<Opened, Error> {
+        let context = endpoint.context(self.context());
+        let response = self.request(endpoint, Method::GET, None).await?;
         if response.status() != StatusCode::OK {
-            return Err(self.transport.refusal(&target.context, response).await);
+            return Err(self.transport.refusal(&context, response).await);
         }
         let len = match content_length(&response) {
             Some(len) => len,
-            None => self.size().await?,
+            None => self.size(endpoint).await?,
         };
         Ok(Opened {
             offset: 0,
             len,
             blob_size: Some(len),
             response: Some(response),
+            endpoint: endpoint.clone(),
         })
     }
 
     /// One try to open a range.
     pub(crate) async fn open(&self, range: ByteRange) -> Result<Opened, Error> {
-        let context = self.context()?;
-        let answer = self.ask(range).await?;
+        let mut round = self.round()?;
+        while let Some(endpoint) = round.next() {
+            match self.open_at(&endpoint, range).await {
+                Ok(opened) => return Ok(opened),
+                Err(error) => round.failed(&endpoint, error),
+            }
+        }
+        Err(round.error(self.context()))
+    }
+
+    async fn open_at(&self, endpoint: &Endpoint, range: ByteRange) -> Result<Opened, Error> {
+        let context = &endpoint.context(self.context());
+        let answer = self.ask(endpoint, range).await?;
         let size = match (answer, range) {
-            (Answer::Opened(opened), _) => return Ok(opened),
+            (Answer::Opened(opened), _) => return Ok(*opened),
             (Answer::Ignored { size: Some(size) }, ByteRange::Suffix(_)) => size,
             (Answer::Unsatisfiable { size, .. }, ByteRange::Suffix(1..)) if size != Some(0) => {
                 match size {
                     Some(size) => size,
-                    None => self.size().await?,
+                    None => self.size(endpoint).await?,
                 }
             }
             (Answer::Ignored { .. }, _) => return Err(ignored(context)),
@@ -176,16 +251,15 @@ impl Blob {
             offset: size - len,
             len,
         };
-        match self.ask(position).await? {
-            Answer::Opened(opened) => Ok(opened),
+        match self.ask(endpoint, position).await? {
+            Answer::Opened(opened) => Ok(*opened),
             Answer::Ignored { .. } => Err(ignored(context)),
             Answer::Unsatisfiable { error, .. } => Err(error),
         }
     }
 
-    async fn ask(&self, range: ByteRange) -> Result<Answer, Error> {
-        let target = self.target()?;
-        let context = &target.context;
+    async fn ask(&self, endpoint: &Endpoint, range: ByteRange) -> Result<Answer, Error> {
+        let context = &endpoint.context(self.context());
         let Some(header) = range.header() else {
             let why = "a range of no bytes, or past the largest offset";
             return Ok(Answer::Unsatisfiable {
@@ -193,7 +267,7 @@ impl Blob {
                 error: context.error(ErrorKind::RangeNotSatisfiable, why),
             });
         };
-        let response = self.request(Method::GET, Some(header)).await?;
+        let response = self.request(endpoint, Method::GET, Some(header)).await?;
         match response.status() {
             StatusCode::PARTIAL_CONTENT => {
                 let granted = ContentRange::parse(response.headers());
@@ -203,22 +277,24 @@ impl Blob {
                         "Content-Range and Content-Length of the answer contradict each other",
                     ));
                 }
-                Ok(Answer::Opened(Opened {
+                Ok(Answer::Opened(Box::new(Opened {
                     offset,
                     len,
                     blob_size,
                     response: Some(response),
-                }))
+                    endpoint: endpoint.clone(),
+                })))
             }
             StatusCode::OK => {
                 let size = content_length(&response);
                 Ok(match size {
-                    Some(size) if range.covers_all_of(size) => Answer::Opened(Opened {
+                    Some(size) if range.covers_all_of(size) => Answer::Opened(Box::new(Opened {
                         offset: 0,
                         len: size,
                         blob_size: Some(size),
                         response: Some(response),
-                    }),
+                        endpoint: endpoint.clone(),
+                    })),
                     // Dropping the answer ends the transfer.
                     size => Answer::Ignored { size },
                 })
@@ -233,24 +309,28 @@ impl Blob {
     }
 
     /// The blob's size, by a request of its own.
-    async fn size(&self) -> Result<u64, Error> {
-        let target = self.target()?;
-        let response = self.request(Method::HEAD, None).await?;
+    async fn size(&self, endpoint: &Endpoint) -> Result<u64, Error> {
+        let context = &endpoint.context(self.context());
+        let response = self.request(endpoint, Method::HEAD, None).await?;
         if response.status() != StatusCode::OK {
-            return Err(self.transport.refusal(&target.context, response).await);
+            return Err(self.transport.refusal(context, response).await);
         }
-        content_length(&response).ok_or_else(|| {
-            target
-                .context
-                .protocol("the registry does not tell the size")
-        })
+        content_length(&response)
+            .ok_or_else(|| context.protocol("the registry does not tell the size"))
     }
 
-    async fn request(&self, method: Method, range: Option<HeaderValue>) -> Result<Response, Error> {
-        let target = self.target()?;
+    async fn request(
+        &self,
+        endpoint: &Endpoint,
+        method: Method,
+        range: Option<HeaderValue>,
+    ) -> Result<Response, Error> {
+        let target = &*self.target;
+        let key = endpoint.key(target.digest);
         // A signed URL is for one method: that of a HEAD is not for GETs.
-        let key = (method == Method::GET).then_some(&target.key);
-        let mut call = Call::new(method, &target.endpoint, &target.scope, &target.context);
+        let key = (method == Method::GET).then_some(&key);
+        let context = endpoint.context(&target.context);
+        let mut call = Call::new(method, endpoint, &target.scope, &context);
         call.headers = HeaderMap::from_iter([(
             ACCEPT_ENCODING,
             // Offsets are those of the stored bytes.
@@ -259,7 +339,8 @@ impl Blob {
         if let Some(range) = range {
             call.headers.insert(RANGE, range);
         }
-        self.transport.fetch(&call, target.url.clone(), key).await
+        let url = endpoint.pull_url(&format!("blobs/{}", target.digest));
+        self.transport.fetch(&call, url, key).await
     }
 }
 

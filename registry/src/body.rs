@@ -8,7 +8,9 @@ use sluice_oci::{Digest, Hasher};
 
 use crate::blob::{Blob, ByteRange};
 use crate::document::check_digest;
+use crate::endpoint::Endpoint;
 use crate::error::{Context, Error, ErrorKind};
+use crate::hosts::Senders;
 use crate::http_client::broken_body;
 use crate::retry::Attempts;
 
@@ -31,6 +33,9 @@ pub struct Body {
     response: Option<Response>,
     check: Option<(Digest, Hasher)>,
     blob: Blob,
+    /// Who sends.
+    endpoint: Endpoint,
+    senders: Senders,
     attempts: Attempts,
 }
 
@@ -41,6 +46,8 @@ impl Body {
         check: Option<Digest>,
         attempts: Attempts,
     ) -> Self {
+        let senders = Senders::new(blob.clone());
+        senders.add(&opened.endpoint);
         Self {
             offset: opened.offset,
             len: opened.len,
@@ -50,8 +57,16 @@ impl Body {
             response: opened.response,
             check: check.map(|digest| (digest, Hasher::new())),
             blob,
+            endpoint: opened.endpoint,
+            senders,
             attempts,
         }
+    }
+
+    /// The hosts that send the bytes, for the case that these turn out to be
+    /// wrong.
+    pub fn senders(&self) -> Senders {
+        self.senders.clone()
     }
 
     /// The next bytes, or nothing after the last. The bytes of a whole blob
@@ -63,6 +78,15 @@ impl Body {
                 self.response = None;
                 return self.finish().map(|()| None);
             }
+            if self.response.is_none() {
+                match self.reopen().await {
+                    Ok(response) => self.response = Some(response),
+                    Err(error) => {
+                        self.attempts.pause(error).await?;
+                        continue;
+                    }
+                }
+            }
             match self.receive().await {
                 Ok(bytes) => {
                     self.received += bytes.len() as u64;
@@ -70,20 +94,36 @@ impl Body {
                         hasher.update(&bytes);
                     }
                     self.attempts.restart();
+                    if self.received == self.len {
+                        self.blob.delivered(&self.endpoint);
+                    }
                     return Ok(Some(bytes));
                 }
                 Err(error) => {
                     self.response = None;
-                    self.attempts.pause(error).await?;
+                    let another = self.blob.failed(&self.endpoint, error.clone());
+                    if !(another && self.attempts.go_on()) {
+                        self.attempts.pause(error).await?;
+                    }
                 }
             }
         }
     }
 
-    /// All the bytes in one piece, if they are at most `limit`.
+    /// All the bytes in one piece, if they are at most `limit`. A whole blob
+    /// with wrong bytes is fetched once more if there is another host.
     pub async fn collect(mut self, limit: usize) -> Result<Bytes, Error> {
+        match self.collect_once(limit).await {
+            Err(error) if error.kind() == ErrorKind::DigestMismatch && self.senders.distrust() => {
+                self.blob.whole().await?.collect_once(limit).await
+            }
+            collected => collected,
+        }
+    }
+
+    async fn collect_once(&mut self, limit: usize) -> Result<Bytes, Error> {
         if self.len > limit as u64 {
-            return Err(self.blob.context()?.error(
+            return Err(self.blob.context().error(
                 ErrorKind::TooLarge,
                 format!("{} bytes where at most {limit} are accepted", self.len),
             ));
@@ -97,10 +137,7 @@ impl Body {
 
     async fn receive(&mut self) -> Result<Bytes, Error> {
         let left = self.len - self.received;
-        if self.response.is_none() {
-            self.response = Some(self.reopen(left).await?);
-        }
-        let context = self.blob.context()?;
+        let context = self.blob.context();
         let stall = self.blob.stall_timeout();
         loop {
             let Some(response) = &mut self.response else {
@@ -135,7 +172,8 @@ impl Body {
 
     /// Asks for what is missing. For a whole blob, a registry that knows no
     /// ranges sends everything again.
-    async fn reopen(&mut self, left: u64) -> Result<Response, Error> {
+    async fn reopen(&mut self) -> Result<Response, Error> {
+        let left = self.len - self.received;
         let rest = ByteRange::From {
             offset: self.offset + self.received,
             len: left,
@@ -146,11 +184,13 @@ impl Body {
             }
             opened => (opened?, 0),
         };
-        let context = self.blob.context()?;
+        let context = self.blob.context();
         if opened.len != left + repeated {
             return Err(context.protocol("the blob's size changed between two requests"));
         }
         self.repeated = repeated;
+        self.senders.add(&opened.endpoint);
+        self.endpoint = opened.endpoint;
         opened
             .response
             .ok_or_else(|| context.protocol("the registry sent no body"))
@@ -160,7 +200,7 @@ impl Body {
         let Some((expected, hasher)) = self.check.take() else {
             return Ok(());
         };
-        let context = self.blob.context()?;
+        let context = self.blob.context();
         check_digest(expected, hasher.finish(), "it was asked for by", context)
     }
 }
@@ -172,6 +212,8 @@ pub(crate) struct Opened {
     pub(crate) blob_size: Option<u64>,
     /// Absent where there is nothing to receive.
     pub(crate) response: Option<Response>,
+    /// Who granted it.
+    pub(crate) endpoint: Endpoint,
 }
 
 pub(crate) fn stalled(context: &Context, after: Duration) -> Error {

@@ -11,8 +11,9 @@ use crate::auth::Scope;
 use crate::blob::Blob;
 use crate::config::Config;
 use crate::document::{self, Document, check_digest};
+use crate::endpoint::Endpoint;
 use crate::error::{Context, Error};
-use crate::transport::{Call, Transport, body_up_to};
+use crate::transport::{Call, Purpose, Transport, body_up_to};
 
 /// The distribution specification asks registries to accept this much.
 pub(crate) const MAX_MANIFEST: usize = 4 << 20;
@@ -48,12 +49,33 @@ impl Client {
         }
     }
 
-    async fn manifest_once(
+    pub(crate) async fn manifest_once(
         &self,
         reference: &Reference,
         context: &Context,
     ) -> Result<Document, Error> {
-        let mut response = self.ask(Method::GET, reference, context).await?;
+        let purpose = Purpose::of(reference);
+        let mut round = self.transport.round(reference, purpose, None, context)?;
+        while let Some(endpoint) = round.next() {
+            match self.manifest_at(&endpoint, reference, context).await {
+                Ok(document) => {
+                    round.delivered(&endpoint);
+                    return Ok(document);
+                }
+                Err(error) => round.failed(&endpoint, error),
+            }
+        }
+        Err(round.error(context))
+    }
+
+    async fn manifest_at(
+        &self,
+        endpoint: &Endpoint,
+        reference: &Reference,
+        context: &Context,
+    ) -> Result<Document, Error> {
+        let context = &endpoint.context(context);
+        let mut response = self.ask(Method::GET, endpoint, reference, context).await?;
         let content_type = header_text(&response, &CONTENT_TYPE);
         let claimed = claimed_digest(&response);
         let stall = self.transport.config.stall_timeout;
@@ -73,7 +95,7 @@ impl Client {
         let context = about_manifest("resolve", reference);
         let mut attempts = self.transport.attempts();
         let response = loop {
-            match self.ask(Method::HEAD, reference, &context).await {
+            match self.resolve_once(reference, &context).await {
                 Ok(response) => break response,
                 Err(error) => attempts.pause(error).await?,
             }
@@ -91,17 +113,37 @@ impl Client {
         }
     }
 
-    async fn ask(
+    async fn resolve_once(
         &self,
-        method: Method,
         reference: &Reference,
         context: &Context,
     ) -> Result<Response, Error> {
-        let endpoint = self.transport.endpoint(reference, context)?;
+        let purpose = Purpose::of(reference);
+        let mut round = self.transport.round(reference, purpose, None, context)?;
+        while let Some(endpoint) = round.next() {
+            let context = &endpoint.context(context);
+            match self.ask(Method::HEAD, &endpoint, reference, context).await {
+                Ok(response) => {
+                    round.delivered(&endpoint);
+                    return Ok(response);
+                }
+                Err(error) => round.failed(&endpoint, error),
+            }
+        }
+        Err(round.error(context))
+    }
+
+    async fn ask(
+        &self,
+        method: Method,
+        endpoint: &Endpoint,
+        reference: &Reference,
+        context: &Context,
+    ) -> Result<Response, Error> {
         let scope = Scope::pull(reference.repository());
-        let mut call = Call::new(method, &endpoint, &scope, context);
+        let mut call = Call::new(method, endpoint, &scope, context);
         call.headers = HeaderMap::from_iter([(ACCEPT, HeaderValue::from_static(document::ACCEPT))]);
-        let url = endpoint.url(&manifest_path(reference));
+        let url = endpoint.pull_url(&manifest_path(reference));
         let response = self.transport.fetch(&call, url, None).await?;
         if response.status() != StatusCode::OK {
             return Err(self.transport.refusal(context, response).await);

@@ -14,6 +14,10 @@ pub struct Config {
     /// for the registry wins. They are read when a registry asks for
     /// authentication, so rotated credentials are seen without a restart.
     pub docker_configs: Vec<PathBuf>,
+    /// Directories with a directory a registry that holds its `hosts.toml`,
+    /// as containerd's `config_path` names them. The first that has one for a
+    /// registry counts, also if that is its `_default`.
+    pub hosts_dirs: Vec<PathBuf>,
     /// PEM files with certificate authorities to trust beside the system's.
     pub ca_certificates: Vec<PathBuf>,
     /// How often and how long a failed request is tried again.
@@ -34,6 +38,7 @@ impl Default for Config {
         Self {
             plain_http: Vec::new(),
             docker_configs: Vec::new(),
+            hosts_dirs: Vec::new(),
             ca_certificates: Vec::new(),
             retry: RetryPolicy::default(),
             connect_timeout: Duration::from_secs(10),

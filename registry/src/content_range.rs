@@ -29,6 +29,8 @@ impl ContentRange {
         let (first, last) = range.split_once('-')?;
         let (first, last) = (number(first)?, number(last)?);
         let len = last.checked_sub(first)?.checked_add(1)?;
+        // Where it ends has to be a number, too.
+        first.checked_add(len)?;
         if total.is_some_and(|total| last >= total) {
             return None;
         }
@@ -77,6 +79,7 @@ mod tests {
             "bytes 0-5/5",
             "bytes +1-2/5",
             "bytes 0-18446744073709551615/*",
+            "bytes 18446744073709551615-18446744073709551615/*",
             "bytes 0-99999999999999999999/*",
         ] {
             assert_eq!(parse(bad), None, "{bad}");

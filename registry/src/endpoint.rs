@@ -1,50 +1,38 @@
 //! From a reference's host to URLs.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
+use http::HeaderMap;
 use reqwest::Url;
-use sluice_oci::Reference;
+use sluice_oci::Digest;
 
 use crate::Config;
-use crate::error::{Context, Error, ErrorKind};
+use crate::error::Context;
+use crate::hosts::Host;
+use crate::http_client::HttpClient;
+use crate::redirect::Key;
 
-/// Where a repository's API is.
+/// Where a repository's API is, on one of its hosts.
 #[derive(Debug, Clone)]
 pub(crate) struct Endpoint {
-    /// The host as references name it; keys the token and redirect caches.
-    pub(crate) host: String,
+    host: Arc<Host>,
     pub(crate) repository: String,
     base: Url,
+    origin: String,
 }
 
 impl Endpoint {
-    pub(crate) fn new(
-        reference: &Reference,
-        config: &Config,
-        context: &Context,
-    ) -> Result<Self, Error> {
-        let host = reference.host();
-        let scheme = if is_plain(host, config) {
-            "http"
-        } else {
-            "https"
-        };
-        let address = match host {
-            "docker.io" | "index.docker.io" => "registry-1.docker.io",
-            other => other,
-        };
-        let text = format!("{scheme}://{address}/v2/{}/", reference.repository());
-        let base = Url::parse(&text).map_err(|error| {
-            context.error(
-                ErrorKind::Config,
-                format!("'{host}' is no host name ({error})"),
-            )
-        })?;
-        Ok(Self {
-            host: host.to_owned(),
-            repository: reference.repository().to_owned(),
+    pub(crate) fn new(host: Arc<Host>, repository: &str) -> Self {
+        let mut base = host.root.clone();
+        let root = base.path().trim_end_matches('/').to_owned();
+        base.set_path(&format!("{root}/{repository}/"));
+        Self {
+            origin: base.origin().ascii_serialization(),
+            repository: repository.to_owned(),
+            host,
             base,
-        })
+        }
     }
 
     /// The URL of `tail`, relative to the repository.
@@ -55,7 +43,53 @@ impl Endpoint {
         url
     }
 
-    /// Whether `url` is on the registry itself, so that it may see the
+    /// The same for content to be pulled. A host that stands in for a
+    /// registry is told for which.
+    pub(crate) fn pull_url(&self, tail: &str) -> Url {
+        let mut url = self.url(tail);
+        if let Some(namespace) = &self.host.namespace {
+            url.query_pairs_mut().append_pair("ns", namespace);
+        }
+        url
+    }
+
+    /// The host's name with its port, by which credentials are found.
+    pub(crate) fn name(&self) -> &str {
+        &self.host.name
+    }
+
+    /// Scheme, host and port: what is learned of one never goes to another.
+    pub(crate) fn origin(&self) -> &str {
+        &self.origin
+    }
+
+    /// Names a blob of the repository on this host.
+    pub(crate) fn key(&self, digest: Digest) -> Key {
+        Key {
+            host: self.origin.clone(),
+            repository: self.repository.clone(),
+            digest,
+        }
+    }
+
+    pub(crate) fn http(&self) -> &HttpClient {
+        &self.host.http
+    }
+
+    /// What every request to the host itself carries.
+    pub(crate) fn headers(&self) -> &HeaderMap {
+        &self.host.headers
+    }
+
+    /// A context whose remedies are about this host.
+    pub(crate) fn context(&self, context: &Context) -> Context {
+        Context {
+            host: self.host.name.clone(),
+            ..context.clone()
+        }
+    }
+
+    /// Whether `url` is on the host itself, so that it may see the
     /// credentials.
     pub(crate) fn owns(&self, url: &Url) -> bool {
         url.origin() == self.base.origin()
@@ -66,7 +100,7 @@ impl Endpoint {
     }
 }
 
-fn is_plain(host: &str, config: &Config) -> bool {
+pub(crate) fn is_plain(host: &str, config: &Config) -> bool {
     is_loopback(host) || config.plain_http.iter().any(|plain| plain == host)
 }
 
@@ -92,7 +126,10 @@ pub(crate) fn shown(url: &Url) -> String {
 
 #[cfg(test)]
 mod tests {
+    use sluice_oci::Reference;
+
     use super::*;
+    use crate::hosts::Hosts;
 
     fn url(reference: &str, plain: &[&str]) -> String {
         let config = Config {
@@ -104,7 +141,12 @@ mod tests {
             subject: "x".to_owned(),
             host: "x".to_owned(),
         };
-        let endpoint = Endpoint::new(&reference.parse().unwrap(), &config, &context).unwrap();
+        let reference: Reference = reference.parse().unwrap();
+        let hosts = Hosts::new(&config).unwrap();
+        let hosts = hosts.of(reference.host(), &context).unwrap();
+        assert_eq!(hosts.len(), 1);
+        let endpoint = Endpoint::new(Arc::clone(&hosts[0]), reference.repository());
+        assert_eq!(endpoint.url("tags/list"), endpoint.pull_url("tags/list"));
         endpoint.url("tags/list").to_string()
     }
 

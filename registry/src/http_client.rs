@@ -1,34 +1,52 @@
 //! The connections, and what the HTTP library's errors mean.
 
 use std::io;
-use std::path::Path;
-use std::sync::Arc;
+use std::time::Duration;
 
 use http::{HeaderMap, Method};
 use reqwest::{Response, Url, redirect};
-use rustls::RootCertStore;
-use rustls::pki_types::CertificateDer;
-use rustls::pki_types::pem::PemObject;
 
 use crate::Config;
 use crate::endpoint::{is_loopback, shown};
 use crate::error::{Context, Error, ErrorKind, printable};
+use crate::hosts::certificates::Tls;
+
+/// What a host's connections are to have beyond the client's settings.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Special {
+    pub(crate) tls: Tls,
+    pub(crate) connect_timeout: Option<Duration>,
+    /// A proxy in place of the environment's.
+    pub(crate) proxy: Option<Url>,
+}
+
+impl Special {
+    pub(crate) fn is_default(&self) -> bool {
+        let Tls {
+            ca,
+            client,
+            skip_verify,
+        } = &self.tls;
+        let tls = ca.is_empty() && client.is_empty() && !skip_verify;
+        tls && self.connect_timeout.is_none() && self.proxy.is_none()
+    }
+}
 
 /// One pool of connections through whatever proxy the environment names, and
 /// one for loopback hosts, which no proxy could reach.
+#[derive(Debug)]
 pub(crate) struct HttpClient {
     proxied: reqwest::Client,
     direct: reqwest::Client,
 }
 
 impl HttpClient {
-    pub(crate) fn new(config: &Config) -> Result<Self, Error> {
-        let context = Context {
-            action: "make",
-            subject: "the registry client".to_owned(),
-            host: String::new(),
-        };
-        let tls = tls(config, &context)?;
+    /// Fails with what is wrong with which file.
+    pub(crate) fn new(config: &Config, special: &Special) -> Result<Self, String> {
+        let mut tls = special.tls.clone();
+        tls.ca.extend(config.ca_certificates.iter().cloned());
+        let tls = tls.config()?;
+        let connect_timeout = special.connect_timeout.unwrap_or(config.connect_timeout);
         let build = |no_proxy: bool| {
             let builder = reqwest::Client::builder()
                 .tls_backend_preconfigured(tls.clone())
@@ -36,20 +54,23 @@ impl HttpClient {
                 // Redirects carry no credentials and are cached: ours to do.
                 .redirect(redirect::Policy::none())
                 .referer(false)
-                .connect_timeout(config.connect_timeout)
-                .tcp_keepalive(std::time::Duration::from_secs(30))
+                .connect_timeout(connect_timeout)
+                .tcp_keepalive(Duration::from_secs(30))
                 // HTTP/2's initial 64 KiB would cap a stream at one window a
-                // round trip.
-                .http2_initial_stream_window_size(1 << 20)
-                .http2_initial_connection_window_size(4 << 20);
-            let builder = if no_proxy {
-                builder.no_proxy()
-            } else {
-                builder
+                // round trip: this much in 100 ms is 320 Mbit/s. All streams
+                // to a host share one connection, which buffers no more than
+                // the second in memory when nobody reads.
+                .http2_initial_stream_window_size(4 << 20)
+                .http2_initial_connection_window_size(16 << 20);
+            let builder = match &special.proxy {
+                Some(proxy) => {
+                    let proxy = reqwest::Proxy::all(proxy.clone());
+                    builder.proxy(proxy.map_err(|error| chain(&error))?)
+                }
+                None if no_proxy => builder.no_proxy(),
+                None => builder,
             };
-            builder
-                .build()
-                .map_err(|error| context.error(ErrorKind::Config, chain(&error)))
+            builder.build().map_err(|error| chain(&error))
         };
         Ok(Self {
             proxied: build(false)?,
@@ -69,50 +90,6 @@ impl HttpClient {
             &self.proxied
         };
         client.request(method, url).headers(headers)
-    }
-}
-
-fn tls(config: &Config, context: &Context) -> Result<rustls::ClientConfig, Error> {
-    let mut roots = RootCertStore::empty();
-    let native = rustls_native_certs::load_native_certs();
-    // A machine without certificates can still use plain HTTP; a handshake
-    // will say that the issuer is unknown.
-    for error in &native.errors {
-        tracing::debug!(%error, "a certificate of the system could not be read");
-    }
-    roots.add_parsable_certificates(native.certs);
-    for path in &config.ca_certificates {
-        add_file(&mut roots, path).map_err(|why| {
-            context.error(
-                ErrorKind::Config,
-                format!(
-                    "the certificates in {} cannot be used: {why}",
-                    path.display()
-                ),
-            )
-        })?;
-    }
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let builder = rustls::ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|error| context.error(ErrorKind::Config, error.to_string()))?;
-    let mut tls = builder.with_root_certificates(roots).with_no_client_auth();
-    tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-    Ok(tls)
-}
-
-fn add_file(roots: &mut RootCertStore, path: &Path) -> Result<(), String> {
-    let certificates = CertificateDer::pem_file_iter(path).map_err(|error| error.to_string())?;
-    let mut any = false;
-    for certificate in certificates {
-        let certificate = certificate.map_err(|error| error.to_string())?;
-        roots.add(certificate).map_err(|error| error.to_string())?;
-        any = true;
-    }
-    if any {
-        Ok(())
-    } else {
-        Err("it holds no PEM certificate".to_owned())
     }
 }
 

@@ -31,6 +31,11 @@ impl Attempts {
         self.failed = 0;
     }
 
+    /// Whether there will be another try after a failure.
+    pub(crate) fn go_on(&self) -> bool {
+        self.policy.attempts > 1
+    }
+
     /// Waits until the next try is due, or gives the error back when there
     /// will be none.
     pub(crate) async fn pause(&mut self, error: Error) -> Result<(), Error> {

@@ -9,12 +9,13 @@ use http::header::{AUTHORIZATION, CONTENT_LENGTH, LOCATION};
 use http::{HeaderMap, HeaderValue, Method, StatusCode};
 use reqwest::{Response, Url};
 use serde::Deserialize;
-use sluice_oci::Reference;
+use sluice_oci::{Digest, Reference};
 
 use crate::auth::{Auth, Challenge, Scope, log_in};
 use crate::endpoint::{Endpoint, shown};
 use crate::error::{Context, Error, ErrorKind, printable};
-use crate::http_client::{HttpClient, broken_body, log_answer, no_answer};
+use crate::hosts::{Capabilities, Health, Hosts, Round, authority};
+use crate::http_client::{broken_body, log_answer, no_answer};
 use crate::redirect::{Key, Redirects};
 use crate::retry::{Attempts, retry_after};
 use crate::upload::{BlobSource, Metered, Progress};
@@ -28,9 +29,39 @@ const COMMIT_TIMEOUT: Duration = Duration::from_secs(300);
 /// What all handles of a client share.
 pub(crate) struct Transport {
     pub(crate) config: Config,
-    http: HttpClient,
+    hosts: Hosts,
+    pub(crate) health: Health,
     auth: Auth,
     redirects: Redirects,
+}
+
+/// What is to be done with a repository, and so which hosts may do it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// Get what has a digest.
+    Pull,
+    /// Get what a tag means.
+    Resolve,
+    /// Store something.
+    Push,
+}
+
+impl Purpose {
+    /// Of getting what a reference names.
+    pub(crate) fn of(reference: &Reference) -> Self {
+        match reference.digest() {
+            Some(_) => Self::Pull,
+            None => Self::Resolve,
+        }
+    }
+
+    fn suits(self, host: Capabilities) -> bool {
+        match self {
+            Self::Pull => host.pull,
+            Self::Resolve => host.pull && host.resolve,
+            Self::Push => host.push,
+        }
+    }
 }
 
 /// One request, as often as it has to be sent.
@@ -71,7 +102,8 @@ impl<'a> Call<'a> {
 impl Transport {
     pub(crate) fn new(config: Config) -> Result<Self, Error> {
         Ok(Self {
-            http: HttpClient::new(&config)?,
+            hosts: Hosts::new(&config)?,
+            health: Health::default(),
             auth: Auth::new(
                 config.docker_configs.clone(),
                 config.connect_timeout + config.stall_timeout,
@@ -81,12 +113,45 @@ impl Transport {
         })
     }
 
-    pub(crate) fn endpoint(
+    /// The hosts to ask, in their order; at least one.
+    pub(crate) fn endpoints(
         &self,
         reference: &Reference,
+        purpose: Purpose,
         context: &Context,
-    ) -> Result<Endpoint, Error> {
-        Endpoint::new(reference, &self.config, context)
+    ) -> Result<Vec<Endpoint>, Error> {
+        let hosts = self.hosts.of(reference.host(), context)?;
+        let endpoints: Vec<_> = hosts
+            .iter()
+            .filter(|host| purpose.suits(host.capabilities))
+            .map(|host| Endpoint::new(Arc::clone(host), reference.repository()))
+            .collect();
+        if endpoints.is_empty() {
+            let capability = match purpose {
+                Purpose::Pull => "pull",
+                Purpose::Resolve => "resolve",
+                Purpose::Push => "push",
+            };
+            return Err(context
+                .error(
+                    ErrorKind::Config,
+                    format!("the hosts.toml of {} has no host for it", reference.host()),
+                )
+                .with_remedy(format!("add the capability '{capability}' to one")));
+        }
+        Ok(endpoints)
+    }
+
+    /// One try at all the hosts that may succeed.
+    pub(crate) fn round(
+        &self,
+        reference: &Reference,
+        purpose: Purpose,
+        blob: Option<Digest>,
+        context: &Context,
+    ) -> Result<Round<'_>, Error> {
+        let endpoints = self.endpoints(reference, purpose, context)?;
+        Ok(Round::new(&self.health, endpoints, blob))
     }
 
     pub(crate) fn attempts(&self) -> Attempts {
@@ -157,7 +222,8 @@ impl Transport {
         if !call.endpoint.owns(url) {
             return self.send(call, url, None).await;
         }
-        let (http, endpoint, context) = (&self.http, call.endpoint, call.context);
+        let (endpoint, context) = (call.endpoint, call.context);
+        let http = endpoint.http();
         let authorization = self
             .auth
             .current(http, endpoint, call.scope, context)
@@ -195,6 +261,11 @@ impl Transport {
         authorization: Option<&HeaderValue>,
     ) -> Result<Response, Error> {
         let mut headers = call.headers.clone();
+        if call.endpoint.owns(url) {
+            for (name, value) in call.endpoint.headers() {
+                headers.append(name.clone(), value.clone());
+            }
+        }
         if let Some(authorization) = authorization {
             headers.insert(AUTHORIZATION, authorization.clone());
         }
@@ -217,7 +288,8 @@ impl Transport {
                 }))
             }
         };
-        let mut request = self.http.request(call.method.clone(), url.clone(), headers);
+        let http = call.endpoint.http();
+        let mut request = http.request(call.method.clone(), url.clone(), headers);
         if let Some(body) = body {
             request = request.body(body);
         }
@@ -334,8 +406,7 @@ pub(crate) async fn refusal(context: &Context, response: &mut Response, stall: D
         .and_then(|bytes| serde_json::from_slice::<ErrorBody>(&bytes).ok())
         .and_then(|body| body.errors.into_iter().next())
         .map(|item| printable(&format!("{}: {}", item.code, item.message), 300));
-    let host = asked.host_str().unwrap_or_default();
-    let mut why = format!("{host} answered {status}");
+    let mut why = format!("{} answered {status}", authority(&asked));
     if let Some(said) = said {
         why.push_str(&format!(" ({said})"));
     }

@@ -20,7 +20,17 @@ use crate::client::{MAX_MANIFEST, claimed_digest, manifest_path};
 use crate::document::check_digest;
 use crate::endpoint::Endpoint;
 use crate::error::{Context, Error, ErrorKind};
-use crate::transport::{Call, Payload, Transport, location};
+use crate::referrers::OCI_SUBJECT;
+use crate::transport::{Call, Payload, Purpose, Transport, location};
+
+/// What the registry did with a manifest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stored {
+    /// It stored it.
+    Alone,
+    /// And it lists it with the image that it refers to.
+    AndListed,
+}
 
 /// A repository that is written to.
 pub(crate) struct Destination {
@@ -38,11 +48,15 @@ impl Destination {
             host: reference.host().to_owned(),
         };
         let transport = Arc::clone(&client.transport);
+        // One host: what is stored must not be spread over several.
+        let endpoint = transport
+            .endpoints(reference, Purpose::Push, &context)?
+            .swap_remove(0);
         Ok(Self {
-            endpoint: transport.endpoint(reference, &context)?,
+            context: endpoint.context(&context),
+            endpoint,
             scope: Scope::push(reference.repository()),
             transport,
-            context,
         })
     }
 
@@ -216,6 +230,17 @@ impl Client {
         media_type: &str,
         bytes: Bytes,
     ) -> Result<Digest, Error> {
+        let digest = Digest::of(&bytes);
+        self.store_manifest(reference, media_type, bytes).await?;
+        Ok(digest)
+    }
+
+    pub(crate) async fn store_manifest(
+        &self,
+        reference: &Reference,
+        media_type: &str,
+        bytes: Bytes,
+    ) -> Result<Stored, Error> {
         let subject = format!("manifest {reference}");
         let to = Destination::new(self, reference, subject)?;
         let digest = Digest::of(&bytes);
@@ -234,7 +259,7 @@ impl Client {
         let mut attempts = self.transport.attempts();
         loop {
             match put_manifest(&to, reference, media_type, &bytes, digest).await {
-                Ok(()) => return Ok(digest),
+                Ok(stored) => return Ok(stored),
                 Err(error) => attempts.pause(error).await?,
             }
         }
@@ -286,7 +311,7 @@ async fn put_manifest(
     media_type: &str,
     bytes: &Bytes,
     digest: Digest,
-) -> Result<(), Error> {
+) -> Result<Stored, Error> {
     let content_type = HeaderValue::try_from(media_type).map_err(|_| {
         to.context
             .protocol(format!("'{}' is no media type", media_type.escape_debug()))
@@ -300,13 +325,16 @@ async fn put_manifest(
     let payload = Payload::Bytes(bytes.clone());
     let response = to.send(Method::PUT, &url, payload, headers).await?;
     let response = to.expect(response, &[201]).await?;
-    match claimed_digest(&response) {
-        Some(claimed) => check_digest(
+    if let Some(claimed) = claimed_digest(&response) {
+        check_digest(
             digest,
             claimed,
             "the registry stored something else than",
             &to.context,
-        ),
-        None => Ok(()),
+        )?;
     }
+    Ok(match response.headers().contains_key(OCI_SUBJECT) {
+        true => Stored::AndListed,
+        false => Stored::Alone,
+    })
 }

@@ -279,3 +279,50 @@ async fn basic_authentication_from_the_docker_configuration() {
     let error = client.manifest(&image).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotFound);
 }
+
+fn artifact_for(image: &Descriptor, kind: &str, content: &Bytes) -> Manifest {
+    let empty = Bytes::from_static(b"{}");
+    let mut artifact: Manifest = serde_json::from_slice(&manifest_of(&empty, content)).unwrap();
+    artifact.annotations = [("note".to_owned(), kind.to_owned())].into();
+    let other = &mut artifact.other;
+    other.insert("artifactType".to_owned(), kind.into());
+    other.insert("subject".to_owned(), serde_json::to_value(image).unwrap());
+    artifact
+}
+
+/// Debian's registry lists no referrers: the tag has to do.
+#[tokio::test]
+async fn an_artifact_is_found_with_the_image_it_refers_to() {
+    let registry = DockerRegistry::start();
+    let client = support::client();
+    let tag = reference(&registry.host, "team/app:v1");
+    let config = Bytes::from_static(b"{}");
+    let content = noise(100);
+    push(&client, &tag, &config).await;
+    push(&client, &tag, &content).await;
+    let bytes = manifest_of(&config, &content);
+    let image = Descriptor::new(
+        media_type::OCI_MANIFEST,
+        Digest::of(&bytes),
+        bytes.len() as u64,
+    );
+    let put = client.push_manifest(&tag, media_type::OCI_MANIFEST, bytes);
+    put.await.unwrap();
+    let referrers = async |kind| client.referrers(&tag, image.digest, kind).await.unwrap();
+    assert!(referrers("a/profile").await.is_empty());
+
+    let mut pushed = Vec::new();
+    for kind in ["a/profile", "a/signature", "a/profile"] {
+        let artifact = artifact_for(&image, kind, &noise(100 + pushed.len()));
+        push(&client, &tag, &noise(100 + pushed.len())).await;
+        pushed.push(client.push_referrer(&tag, &artifact).await.unwrap());
+    }
+    let found = referrers("a/profile").await;
+    assert_eq!(found.len(), 1, "the second takes the place of the first");
+    assert_eq!(found[0].digest, pushed[2]);
+    assert_eq!(found[0].annotations["note"], "a/profile");
+    assert_eq!(referrers("a/signature").await[0].digest, pushed[1]);
+    assert!(referrers("a/sbom").await.is_empty());
+    // The image is what it was.
+    assert_eq!(client.manifest(&tag).await.unwrap().digest, image.digest);
+}

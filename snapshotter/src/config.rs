@@ -30,12 +30,18 @@ pub struct Config {
     pub fetch: Fetch,
     /// Fetching what an image says it will need.
     pub prefetch: Prefetch,
+    /// Recording what images read while they start.
+    pub profiles: Profiles,
     /// Fetching the rest when nothing else is wanted.
     pub background: Background,
+    /// How much may be kept.
+    pub cache: Cache,
+    /// Reading what is kept, to see whether it still is what it was.
+    pub scrub: Scrub,
 }
 
 /// Section `[registry]`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Registry {
     /// Registries (`host` or `host:port`) that are reached by plain HTTP.
@@ -50,6 +56,12 @@ pub struct Registry {
     /// PEM files with certificate authorities to trust beside the system's.
     /// Default: none.
     pub ca_certificates: Vec<PathBuf>,
+    /// Directories with containerd's `hosts.toml` files, in the file as
+    /// `config_path`, one path, several separated by colons, or a list. The
+    /// first that has a directory for a registry, or a `_default`, counts.
+    /// Default: `/etc/containerd/certs.d`.
+    #[serde(rename = "config_path", deserialize_with = "search_path")]
+    pub hosts_dirs: Vec<PathBuf>,
 }
 
 /// Section `[mount]`.
@@ -58,6 +70,9 @@ pub struct Registry {
 pub struct Mount {
     /// `auto` (default), `erofs` or `fuse`.
     pub mode: MountMode,
+    /// Places from which images are mounted lazily: `host[:port]`, or that and
+    /// the beginning of a repository. Default: none, which is all.
+    pub lazy_from: Vec<String>,
 }
 
 /// How a layer becomes a directory.
@@ -79,10 +94,14 @@ pub enum MountMode {
 pub struct Fetch {
     /// Memory for everything in flight, in MiB. Default 64.
     pub memory_mib: NonZeroU64,
-    /// Requests to registries at once. Default 16.
+    /// Memory for tables of contents that are being read, in MiB. Default 160,
+    /// which is enough for a layer of some 350,000 files. One that needs more
+    /// is unpacked.
+    pub toc_memory_mib: NonZeroU64,
+    /// Requests to registries at once. Default 32.
     pub connections: NonZeroU64,
-    /// How far ahead of a sequential reader is fetched at most, in MiB.
-    /// Default 16; 0 turns it off.
+    /// How far ahead of a reader is fetched at most, in MiB. Default 32; with
+    /// 0, nothing is fetched but what is asked for.
     pub read_ahead_mib: u64,
     /// How long a read waits for a registry that does not deliver, in seconds,
     /// before it fails with EIO. Default 300.
@@ -97,6 +116,26 @@ pub struct Prefetch {
     pub enabled: bool,
 }
 
+/// Section `[profiles]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Profiles {
+    /// Whether starts are recorded. Default true. Recorded profiles are used
+    /// when `[prefetch]` is enabled.
+    pub record: bool,
+    /// Whether registries are asked for profiles that are attached to images.
+    /// Default true; needs `[prefetch]` as well.
+    pub attached: bool,
+    /// How long a start is recorded at most. Default 120.
+    pub seconds: NonZeroU64,
+    /// A start is over when nothing new was read for so long, in seconds.
+    /// Default 10.
+    pub idle_seconds: NonZeroU64,
+    /// Images whose profiles are kept; those least recently used go first.
+    /// Default 256.
+    pub images: NonZeroU64,
+}
+
 /// Section `[background]`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -106,6 +145,29 @@ pub struct Background {
     /// How long after its mount the rest of a layer is fetched, in seconds.
     /// Default 10: the start of a container comes first.
     pub delay_seconds: u64,
+}
+
+/// Section `[cache]`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Cache {
+    /// What lazily mounted layers may take on disk, in MiB, before content
+    /// that nothing mounts is evicted. Default 0: any amount.
+    pub limit_mib: u64,
+    /// What is to stay free on their file system, in MiB, in the same way.
+    /// Default 0.
+    pub min_free_mib: u64,
+}
+
+/// Section `[scrub]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Scrub {
+    /// Hours between the end of one check of all layers and the next. Default
+    /// 168, a week; 0 turns it off.
+    pub interval_hours: u64,
+    /// How fast it reads, in MiB a second. Default 50.
+    pub mib_per_second: NonZeroU64,
 }
 
 impl Default for Config {
@@ -118,7 +180,10 @@ impl Default for Config {
             mount: Mount::default(),
             fetch: Fetch::default(),
             prefetch: Prefetch::default(),
+            profiles: Profiles::default(),
             background: Background::default(),
+            cache: Cache::default(),
+            scrub: Scrub::default(),
         }
     }
 }
@@ -136,6 +201,13 @@ fn one_or_many<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<PathBuf
     })
 }
 
+/// As [`one_or_many`], and as containerd writes several: with colons.
+fn search_path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<PathBuf>, D::Error> {
+    let paths = one_or_many(deserializer)?;
+    let split = paths.iter().flat_map(std::env::split_paths);
+    Ok(split.filter(|path| !path.as_os_str().is_empty()).collect())
+}
+
 const fn nonzero(value: u64) -> NonZeroU64 {
     match NonZeroU64::new(value) {
         Some(value) => value,
@@ -143,12 +215,24 @@ const fn nonzero(value: u64) -> NonZeroU64 {
     }
 }
 
+impl Default for Registry {
+    fn default() -> Self {
+        Self {
+            plain_http: Vec::new(),
+            docker_configs: Vec::new(),
+            ca_certificates: Vec::new(),
+            hosts_dirs: vec!["/etc/containerd/certs.d".into()],
+        }
+    }
+}
+
 impl Default for Fetch {
     fn default() -> Self {
         Self {
             memory_mib: nonzero(64),
-            connections: nonzero(16),
-            read_ahead_mib: 16,
+            toc_memory_mib: nonzero(160),
+            connections: nonzero(32),
+            read_ahead_mib: 32,
             deadline_seconds: nonzero(300),
         }
     }
@@ -160,11 +244,32 @@ impl Default for Prefetch {
     }
 }
 
+impl Default for Profiles {
+    fn default() -> Self {
+        Self {
+            record: true,
+            attached: true,
+            seconds: nonzero(120),
+            idle_seconds: nonzero(10),
+            images: nonzero(256),
+        }
+    }
+}
+
 impl Default for Background {
     fn default() -> Self {
         Self {
             enabled: true,
             delay_seconds: 10,
+        }
+    }
+}
+
+impl Default for Scrub {
+    fn default() -> Self {
+        Self {
+            interval_hours: 168,
+            mib_per_second: nonzero(50),
         }
     }
 }
@@ -235,17 +340,30 @@ mod tests {
         let config = parse(
             "root = '/r'\naddress = '/s'\nlog_level = 'debug'\n\
              [registry]\nplain_http = ['10.0.0.1:5000']\ndocker_config = '/d.json'\n\
-             ca_certificates = ['/ca.pem']\n\
-             [mount]\nmode = 'fuse'\n\
+             ca_certificates = ['/ca.pem']\nconfig_path = '/a:/b'\n\
+             [mount]\nmode = 'fuse'\nlazy_from = ['r.io/team']\n\
              [fetch]\nmemory_mib = 32\nconnections = 4\nread_ahead_mib = 0\ndeadline_seconds = 9\n\
-             [prefetch]\nenabled = false\n[background]\nenabled = false\n",
+             [prefetch]\nenabled = false\n[profiles]\nrecord = false\nidle_seconds = 3\n\
+             [background]\nenabled = false\n\
+             [cache]\nlimit_mib = 7\nmin_free_mib = 8\n\
+             [scrub]\ninterval_hours = 0\nmib_per_second = 9\n",
         )
         .unwrap();
         assert_eq!(config.root, Path::new("/r"));
         assert_eq!(config.registry.plain_http, ["10.0.0.1:5000"]);
+        let dirs = ["/a", "/b"].map(PathBuf::from);
+        assert_eq!(config.registry.hosts_dirs, dirs);
+        let listed = parse("[registry]\nconfig_path = ['/a', '/b']").unwrap();
+        assert_eq!(listed.registry.hosts_dirs, dirs);
+        let none = parse("[registry]\nconfig_path = ''").unwrap();
+        assert!(none.registry.hosts_dirs.is_empty());
         assert_eq!(config.mount.mode, MountMode::Fuse);
+        assert_eq!(config.mount.lazy_from, ["r.io/team"]);
         assert_eq!(config.fetch.deadline_seconds.get(), 9);
-        assert!(!config.background.enabled);
+        assert!(!config.background.enabled && !config.profiles.record);
+        assert_eq!(config.profiles.idle_seconds.get(), 3);
+        assert_eq!((config.cache.limit_mib, config.cache.min_free_mib), (7, 8));
+        assert_eq!(config.scrub.interval_hours, 0);
     }
 
     #[test]
@@ -290,13 +408,25 @@ mod tests {
             "plain_http",
             "docker_config",
             "ca_certificates",
+            "config_path",
             "mode",
+            "lazy_from",
             "memory_mib",
+            "toc_memory_mib",
             "connections",
             "read_ahead_mib",
             "deadline_seconds",
             "enabled",
             "delay_seconds",
+            "limit_mib",
+            "min_free_mib",
+            "interval_hours",
+            "mib_per_second",
+            "record",
+            "attached",
+            "seconds",
+            "idle_seconds",
+            "images",
         ] {
             assert!(text.contains(&format!("\n{key} = ")), "{key}");
         }

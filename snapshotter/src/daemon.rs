@@ -9,14 +9,17 @@ use std::time::Duration;
 use sluice_registry::Client;
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
-use tokio_util::task::TaskTracker;
+use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 use tonic::transport::Server;
 
 use crate::config::{Config, MountMode};
+use crate::control::{self, Control};
+use crate::descriptors;
 use crate::fetch;
 use crate::keeper::Keeper;
-use crate::node::{self, Node};
-use crate::service::{self, LazyLayers, OverlayOptions, Snapshots, Store};
+use crate::node::{self, LazyFrom, Node};
+use crate::scrub;
+use crate::service::{self, Key, LazyLayers, OverlayOptions, Snapshots, Store};
 use crate::socket::{self, Root, Socket};
 
 /// How long calls that are under way may take to finish when the daemon stops.
@@ -25,6 +28,10 @@ const DRAIN: Duration = Duration::from_secs(10);
 /// How long a client may take to let go of its connection after that. One that
 /// hangs is no reason to be killed by the service manager.
 const LET_GO: Duration = Duration::from_secs(1);
+
+/// How often it is looked whether the layers take more of the disk than they
+/// may.
+const ROOM: Duration = Duration::from_secs(10);
 
 /// Why the daemon does not run.
 #[derive(Debug, thiserror::Error)]
@@ -66,10 +73,13 @@ pub async fn run(
     keeper: Arc<Keeper>,
     stop: impl Future<Output = Stop> + Send,
 ) -> Result<(), Error> {
+    let descriptors = descriptors::raise_limit();
     let root = Root::take(&config.root)?;
+    crash_point!("start.root-taken");
     let (socket, listener) = Socket::bind(&config.address)?;
     // Before anything is written: this refuses a root of a newer version.
     let store = Store::open(root.path())?;
+    crash_point!("start.database-opened");
     let client = Client::new(registry_config(&config))?;
     let node_config = node::Config {
         keeper: Arc::clone(&keeper),
@@ -80,7 +90,7 @@ pub async fn run(
         node::Mode::Erofs => "erofs",
         node::Mode::Fuse => "fuse",
     };
-    tracing::info!(mode, "layers can be mounted");
+    tracing::info!(mode, descriptors, "layers can be mounted");
     let result = serve_node(&config, &root, store, &node, listener, &keeper, stop).await;
     match result {
         Ok(Stop::End) => node.stop().await,
@@ -106,14 +116,62 @@ async fn serve_node(
     let layers = Arc::new(node.clone());
     let snapshots = Snapshots::start(root.path(), store, layers, overlay).await?;
     let snapshots = Arc::new(snapshots);
-    let served = serve(config, Arc::clone(&snapshots), listener, keeper, stop).await;
+    tell_who_is_affected(node, &snapshots).await;
+    let again = node.clone();
+    tokio::spawn(async move { again.mount_lost().await });
+    let _room = AbortOnDropHandle::new(tokio::spawn(keep_room(Arc::clone(&snapshots))));
+    let timer = node.clone();
+    let interval = Duration::from_secs(config.scrub.interval_hours.saturating_mul(3600));
+    let _scrub = AbortOnDropHandle::new(tokio::spawn(async move {
+        if !interval.is_zero() {
+            timer.scrub_every(interval).await;
+        }
+    }));
+    let control = Control::new(Arc::clone(&snapshots), node.clone());
+    let services = (Arc::clone(&snapshots), control, Arc::new(node.clone()));
+    let served = serve(config, services, listener, keeper, stop).await;
+    crash_point!("stop.drained");
     snapshots.close().await;
+    crash_point!("stop.closed");
     served
 }
 
-async fn serve<L: LazyLayers>(
+/// Says which containers stand on mounts that nobody can serve any more.
+async fn tell_who_is_affected<L: LazyLayers>(node: &Node, snapshots: &Snapshots<L>) {
+    for overlay in node.affected() {
+        let key = match &overlay.upper {
+            Some(upper) => snapshots.key_of(upper).await,
+            None => None,
+        };
+        // containerd's key of a container's snapshot is the container's id.
+        let whose = key.as_ref().map(Key::in_containerd);
+        let (owner, container) = match whose {
+            Some((Some(namespace), name)) => (
+                format!(" of container {name} in namespace {namespace}"),
+                "it".to_owned(),
+            ),
+            Some((None, name)) => (format!(" of snapshot {name}"), "its container".to_owned()),
+            None => (String::new(), "its container".to_owned()),
+        };
+        tracing::error!(
+            "the mount at {}{owner} stands on layers that a former process served and whose FUSE \
+             device was not kept: reads of what is not cached fail there; start {container} again",
+            overlay.target.display()
+        );
+    }
+}
+
+/// Keeps the layers within their quota.
+async fn keep_room<L: LazyLayers>(snapshots: Arc<Snapshots<L>>) {
+    loop {
+        snapshots.make_room().await;
+        tokio::time::sleep(ROOM).await;
+    }
+}
+
+async fn serve(
     config: &Config,
-    snapshots: Arc<Snapshots<L>>,
+    (snapshots, control, scrubber): (Arc<Snapshots<Node>>, Control, Arc<Node>),
     listener: std::os::unix::net::UnixListener,
     keeper: &Keeper,
     stop: impl Future<Output = Stop> + Send,
@@ -130,10 +188,13 @@ async fn serve<L: LazyLayers>(
     let (drain, drained) = tokio::sync::oneshot::channel::<()>();
     let server = Server::builder()
         .add_service(service::server(snapshots, calls.clone()))
+        .add_service(control::server(control))
+        .add_service(scrub::server(scrubber))
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async {
             let _ = drained.await;
         });
     tokio::pin!(server);
+    crash_point!("start.ready");
     keeper.ready();
     tracing::info!(
         address = %config.address.display(),
@@ -149,6 +210,7 @@ async fn serve<L: LazyLayers>(
     };
     tracing::info!("stopping");
     keeper.stopping();
+    crash_point!("stop.begun");
     let _ = drain.send(());
     calls.close();
     tokio::select! {
@@ -180,11 +242,25 @@ fn node_config(config: &Config, root: &Path) -> node::Config {
             deadline: Duration::from_secs(config.fetch.deadline_seconds.get()),
             ..fetch::Config::default()
         },
+        lazy_from: LazyFrom::new(config.mount.lazy_from.clone()),
+        toc_memory: mebibytes(config.fetch.toc_memory_mib.get()),
         prefetch: config.prefetch.enabled,
+        profiles: node::ProfileConfig {
+            record: config.profiles.record,
+            attached: config.profiles.attached,
+            longest: Duration::from_secs(config.profiles.seconds.get()),
+            idle: Duration::from_secs(config.profiles.idle_seconds.get()),
+            images: config.profiles.images.get() as usize,
+        },
         background: config
             .background
             .enabled
             .then(|| Duration::from_secs(config.background.delay_seconds)),
+        quota: node::Quota {
+            limit: (config.cache.limit_mib > 0).then(|| mebibytes(config.cache.limit_mib)),
+            min_free: mebibytes(config.cache.min_free_mib),
+        },
+        scrub_rate: mebibytes(config.scrub.mib_per_second.get()),
         ..node::Config::new(root)
     }
 }
@@ -194,11 +270,17 @@ fn mebibytes(count: u64) -> u64 {
 }
 
 fn registry_config(config: &Config) -> sluice_registry::Config {
+    let patience = Duration::from_secs(config.fetch.deadline_seconds.get());
     let config = config.registry.clone();
+    let default = sluice_registry::Config::default();
     sluice_registry::Config {
+        // A dead host must leave a read time to ask others.
+        connect_timeout: default.connect_timeout.min(patience / 4),
+        stall_timeout: default.stall_timeout.min(patience / 4),
+        hosts_dirs: config.hosts_dirs,
         plain_http: config.plain_http,
         docker_configs: config.docker_configs,
         ca_certificates: config.ca_certificates,
-        ..sluice_registry::Config::default()
+        ..default
     }
 }

@@ -11,6 +11,8 @@ use sluice_snapshotter::cleanup;
 use sluice_snapshotter::config::Config;
 use sluice_snapshotter::daemon::{self, Stop};
 use sluice_snapshotter::keeper::{Keeper, supervise};
+use sluice_snapshotter::scrub;
+use sluice_snapshotter::socket::{self, Root};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
@@ -31,6 +33,10 @@ enum Command {
     /// or on SIGHUP, with whatever program is then in its place. For machines
     /// without systemd.
     Supervise(Supervise),
+    /// Reads all that is kept of lazily mounted layers, compares it with its
+    /// digests, and has fetched again what is wrong. A running daemon does it
+    /// itself. Exit code 1 says that something could not be checked.
+    Scrub(Scrub),
     /// Unmounts what a stopped daemon has left mounted, and says what still
     /// uses the rest.
     Cleanup(Cleanup),
@@ -57,6 +63,19 @@ struct Cleanup {
 }
 
 #[derive(Debug, Args)]
+struct Scrub {
+    /// The configuration file, for its root directory and socket.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Where snapshots and layers are kept [default: /var/lib/sluice].
+    #[arg(long, value_name = "DIR")]
+    root: Option<PathBuf>,
+    /// The socket of a running daemon [default: /run/sluice/snapshotter.sock].
+    #[arg(long, value_name = "SOCKET")]
+    address: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
 struct Serve {
     /// The configuration file. Without one, everything has its default.
     #[arg(long, value_name = "FILE")]
@@ -73,7 +92,7 @@ struct Serve {
     log_level: Option<String>,
 }
 
-fn main() -> ExitCode {
+pub(crate) fn main() -> ExitCode {
     // Before anything else opens or starts anything.
     let keeper = Keeper::from_environment();
     let result = match Cli::parse().command {
@@ -82,6 +101,7 @@ fn main() -> ExitCode {
             .and_then(|keeper| serve(arguments, keeper)),
         Command::Supervise(arguments) => supervise(arguments),
         Command::Cleanup(arguments) => cleanup(&arguments),
+        Command::Scrub(arguments) => scrub(&arguments),
     };
     match result {
         Ok(code) => code,
@@ -93,6 +113,9 @@ fn main() -> ExitCode {
 }
 
 fn serve(arguments: Serve, keeper: Keeper) -> anyhow::Result<ExitCode> {
+    // Whatever the daemon makes is root's alone; what containers see of it has
+    // its own modes.
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     let config = configuration(&arguments)?;
     log(arguments.log_level.or_else(|| config.log_level.clone()))?;
     let runtime = tokio::runtime::Runtime::new().context("cannot start threads")?;
@@ -156,6 +179,41 @@ fn cleanup(arguments: &Cleanup) -> anyhow::Result<ExitCode> {
     Ok(match report.left.is_empty() {
         true => ExitCode::SUCCESS,
         false => ExitCode::FAILURE,
+    })
+}
+
+fn scrub(arguments: &Scrub) -> anyhow::Result<ExitCode> {
+    log(Some("error".to_owned()))?;
+    let config = load(arguments.config.as_deref())?;
+    let root = arguments.root.as_ref().unwrap_or(&config.root);
+    let address = arguments.address.as_ref().unwrap_or(&config.address);
+    let (mut layers, mut failed) = (0, false);
+    let each = |report: scrub::Report| {
+        layers += 1;
+        failed |= report.failed.is_some();
+        println!("{report}");
+    };
+    anyhow::ensure!(
+        root.is_dir(),
+        "there is no root directory {}",
+        root.display()
+    );
+    match Root::take(root) {
+        Ok(_taken) => scrub::run(root, each)?,
+        Err(socket::Error::RootInUse { .. }) => tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .context("cannot start")?
+            .block_on(scrub::ask(address, each))?,
+        Err(error) => return Err(error.into()),
+    }
+    if layers == 0 {
+        println!("there is no layer");
+    }
+    Ok(if failed {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
     })
 }
 

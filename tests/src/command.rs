@@ -3,7 +3,7 @@
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 
 /// Runs to the end; an exit status other than 0 is an error that holds what
 /// the command wrote.
@@ -48,6 +48,42 @@ pub fn refusal(command: &mut Command) -> Result<String> {
         );
     }
     Ok(String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+/// Runs what must fail as a person can use it: exit code 1, and as the last
+/// words one line of the program's that holds all `parts`. Returns the line.
+pub fn refusal_in_one_line(command: &mut Command, parts: &[&str]) -> Result<String> {
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot run {}", show(command)))?;
+    // One that does what it should refuse may go on for ever.
+    let ended = wait_for("a refusal", || Ok(child.try_wait()?));
+    if ended.is_err() {
+        child.kill()?;
+    }
+    let output = child.wait_with_output()?;
+    ended?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let shown = show(command);
+    ensure!(
+        output.status.code() == Some(1),
+        "{shown} ended with {}:\n{said}",
+        output.status
+    );
+    let is_error =
+        |line: &&str| line.starts_with("sluice: ") || line.starts_with("sluice-snapshotter: ");
+    let line = said.lines().next_back().unwrap_or_default();
+    ensure!(
+        is_error(&line) && said.lines().filter(is_error).count() == 1,
+        "{shown} said more or less than one line:\n{said}"
+    );
+    for part in parts {
+        ensure!(line.contains(part), "{shown}: '{part}' is not in: {line}");
+    }
+    Ok(line.to_owned())
 }
 
 /// The command as one would type it, near enough.

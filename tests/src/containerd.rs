@@ -31,6 +31,14 @@ impl Containerd {
 
     /// With daemons as proxy snapshotters, each under a name.
     pub fn start_with(scratch: &Scratch, snapshotters: &[(&str, &Daemon)]) -> Result<Self> {
+        let sockets = snapshotters
+            .iter()
+            .map(|(name, daemon)| (*name, daemon.socket()));
+        Self::start_with_sockets(scratch, &sockets.collect::<Vec<_>>())
+    }
+
+    /// With proxy snapshotters behind sockets, each under a name.
+    pub fn start_with_sockets(scratch: &Scratch, snapshotters: &[(&str, PathBuf)]) -> Result<Self> {
         let dir = scratch.fresh_dir("containerd")?;
         let socket = dir.join("containerd.sock");
         let mut config = format!(
@@ -45,10 +53,10 @@ impl Containerd {
             state = dir.join("state").display(),
             socket = socket.display(),
         );
-        for (name, daemon) in snapshotters {
+        for (name, socket) in snapshotters {
             config += &format!(
                 "[proxy_plugins.{name}]\ntype = \"snapshot\"\naddress = \"{}\"\n",
-                daemon.socket().display()
+                socket.display()
             );
         }
         let config_file = dir.join("config.toml");
@@ -112,12 +120,16 @@ impl Containerd {
     }
 
     /// Waits until containerd has connected to a snapshotter again: after a
-    /// refused connection it takes its time.
+    /// refused connection it takes its time. What it lists it may know by
+    /// itself, so it is made to ask.
     pub fn wait_for_snapshotter(&self, name: &str) -> Result<()> {
+        let snapshots = ["snapshots", "--snapshotter", name];
         wait_for("containerd to connect to the snapshotter", || {
-            let list = ["snapshots", "--snapshotter", name, "list"];
-            let answer = attempt(self.ctr().args(list))?;
-            Ok(answer.status.success().then_some(()))
+            let made = attempt(self.ctr().args(snapshots).args(["prepare", "reachable"]))?;
+            if made.status.success() {
+                run(self.ctr().args(snapshots).args(["remove", "reachable"]))?;
+            }
+            Ok(made.status.success().then_some(()))
         })
     }
 
@@ -191,7 +203,7 @@ impl Containerd {
     }
 
     /// The name of an image's topmost snapshot: its chain ID.
-    fn top_snapshot(&self, reference: &str) -> Result<String> {
+    pub fn top_snapshot(&self, reference: &str) -> Result<String> {
         let list = self.ctr_text(&["images", "list", &format!("name=={reference}")])?;
         let digest = list
             .split_whitespace()

@@ -45,7 +45,19 @@ pub struct Options {
     pub supervised: bool,
     /// The program, when it is not the one just built.
     pub program: Option<PathBuf>,
+    /// Its limit of file descriptors, soft and hard, when it is not our own.
+    pub descriptors: Option<(u64, u64)>,
+    /// Whether it logs all that it can.
+    pub traced: bool,
+    /// The file that arms its crash points; then the program is the one that
+    /// has some.
+    pub crash_points: Option<PathBuf>,
+    /// Where its layers are, when that is elsewhere than below its root.
+    pub layers: Option<PathBuf>,
 }
+
+const DOCKER_CONFIG: &str = "docker.json";
+const HOSTS_DIR: &str = "certs.d";
 
 /// A daemon with its own root and socket.
 pub struct Daemon {
@@ -60,6 +72,10 @@ impl Daemon {
     pub fn start(scratch: &Scratch, options: &Options) -> Result<Self> {
         let dir = scratch.fresh_dir("sluice")?;
         fs::write(dir.join("config.toml"), config(&dir, options))?;
+        if let Some(layers) = &options.layers {
+            fs::create_dir(dir.join("root"))?;
+            std::os::unix::fs::symlink(layers, dir.join("root/layers"))?;
+        }
         let process = launch(scratch, &dir, Self::command(&dir, options)?)?;
         Ok(Self {
             scratch: scratch.clone(),
@@ -71,11 +87,22 @@ impl Daemon {
 
     /// The command that starts the daemon whose files are in `dir`.
     fn command(dir: &Path, options: &Options) -> Result<Command> {
-        let program = match &options.program {
-            Some(program) => program.clone(),
-            None => crate::programs::snapshotter()?,
+        let program = match (&options.program, &options.crash_points) {
+            (Some(program), _) => program.clone(),
+            (None, Some(_)) => crate::programs::crashing_snapshotter()?,
+            (None, None) => crate::programs::snapshotter()?,
         };
-        let mut command = Command::new(program);
+        let mut command = match options.descriptors {
+            Some((soft, hard)) => {
+                let mut limited = Command::new("prlimit");
+                limited.arg(format!("--nofile={soft}:{hard}")).arg(program);
+                limited
+            }
+            None => Command::new(program),
+        };
+        if let Some(file) = &options.crash_points {
+            command.env(sluice_snapshotter::crash_points::FILE, file);
+        }
         if options.supervised {
             command.args(["supervise", "--"]);
         }
@@ -84,6 +111,9 @@ impl Daemon {
             .arg("--config")
             .arg(dir.join("config.toml"))
             .env("DOCKER_CONFIG", "/nonexistent");
+        if options.traced {
+            command.env("RUST_LOG", "trace");
+        }
         Ok(command)
     }
 
@@ -95,6 +125,16 @@ impl Daemon {
     /// Its root directory.
     pub fn root(&self) -> PathBuf {
         self.dir.join("root")
+    }
+
+    /// Where it looks for credentials. There are none at first.
+    pub fn docker_config(&self) -> PathBuf {
+        self.dir.join(DOCKER_CONFIG)
+    }
+
+    /// Where it looks for a registry's `hosts.toml`. There is none at first.
+    pub fn hosts_dir(&self) -> PathBuf {
+        self.dir.join(HOSTS_DIR)
     }
 
     /// The process.
@@ -132,6 +172,19 @@ impl Daemon {
         lock.trim().parse().ok()
     }
 
+    /// Waits until another process than `former`, of those that `supervise`
+    /// starts, has come to the end of its start.
+    pub fn wait_until_ready(&self, former: u32) -> Result<u32> {
+        wait_for("the next process to be ready", || {
+            if !self.process.is_running() {
+                bail!("{} ended: {}", self.dir.display(), self.log());
+            }
+            let next = self.serving().filter(|next| *next != former);
+            let is_ready = |next: &u32| self.log().contains(&format!("process {next} is ready"));
+            Ok(next.filter(is_ready))
+        })
+    }
+
     /// Waits until another process than `former` serves.
     pub fn wait_for_next(&self, former: u32) -> Result<u32> {
         wait_for("the next process", || {
@@ -151,11 +204,17 @@ fn config(dir: &Path, options: &Options) -> String {
         .map(|host| format!("{host:?}"))
         .collect();
     let mut text = format!(
-        "root = {:?}\naddress = {:?}\n[registry]\nplain_http = [{}]\n",
+        "root = {:?}\naddress = {:?}\n\
+         [registry]\nplain_http = [{}]\nconfig_path = {:?}\n",
         dir.join("root"),
         dir.join("snapshotter.sock"),
         hosts.join(", "),
+        dir.join(HOSTS_DIR),
     );
+    // A test may have a file of its own.
+    if !options.more.contains("docker_config") {
+        text += &format!("docker_config = {:?}\n", dir.join(DOCKER_CONFIG));
+    }
     if let Some(mode) = options.mode {
         text += &format!("[mount]\nmode = {:?}\n", mode.name());
     }

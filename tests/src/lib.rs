@@ -6,16 +6,27 @@
 //! Everything belongs to a [`Scratch`], which takes it all down again, also
 //! when a test panics or the process is interrupted.
 
+pub mod agreement;
 pub mod command;
 pub mod containerd;
+pub mod content;
 pub mod daemon;
+pub mod disk;
+pub mod faulty;
+pub mod figures;
 pub mod image;
+pub mod kernel;
+pub mod killer;
 pub mod link;
 pub mod node;
 pub mod programs;
 pub mod proxy;
 pub mod registry;
+pub mod relay;
+pub mod runc;
 pub mod scratch;
+pub mod snapshots;
+pub mod soak;
 pub mod tools;
 pub mod tree;
 
@@ -24,4 +35,6 @@ pub use daemon::Daemon;
 pub use link::Link;
 pub use node::Node;
 pub use registry::Registry;
+pub use runc::Runc;
 pub use scratch::{Process, Scratch};
+pub use snapshots::Snapshots;

@@ -39,6 +39,24 @@ pub fn snapshotter() -> Result<PathBuf> {
     Ok(built()?.join("sluice-snapshotter"))
 }
 
+/// The daemon with its crash points, which `SLUICE_CRASH_POINTS` arms.
+pub fn crashing_snapshotter() -> Result<PathBuf> {
+    static BUILT: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    let build = || {
+        // Both packages, as in the other build, so that what they stand on is
+        // built once for both.
+        let dir = build(&[
+            "--bin=sluice-snapshotter-crashing",
+            "--features=sluice-snapshotter/crash-points",
+        ])?;
+        Ok(dir.join("sluice-snapshotter-crashing"))
+    };
+    BUILT
+        .get_or_init(|| build().map_err(|error: anyhow::Error| format!("{error:#}")))
+        .clone()
+        .map_err(|error| anyhow!(error))
+}
+
 /// A command of `sluice`.
 pub fn sluice_command() -> Result<Command> {
     let mut command = Command::new(sluice()?);
@@ -52,17 +70,29 @@ pub fn sluice_command() -> Result<Command> {
 fn built() -> Result<&'static Path> {
     static BUILT: OnceLock<Result<PathBuf, String>> = OnceLock::new();
     BUILT
-        .get_or_init(|| build().map_err(|error| format!("{error:#}")))
+        .get_or_init(|| build(&["--bins"]).map_err(|error| format!("{error:#}")))
         .as_deref()
         .map_err(|error| anyhow!("{error}"))
 }
 
-fn build() -> Result<PathBuf> {
+fn build(what: &[&str]) -> Result<PathBuf> {
     let mut cargo = Command::new(option_env!("CARGO").unwrap_or("cargo"));
     cargo
-        .args(["build", "--locked", "--bins"])
+        .args(["build", "--locked"])
+        .args(what)
         .args(["-p", "sluice-cli", "-p", "sluice-snapshotter"])
         .current_dir(workspace());
+    // What Cargo tells this test of its own crate would make build scripts run
+    // again, and half of all dependencies with them: now and at the next test.
+    for (name, _) in std::env::vars_os() {
+        let own = ["CARGO_PKG_", "CARGO_MANIFEST_"];
+        if own
+            .iter()
+            .any(|own| name.as_encoded_bytes().starts_with(own.as_bytes()))
+        {
+            cargo.env_remove(name);
+        }
+    }
     let profile = if cfg!(debug_assertions) {
         "debug"
     } else {

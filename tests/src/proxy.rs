@@ -1,42 +1,29 @@
 //! A registry that misbehaves: an HTTP proxy in front of a good one, which
 //! breaks chosen answers and counts everything.
 
-use std::io::{BufRead as _, BufReader, Read, Write as _};
+mod access;
+mod http;
+mod schedule;
+
+use std::collections::{BTreeMap, HashMap};
+use std::io::{BufReader, Read, Write as _};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
+use rustix::net::connect_unspec;
 
-/// What goes wrong with an answer.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Fault {
-    /// An error status instead of the answer, with extra header lines.
-    Status(u16, &'static str),
-    /// The whole blob with status 200, whatever range was asked for.
-    IgnoreRange,
-    /// The right head, then only so many bytes of the body.
-    Truncate(u64),
-    /// The right head, so many bytes, then silence until the proxy ends.
-    Stall(u64),
-    /// The connection closed without an answer.
-    Close,
-    /// The byte at this offset of the blob inverted. Answers without that
-    /// byte do not count.
-    Tamper(u64),
-    /// The whole body replaced, with its length in the head.
-    Replace(Vec<u8>),
-}
+pub use access::{Access, TOKEN};
+pub use schedule::{Fault, Rule};
 
-/// A fault, where and how often.
-#[derive(Debug, Clone)]
-struct Rule {
-    number: u64,
-    part_of_path: String,
-    ranged_only: bool,
-    remaining: u64,
-    fault: Fault,
-}
+use crate::command::wait_for;
+use access::Gate;
+use http::Head;
+use schedule::{Schedule, Strike};
+
+/// How often a stalled answer looks whether its client has left.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// One request that came, and what was answered.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,6 +34,8 @@ pub struct Seen {
     pub path: String,
     /// The range asked for, as written.
     pub range: Option<String>,
+    /// Whether it carried credentials or a token.
+    pub authorized: bool,
     /// The status sent, 0 for none.
     pub status: u16,
     /// Bytes of body sent.
@@ -61,11 +50,24 @@ pub struct Proxy {
 
 struct Shared {
     upstream: String,
-    rules: Mutex<Vec<Rule>>,
+    host: String,
+    schedule: Mutex<Schedule>,
+    gate: Mutex<Gate>,
     asked: Mutex<Vec<String>>,
     seen: Mutex<Vec<Seen>>,
-    ended: AtomicBool,
-    end: (Mutex<()>, Condvar),
+    open: Mutex<Open>,
+    /// Told when connections are closed.
+    closed: Condvar,
+}
+
+/// Connections, and whether there may be more.
+#[derive(Default)]
+struct Open {
+    /// Counts up whenever the proxy goes down: what was begun before ends.
+    life: u64,
+    up: bool,
+    next: u64,
+    clients: HashMap<u64, TcpStream>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -79,31 +81,38 @@ impl Proxy {
         let port = listener.local_addr()?.port();
         let shared = Arc::new(Shared {
             upstream: upstream.to_owned(),
-            rules: Mutex::default(),
+            host: format!("127.0.0.1:{port}"),
+            schedule: Mutex::default(),
+            gate: Mutex::default(),
             asked: Mutex::default(),
             seen: Mutex::default(),
-            ended: AtomicBool::new(false),
-            end: Default::default(),
+            open: Mutex::default(),
+            closed: Condvar::new(),
         });
-        let accepting = Arc::clone(&shared);
+        let proxy = Self { port, shared };
+        proxy.listen(listener);
+        Ok(proxy)
+    }
+
+    fn listen(&self, listener: TcpListener) {
+        let life = {
+            let mut open = lock(&self.shared.open);
+            open.up = true;
+            open.life
+        };
+        let shared = Arc::clone(&self.shared);
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
-                if accepting.ended.load(Ordering::SeqCst) {
+                if !shared.accept(life, stream) {
                     return;
                 }
-                let shared = Arc::clone(&accepting);
-                std::thread::spawn(move || {
-                    // A client that goes away is no failure of the proxy.
-                    let _ = shared.serve(stream);
-                });
             }
         });
-        Ok(Self { port, shared })
     }
 
     /// Host and port, as references name it.
     pub fn host(&self) -> String {
-        format!("127.0.0.1:{}", self.port)
+        self.shared.host.clone()
     }
 
     /// A reference to an image of the registry behind, through the proxy.
@@ -111,31 +120,73 @@ impl Proxy {
         format!("{}/{image}", self.host())
     }
 
+    /// Dies: connections break off, and new ones are refused.
+    pub fn down(&self) {
+        {
+            let mut open = lock(&self.shared.open);
+            open.life += 1;
+            open.up = false;
+            for client in open.clients.values() {
+                let _ = client.shutdown(Shutdown::Both);
+            }
+        }
+        self.shared.closed.notify_all();
+        // Wakes the listener, which sees that its time is over. It is gone
+        // once connections are refused.
+        while TcpStream::connect((Ipv4Addr::LOCALHOST, self.port)).is_ok() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Whether it has not died.
+    pub fn is_up(&self) -> bool {
+        lock(&self.shared.open).up
+    }
+
+    /// Comes back at the same address.
+    pub fn up(&self) -> Result<()> {
+        // Somebody may have the port for a moment, as one end of a connection.
+        let listener = wait_for("the proxy's port", || {
+            Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, self.port)).ok())
+        })?;
+        self.listen(listener);
+        Ok(())
+    }
+
+    /// Adds a rule. Of several that are due, the first strikes; delays come
+    /// on top.
+    pub fn schedule(&self, rule: Rule) {
+        lock(&self.shared.schedule).add(rule);
+    }
+
     /// Breaks the next `times` answers to requests whose path holds the text.
     pub fn fail(&self, part_of_path: &str, times: u64, fault: Fault) {
-        self.add(part_of_path, false, times, fault);
+        self.schedule(Rule::new(fault).on(part_of_path).times(times));
     }
 
     /// The same, for requests with a range only.
     pub fn fail_ranges(&self, part_of_path: &str, times: u64, fault: Fault) {
-        self.add(part_of_path, true, times, fault);
-    }
-
-    fn add(&self, part_of_path: &str, ranged_only: bool, times: u64, fault: Fault) {
-        let mut rules = lock(&self.shared.rules);
-        let number = rules.last().map_or(0, |rule| rule.number + 1);
-        rules.push(Rule {
-            number,
-            part_of_path: part_of_path.to_owned(),
-            ranged_only,
-            remaining: times,
-            fault,
-        });
+        self.schedule(Rule::new(fault).on(part_of_path).ranged().times(times));
     }
 
     /// Behaves well from now on.
     pub fn heal(&self) {
-        lock(&self.shared.rules).clear();
+        lock(&self.shared.schedule).clear();
+    }
+
+    /// Faults so far that had an effect, by name.
+    pub fn struck(&self) -> BTreeMap<&'static str, u64> {
+        lock(&self.shared.schedule).struck()
+    }
+
+    /// Asks for credentials, or for other ones, from now on.
+    pub fn demand(&self, access: Access) {
+        lock(&self.shared.gate).access = access;
+    }
+
+    /// Refuses every token given out so far.
+    pub fn expire_tokens(&self) {
+        lock(&self.shared.gate).expire();
     }
 
     /// Requests so far whose path holds the text, those included that have no
@@ -178,165 +229,167 @@ impl Proxy {
 
 impl Drop for Proxy {
     fn drop(&mut self) {
-        self.shared.ended.store(true, Ordering::SeqCst);
-        self.shared.end.1.notify_all();
-        // Wakes the listener.
-        let _ = TcpStream::connect((Ipv4Addr::LOCALHOST, self.port));
-    }
-}
-
-/// First line and headers of a message.
-struct Head {
-    first: String,
-    headers: Vec<(String, String)>,
-}
-
-impl Head {
-    fn read(from: &mut impl BufReadExt) -> Result<Option<Self>> {
-        let Some(first) = from.line()? else {
-            return Ok(None);
-        };
-        let mut headers = Vec::new();
-        loop {
-            match from.line()?.as_deref() {
-                None => bail!("the head is cut short"),
-                Some("") => return Ok(Some(Self { first, headers })),
-                Some(line) => {
-                    let (name, value) = line.split_once(':').context("a header has no colon")?;
-                    headers.push((name.to_ascii_lowercase(), value.trim().to_owned()));
-                }
-            }
+        if lock(&self.shared.open).up {
+            self.down();
         }
-    }
-
-    fn get(&self, name: &str) -> Option<&str> {
-        self.headers
-            .iter()
-            .find(|(header, _)| header == name)
-            .map(|(_, value)| value.as_str())
-    }
-}
-
-trait BufReadExt {
-    fn line(&mut self) -> Result<Option<String>>;
-}
-
-impl<R: Read> BufReadExt for BufReader<R> {
-    fn line(&mut self) -> Result<Option<String>> {
-        let mut line = String::new();
-        if self.by_ref().take(64 << 10).read_line(&mut line)? == 0 {
-            return Ok(None);
-        }
-        Ok(Some(line.trim_end_matches(['\r', '\n']).to_owned()))
     }
 }
 
 impl Shared {
+    /// Serves a new connection on a thread of its own; whether the listener
+    /// goes on.
+    fn accept(self: &Arc<Self>, life: u64, stream: TcpStream) -> bool {
+        let number = {
+            let mut open = lock(&self.open);
+            if open.life != life {
+                return false;
+            }
+            let Ok(kept) = stream.try_clone() else {
+                return true;
+            };
+            let number = open.next;
+            open.next += 1;
+            open.clients.insert(number, kept);
+            number
+        };
+        let shared = Arc::clone(self);
+        std::thread::spawn(move || {
+            // A client that goes away is no failure of the proxy.
+            let _ = shared.serve(&stream, life);
+            let _ = stream.shutdown(Shutdown::Both);
+            lock(&shared.open).clients.remove(&number);
+        });
+        true
+    }
+
     /// Answers requests on one connection until either side is done.
-    fn serve(&self, stream: TcpStream) -> Result<()> {
+    fn serve(&self, stream: &TcpStream, life: u64) -> Result<()> {
         let mut reader = BufReader::new(stream.try_clone()?);
         while let Some(request) = Head::read(&mut reader)? {
-            if !self.answer(&request, &stream)? {
-                stream.shutdown(Shutdown::Both)?;
+            if !self.answer(&request, stream, life)? {
                 break;
             }
         }
         Ok(())
     }
 
-    /// The first rule that fits, if any is left.
-    fn fault_for(&self, path: &str, ranged: bool) -> Option<(u64, Fault)> {
-        let mut rules = lock(&self.rules);
-        let rule = rules.iter_mut().find(|rule| {
-            rule.remaining > 0 && path.contains(&rule.part_of_path) && (ranged || !rule.ranged_only)
-        })?;
-        rule.remaining -= 1;
-        Some((rule.number, rule.fault.clone()))
-    }
-
-    /// Gives a fault back that had no effect.
-    fn return_fault(&self, number: u64) {
-        if let Some(rule) = (lock(&self.rules).iter_mut()).find(|rule| rule.number == number) {
-            rule.remaining += 1;
-        }
-    }
-
     /// Answers one request; whether the connection can take another.
-    fn answer(&self, request: &Head, client: &TcpStream) -> Result<bool> {
+    fn answer(&self, request: &Head, client: &TcpStream, life: u64) -> Result<bool> {
         let mut words = request.first.split(' ');
         let method = words.next().unwrap_or_default().to_owned();
         let path = words.next().unwrap_or_default().to_owned();
         lock(&self.asked).push(path.clone());
         let range = request.get("range").map(str::to_owned);
-        let fault = self.fault_for(&path, range.is_some());
-        let mut seen = Seen {
-            method,
-            path,
-            range,
-            status: 0,
-            bytes: 0,
+        let strike = lock(&self.schedule).strike(&path, range.is_some());
+        let mut answer = Answer {
+            shared: self,
+            client,
+            life,
+            touched: false,
+            seen: Seen {
+                method,
+                path,
+                range,
+                authorized: request.get("authorization").is_some(),
+                status: 0,
+                bytes: 0,
+            },
         };
-        let (number, fault) = fault.unzip();
-        let mut touched = false;
-        let outcome = self.forward(request, client, fault.as_ref(), &mut seen, &mut touched);
-        if let (Some(number), Some(Fault::Tamper(_)), false) = (number, fault, touched) {
-            self.return_fault(number);
+        let outcome = answer.give(request, &strike);
+        if matches!(strike.fault, Some(Fault::Tamper(_))) && !answer.touched {
+            lock(&self.schedule).missed(&strike);
         }
-        lock(&self.seen).push(seen);
+        lock(&self.seen).push(answer.seen);
         outcome
     }
+}
 
-    fn forward(
-        &self,
-        request: &Head,
-        mut client: &TcpStream,
-        fault: Option<&Fault>,
-        seen: &mut Seen,
-        touched: &mut bool,
-    ) -> Result<bool> {
-        if seen.method != "GET" && seen.method != "HEAD" {
-            write!(
-                client,
-                "HTTP/1.1 405 Method Not Allowed\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-            )?;
-            seen.status = 405;
+/// One answer.
+struct Answer<'a> {
+    shared: &'a Shared,
+    client: &'a TcpStream,
+    life: u64,
+    /// Whether the byte to be tampered with was among those sent.
+    touched: bool,
+    seen: Seen,
+}
+
+impl Answer<'_> {
+    fn give(&mut self, request: &Head, strike: &Strike) -> Result<bool> {
+        if self.seen.method != "GET" && self.seen.method != "HEAD" {
+            self.head(405, "Connection: close\r\n", "")?;
             return Ok(false);
         }
-        match fault {
+        if !strike.delay.is_zero() {
+            std::thread::sleep(strike.delay);
+        }
+        match &strike.fault {
             Some(Fault::Close) => return Ok(false),
             Some(Fault::Status(status, headers)) => {
-                seen.status = *status;
-                write!(
-                    client,
-                    "HTTP/1.1 {status} Broken\r\nContent-Length: 0\r\n{headers}\r\n"
-                )?;
+                self.head(*status, headers, "")?;
+                return Ok(true);
+            }
+            Some(Fault::Redirect { to, query }) => {
+                let path = &self.seen.path;
+                let joint = if path.contains('?') { '&' } else { '?' };
+                let location = format!("Location: http://{to}{path}{joint}{query}\r\n");
+                self.head(307, &location, "")?;
                 return Ok(true);
             }
             _ => {}
         }
+        let (token, challenge) = {
+            let mut gate = lock(&self.shared.gate);
+            let token = gate.token(&self.seen.path);
+            (token, gate.challenge(request, &self.shared.host))
+        };
+        if let Some(token) = token {
+            self.head(200, "", &token)?;
+            return Ok(true);
+        }
+        if let Some(challenge) = challenge {
+            self.head(401, &format!("WWW-Authenticate: {challenge}\r\n"), "")?;
+            return Ok(true);
+        }
+        self.forward(request, strike)
+    }
 
-        let mut upstream = TcpStream::connect(&self.upstream)?;
-        let mut head = format!("{} {} HTTP/1.1\r\n", seen.method, seen.path);
+    /// An answer of the proxy's own.
+    fn head(&mut self, status: u16, headers: &str, body: &str) -> Result<()> {
+        self.seen.status = status;
+        let mut client = self.client;
+        let length = body.len();
+        write!(
+            client,
+            "HTTP/1.1 {status} Told\r\nContent-Length: {length}\r\n{headers}\r\n{body}"
+        )?;
+        Ok(())
+    }
+
+    fn forward(&mut self, request: &Head, strike: &Strike) -> Result<bool> {
+        let upstream = &self.shared.upstream;
+        let fault = strike.fault.as_ref();
+        let mut connection = TcpStream::connect(upstream)?;
+        let mut head = format!("{} {} HTTP/1.1\r\n", self.seen.method, self.seen.path);
         for (name, value) in &request.headers {
-            let dropped = name == "connection"
-                || name == "host"
+            let dropped = ["connection", "host", "authorization"].contains(&name.as_str())
                 || (name == "range" && fault == Some(&Fault::IgnoreRange));
             if !dropped {
                 head += &format!("{name}: {value}\r\n");
             }
         }
-        head += &format!("host: {}\r\nconnection: close\r\n\r\n", self.upstream);
-        upstream.write_all(head.as_bytes())?;
-        let mut upstream = BufReader::new(upstream);
-        let answer = Head::read(&mut upstream)?.context("the registry gave no answer")?;
-        seen.status = answer
+        head += &format!("host: {upstream}\r\nconnection: close\r\n\r\n");
+        connection.write_all(head.as_bytes())?;
+        let mut connection = BufReader::new(connection);
+        let answer = Head::read(&mut connection)?.context("the registry gave no answer")?;
+        self.seen.status = answer
             .first
             .split(' ')
             .nth(1)
             .and_then(|status| status.parse().ok())
             .context("the registry's answer has no status")?;
 
-        let mut body: Box<dyn Read> = Box::new(upstream);
+        let mut body: Box<dyn Read> = Box::new(connection);
         let mut length = answer.get("content-length").map(str::to_owned);
         if let Some(Fault::Replace(bytes)) = fault {
             length = Some(bytes.len().to_string());
@@ -354,8 +407,9 @@ impl Shared {
             Some(length) => head += &format!("content-length: {length}\r\n\r\n"),
             None => bail!("the registry's answer has no length"),
         }
+        let mut client = self.client;
         client.write_all(head.as_bytes())?;
-        if seen.method == "HEAD" {
+        if self.seen.method == "HEAD" {
             return Ok(true);
         }
 
@@ -371,57 +425,72 @@ impl Shared {
                     .ok()
             })
             .unwrap_or(0);
-        self.copy_body(&mut *body, start, client, fault, seen, touched)
+        self.copy_body(&mut *body, start, strike)
     }
 
-    fn copy_body(
-        &self,
-        body: &mut dyn Read,
-        start: u64,
-        mut client: &TcpStream,
-        fault: Option<&Fault>,
-        seen: &mut Seen,
-        touched: &mut bool,
-    ) -> Result<bool> {
-        let limit = match fault {
-            Some(Fault::Truncate(bytes) | Fault::Stall(bytes)) => *bytes,
+    fn copy_body(&mut self, body: &mut dyn Read, start: u64, strike: &Strike) -> Result<bool> {
+        let limit = match strike.fault {
+            Some(Fault::Truncate(bytes) | Fault::Stall(bytes) | Fault::Reset(bytes)) => bytes,
             _ => u64::MAX,
         };
+        let mut client = self.client;
         let mut body = body.take(limit);
-        let mut buffer = vec![0; 64 << 10];
+        let piece = if strike.pause.is_zero() { 64 } else { 4 };
+        let mut buffer = vec![0; piece << 10];
         loop {
             let count = body.read(&mut buffer)?;
             if count == 0 {
                 break;
             }
             let piece = &mut buffer[..count];
-            if let Some(Fault::Tamper(offset)) = fault {
-                let inside = offset.checked_sub(start + seen.bytes);
+            if let Some(Fault::Tamper(offset)) = strike.fault {
+                let inside = offset.checked_sub(start + self.seen.bytes);
                 if let Some(byte) = inside
                     .and_then(|inside| usize::try_from(inside).ok())
                     .and_then(|inside| piece.get_mut(inside))
                 {
                     *byte ^= 0xff;
-                    *touched = true;
+                    self.touched = true;
                 }
             }
             client.write_all(piece)?;
-            seen.bytes += count as u64;
+            self.seen.bytes += count as u64;
+            if !strike.pause.is_zero() {
+                std::thread::sleep(strike.pause);
+            }
         }
-        match fault {
+        match strike.fault {
             Some(Fault::Truncate(_)) => Ok(false),
+            Some(Fault::Reset(_)) => {
+                // This is how a reset is sent while there are other handles
+                // of the socket.
+                connect_unspec(client)?;
+                Ok(false)
+            }
             Some(Fault::Stall(_)) => {
-                let mut guard = lock(&self.end.0);
-                while !self.ended.load(Ordering::SeqCst) {
-                    guard = self
-                        .end
-                        .1
-                        .wait(guard)
-                        .unwrap_or_else(PoisonError::into_inner);
-                }
+                self.stall()?;
                 Ok(false)
             }
             _ => Ok(true),
         }
+    }
+
+    /// Says nothing until the client or the proxy goes.
+    fn stall(&self) -> Result<()> {
+        self.client
+            .set_read_timeout(Some(Duration::from_millis(1)))?;
+        let mut open = lock(&self.shared.open);
+        while open.life == self.life {
+            let waited = self.shared.closed.wait_timeout(open, LOOK);
+            drop(waited.unwrap_or_else(PoisonError::into_inner));
+            match self.client.peek(&mut [0]) {
+                Ok(0) => return Ok(()),
+                Ok(_) => {}
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error.into()),
+            }
+            open = lock(&self.shared.open);
+        }
+        Ok(())
     }
 }

@@ -4,6 +4,7 @@ use std::fs;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context as _, Result, bail};
 
@@ -12,6 +13,7 @@ use sluice_oci::Manifest;
 use crate::command::{run, text, wait_for};
 use crate::link::Link;
 use crate::scratch::{Process, Scratch};
+use crate::tools::push_dir;
 
 /// The one account of a registry with a password.
 pub const USER: &str = "sluice";
@@ -22,9 +24,10 @@ const HTPASSWD: &str = "sluice:$2y$05$KaeO666nai22X9LEUuoBQ.suB0DifaRy9EllsFEUk3
 
 /// A running registry.
 pub struct Registry {
+    scratch: Scratch,
+    dir: PathBuf,
     host: String,
-    storage: PathBuf,
-    process: Process,
+    process: Mutex<Process>,
 }
 
 impl Registry {
@@ -60,20 +63,19 @@ impl Registry {
 
     fn start_at(
         scratch: &Scratch,
-        mut command: Command,
+        command: Command,
         address: Ipv4Addr,
         port: u16,
         password: bool,
     ) -> Result<Self> {
         let dir = scratch.fresh_dir("registry")?;
-        let storage = dir.join("storage");
         let host = format!("{address}:{port}");
         let mut config = format!(
             "version: 0.1\n\
              log: {{level: warn}}\n\
              storage:\n  filesystem: {{rootdirectory: {}}}\n  delete: {{enabled: true}}\n\
              http: {{addr: \"{host}\"}}\n",
-            storage.display()
+            dir.join("storage").display()
         );
         if password {
             let file = dir.join("htpasswd");
@@ -83,22 +85,26 @@ impl Registry {
                 file.display()
             );
         }
-        let config_file = dir.join("config.yml");
-        fs::write(&config_file, config)?;
-        command.arg("serve").arg(&config_file);
-        let name = dir.file_name().unwrap_or_default().to_string_lossy();
-        let process = scratch.spawn(&name, command)?;
-        wait_for("the registry", || {
-            if !process.is_running() {
-                bail!("docker-registry ended: {}", process.log());
-            }
-            Ok(TcpStream::connect((address, port)).ok())
-        })?;
+        fs::write(dir.join("config.yml"), config)?;
         Ok(Self {
+            process: Mutex::new(launch(scratch, &dir, command, &host)?),
+            scratch: scratch.clone(),
             host,
-            storage,
-            process,
+            dir,
         })
+    }
+
+    /// Starts it again at the same address, with what it has stored, after
+    /// its process has ended. On loopback only.
+    pub fn start_again(&self) -> Result<()> {
+        let process = wait_for("the registry's port", || {
+            let command = Command::new("docker-registry");
+            // Somebody may have the port for a moment, as one end of a
+            // connection.
+            Ok(launch(&self.scratch, &self.dir, command, &self.host).ok())
+        })?;
+        *self.process.lock().unwrap_or_else(PoisonError::into_inner) = process;
+        Ok(())
     }
 
     /// Host and port, as references name it.
@@ -112,15 +118,16 @@ impl Registry {
     }
 
     /// The process.
-    pub fn process(&self) -> &Process {
-        &self.process
+    pub fn process(&self) -> Process {
+        let process = self.process.lock();
+        process.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The file that holds a blob or manifest, by digest `sha256:<hex>`.
     pub fn blob_file(&self, digest: &str) -> PathBuf {
         let hex = digest.strip_prefix("sha256:").unwrap_or(digest);
-        self.storage
-            .join("docker/registry/v2/blobs/sha256")
+        self.dir
+            .join("storage/docker/registry/v2/blobs/sha256")
             .join(&hex[..2])
             .join(hex)
             .join("data")
@@ -137,6 +144,30 @@ impl Registry {
         serde_json::from_str(&text).with_context(|| format!("{reference} has no plain manifest"))
     }
 
+    /// Gives an image of this registry a second name, with another manifest
+    /// over the same blobs.
+    pub fn push_changed(
+        &self,
+        scratch: &Scratch,
+        reference: &str,
+        image: &str,
+        change: impl FnOnce(&mut Manifest),
+    ) -> Result<String> {
+        let dir = scratch.fresh_dir("changed")?;
+        let changed = self.reference(image);
+        run(Command::new("skopeo")
+            .args(["--insecure-policy", "copy", "--quiet"])
+            .args(["--src-tls-verify=false", "--preserve-digests"])
+            .arg(format!("docker://{reference}"))
+            .arg(format!("dir:{}", dir.display())))?;
+        let file = dir.join("manifest.json");
+        let mut manifest: Manifest = serde_json::from_slice(&fs::read(&file)?)?;
+        change(&mut manifest);
+        fs::write(&file, serde_json::to_vec(&manifest)?)?;
+        push_dir(&dir, &changed)?;
+        Ok(changed)
+    }
+
     /// Pushes an image of an OCI layout as it is, without any tool under test.
     pub fn push(&self, layout: &Path, tag: &str, image: &str) -> Result<String> {
         let reference = self.reference(image);
@@ -147,6 +178,19 @@ impl Registry {
             .arg(format!("docker://{reference}")))?;
         Ok(reference)
     }
+}
+
+fn launch(scratch: &Scratch, dir: &Path, mut command: Command, host: &str) -> Result<Process> {
+    command.arg("serve").arg(dir.join("config.yml"));
+    let name = dir.file_name().unwrap_or_default().to_string_lossy();
+    let process = scratch.spawn(&name, command)?;
+    wait_for("the registry", || {
+        if !process.is_running() {
+            bail!("docker-registry ended: {}", process.log());
+        }
+        Ok(TcpStream::connect(host).ok())
+    })?;
+    Ok(process)
 }
 
 /// A loopback port that was free a moment ago.

@@ -261,13 +261,19 @@ impl Process {
 
     /// Its resident memory in bytes.
     pub fn resident_bytes(&self) -> Result<u64> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.pid))?;
-        let line = status
-            .lines()
-            .find_map(|line| line.strip_prefix("VmRSS:"))
-            .with_context(|| format!("{} has no VmRSS", self.name))?;
-        let kib: u64 = line.trim().trim_end_matches(" kB").trim().parse()?;
-        Ok(kib * 1024)
+        crate::figures::memory(self.pid, "VmRSS")
+    }
+
+    /// The same without what is only mapped from files.
+    pub fn anonymous_bytes(&self) -> Result<u64> {
+        crate::figures::memory(self.pid, "RssAnon")
+    }
+
+    /// The most resident memory since the last call, in bytes.
+    pub fn peak_bytes(&self) -> Result<u64> {
+        let peak = crate::figures::memory(self.pid, "VmHWM")?;
+        crate::figures::forget_peak(self.pid)?;
+        Ok(peak)
     }
 
     /// Ends it one way or the other.

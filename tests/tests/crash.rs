@@ -1,19 +1,20 @@
 //! The daemon dies, is replaced or ends while containers' layers are read.
 
-use std::fs::{self, File};
-use std::io::Read as _;
+use std::fs;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use rustix::fs::Advice;
-use rustix::process::{Pid, Signal, kill_process};
-use sluice_tests::command::{attempt, run, wait_for};
+use rustix::process::Signal;
+use sluice_snapshotter::layer_dir::LayerDir;
+use sluice_tests::command::{self, attempt, run, wait_for};
+use sluice_tests::content::{self, noise};
 use sluice_tests::daemon::{Mode, Options};
 use sluice_tests::image::{self, Compression, LayoutWriter, Meta, Tarball};
+use sluice_tests::killer::{Killer, signal};
 use sluice_tests::proxy::{Fault, Proxy};
 use sluice_tests::scratch::mount_points;
 use sluice_tests::{Containerd, Daemon, Registry, Scratch, programs};
@@ -33,21 +34,7 @@ struct Mounted {
     reference: String,
     root: PathBuf,
     files: Vec<(String, Vec<u8>)>,
-    _registry: Registry,
-}
-
-/// Bytes that differ everywhere and by seed.
-fn noise(len: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut bytes = Vec::with_capacity(len + 8);
-    while bytes.len() < len {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        bytes.extend_from_slice(&state.to_le_bytes());
-    }
-    bytes.truncate(len);
-    bytes
+    registry: Registry,
 }
 
 impl Mounted {
@@ -103,13 +90,13 @@ impl Mounted {
             reference,
             root,
             files,
-            _registry: registry,
+            registry,
         })
     }
 
     /// Reads a file from where it comes from, and compares every byte.
     fn check(&self, number: usize) -> Result<()> {
-        check(&self.root, &self.files[number])
+        content::check(&self.root, &self.files[number])
     }
 
     fn check_all(&self) -> Result<()> {
@@ -150,22 +137,6 @@ impl Mounted {
         ensure!(left.is_empty(), "{left:?} are still mounted");
         Ok(())
     }
-}
-
-fn check(root: &Path, (name, content): &(String, Vec<u8>)) -> Result<()> {
-    let path = root.join(name);
-    let failed = || format!("reading {}", path.display());
-    let mut file = File::open(&path).with_context(failed)?;
-    rustix::fs::fadvise(&file, 0, None, Advice::DontNeed)?;
-    let mut read = Vec::with_capacity(content.len());
-    file.read_to_end(&mut read).with_context(failed)?;
-    ensure!(read == *content, "{} is wrong", path.display());
-    Ok(())
-}
-
-fn signal(process: u32, signal: Signal) -> Result<()> {
-    let pid = Pid::from_raw(i32::try_from(process)?).context("no process")?;
-    Ok(kill_process(pid, signal)?)
 }
 
 /// Calls `disturb` while `readers` threads read and compare without a pause;
@@ -210,26 +181,53 @@ fn go_on(reads: &AtomicU64, more: u64) -> Result<()> {
     })
 }
 
+/// From when a process says that it is ready until a reader has a whole file,
+/// of readers that all wait for it.
+fn time_to_go_on(mounted: &Mounted, process: u32, reads: &AtomicU64) -> Result<Duration> {
+    let ready = format!("process {process} is ready");
+    let pause = || std::thread::sleep(Duration::from_micros(300));
+    let before = reads.load(Ordering::Relaxed);
+    while mounted.said(&ready) == 0 {
+        ensure!(mounted.daemon.process().is_running());
+        pause();
+    }
+    let since = Instant::now();
+    wait_for("the readers to go on", || {
+        for _ in 0..1000 {
+            if reads.load(Ordering::Relaxed) > before {
+                return Ok(Some(()));
+            }
+            pause();
+        }
+        Ok(None)
+    })?;
+    Ok(since.elapsed())
+}
+
 fn reads_survive_kills(mode: Mode, format: &str) -> Result<()> {
     const KILLS: usize = 22;
     let mounted = Mounted::start(mode, format, true)?;
-    let mut pauses = noise(KILLS, 7).into_iter();
+    let mut gaps = Vec::new();
     let read = under_load(&mounted, 4, |reads| {
-        let mut process = mounted.process()?;
+        let mut killer = Killer::new(7, Duration::from_millis(255));
         for kill in 0..KILLS {
-            // Every other one must have come as far as to serve; the rest die
+            let process = killer.strike(&mounted.daemon)?;
+            // Every other one must come as far as to serve; the rest die
             // whenever it hits them, while they start or under load.
-            if kill % 2 == 1 {
-                go_on(reads, 1)?;
+            if kill % 2 == 0 {
+                gaps.push(time_to_go_on(&mounted, process, reads)?);
             }
-            let pause = u64::from(pauses.next().unwrap_or(0));
-            std::thread::sleep(Duration::from_millis(pause));
-            signal(process, Signal::KILL)?;
-            process = mounted.daemon.wait_for_next(process)?;
         }
         go_on(reads, 40)
     })?;
     ensure!(read >= 40, "only {read} files were read");
+    gaps.sort_unstable();
+    eprintln!(
+        "mode {}: readers went on {:?} after the next process was ready, {:?} at most",
+        mode.name(),
+        gaps[gaps.len() / 2],
+        gaps[gaps.len() - 1],
+    );
     assert_eq!(mounted.said("killed by signal 9"), KILLS);
     let taken_over = mounted.said(TAKEN_OVER);
     ensure!((KILLS / 2..=KILLS).contains(&taken_over), "{taken_over}");
@@ -332,19 +330,91 @@ fn a_new_program_takes_over_under_load() -> Result<()> {
     mounted.end()
 }
 
+/// What a former process had begun to download, the next one does, without
+/// being asked for the layer.
+#[test]
+fn regression_downloads_go_on_after_a_restart_in_both_modes() -> Result<()> {
+    for mode in Mode::ALL {
+        let mounted = Mounted::start_with(
+            "estargz",
+            Options {
+                mode: Some(mode),
+                more: "[prefetch]\nenabled = false\n[background]\ndelay_seconds = 86400\n".into(),
+                supervised: true,
+                ..Options::default()
+            },
+        )?;
+        let configuration = mounted.daemon.root().with_file_name("config.toml");
+        let text = fs::read_to_string(&configuration)?;
+        fs::write(&configuration, text.replace("= 86400", "= 0"))?;
+        let process = mounted.process()?;
+        mounted.daemon.process().signal(Signal::HUP)?;
+        mounted.daemon.wait_for_next(process)?;
+        for layer in mounted.registry.manifest(&mounted.reference)?.layers {
+            let hex = layer.digest.hex();
+            let path = mounted.daemon.root().join("layers").join(hex);
+            wait_for("the download", || {
+                let open = LayerDir::open(&path, layer.digest)?;
+                Ok(open.is_complete().then_some(()))
+            })
+            .with_context(|| mounted.daemon.log())?;
+        }
+        mounted.check_all()?;
+        mounted.end()?;
+    }
+    Ok(())
+}
+
 #[test]
 fn a_process_without_a_keeper_says_whom_its_end_has_hit() -> Result<()> {
     for mode in Mode::ALL {
         let mut mounted = Mounted::start(mode, "estargz", false)?;
         mounted.check_all()?;
+        // As a container has it, whose number is also that of its snapshot.
+        let container = mounted.scratch.dir("container")?;
+        let top = mounted.containerd.top_snapshot(&mounted.reference)?;
+        let snapshots = |arguments: &[&str]| {
+            let mut ctr = mounted.containerd.ctr();
+            ctr.args(["snapshots", "--snapshotter", SLUICE])
+                .args(arguments);
+            command::text(&mut ctr)
+        };
+        snapshots(&["prepare", "container-1", &top])?;
+        let target = container.display().to_string();
+        let mount = snapshots(&["mounts", &target, "container-1"])?;
+        run(Command::new("sh").args(["-c", &mount]))?;
+        fs::write(container.join("written"), "content")?;
+        let held = fs::File::open(container.join("written"))?;
+        let points = |daemon: &Daemon| {
+            let mut points = mount_points(&daemon.root());
+            points.sort();
+            points
+        };
+        let before = points(&mounted.daemon);
+
         mounted.daemon.process().kill()?;
         mounted.daemon.start_again()?;
-        let told = format!("the mount at {} stands on layers", mounted.root.display());
-        wait_for("the daemon to tell", || {
-            Ok((mounted.said(&told) > 0).then_some(()))
+        let view = format!("the mount at {} stands on layers", mounted.root.display());
+        let writable = format!(
+            "the mount at {target} of container container-1 in namespace {} stands on layers",
+            mounted.containerd.namespace()
+        );
+        for told in [&view, &writable] {
+            wait_for("the daemon to tell", || {
+                Ok((mounted.said(told) > 0).then_some(()))
+            })?;
+            assert_eq!(mounted.said(told), 1);
+        }
+        // Mounts are where they were, without anybody having asked.
+        wait_for("the layers to be mounted again", || {
+            Ok((points(&mounted.daemon) == before).then_some(()))
         })?;
-        assert_eq!(mounted.said(&told), 1);
+        // The container was not disturbed: what is its own is there.
+        assert_eq!(fs::read_to_string(container.join("written"))?, "content");
+        drop(held);
+        run(Command::new("umount").arg(&container))?;
         mounted.containerd_is_back()?;
+        snapshots(&["remove", "container-1"])?;
         // What is mounted from now on works.
         let dead = mounted.root.clone();
         mounted.root = mounted.containerd.mount(&mounted.reference, SLUICE)?;

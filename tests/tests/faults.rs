@@ -1,127 +1,25 @@
 //! What goes wrong between a node and its registry gives a clear error and
 //! never a wrong byte, and what goes wrong for a moment gives none at all.
 
-use std::fs::File;
-use std::io::Read;
-use std::os::unix::fs::FileExt as _;
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
-use sluice_oci::Descriptor;
+use anyhow::{Context as _, Result, ensure};
+use sluice_tests::command::{self, wait_for};
 use sluice_tests::daemon::Mode;
-use sluice_tests::image::{self, Compression, LayoutWriter, Meta, Noise, Tarball};
-use sluice_tests::node::{Node, snapshotter};
-use sluice_tests::proxy::{Fault, Proxy};
+use sluice_tests::faulty::{FILES, World, file_name};
+use sluice_tests::node::snapshotter;
+use sluice_tests::proxy::{Access, Fault, Proxy};
 use sluice_tests::tree::{self, Times};
-use sluice_tests::{command, programs};
 
 /// Nothing is fetched but what a reader asks for, and failures come soon.
 const ON_DEMAND: &str = "[prefetch]\nenabled = false\n[background]\nenabled = false\n\
                          [fetch]\ndeadline_seconds = 3\nread_ahead_mib = 0\n";
 
-/// Files of the image, each with chunks of its own.
-const FILES: u64 = 24;
-const FILE_SIZE: u64 = 300_000;
-
-fn file_name(number: u64) -> String {
-    format!("file-{number:02}")
-}
-
-fn content(number: u64) -> Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    Noise(number * 1_000_000)
-        .take(FILE_SIZE)
-        .read_to_end(&mut bytes)?;
-    Ok(bytes)
-}
-
-/// A node, an image of one layer in its registry, and a proxy in between.
-struct World {
-    node: Node,
-    proxy: Proxy,
-    /// Through the proxy.
-    reference: String,
-    /// The image as it was before conversion, from the registry.
-    plain: String,
-    layer: Descriptor,
-}
-
-impl World {
-    fn new(format: &str, configuration: &str) -> Result<Self> {
-        let node = Node::start(configuration)?;
-        let layout = node.scratch.dir("layout")?;
-        let mut writer = LayoutWriter::new(&layout)?;
-        writer.layer(Compression::Gzip, |to| {
-            let mut tar = Tarball::new(to);
-            for number in 0..FILES {
-                let meta = Meta::mode(0o644);
-                tar.file(&file_name(number), &meta, &content(number)?)?;
-            }
-            tar.finish()
-        })?;
-        writer.finish(image::TAG, &[])?;
-        let plain = node.registry.push(&layout, image::TAG, "faulty:plain")?;
-        let direct = node.registry.reference("faulty:lazy");
-        command::run(
-            programs::sluice_command()?
-                .args(["convert", "--format", format])
-                .arg(format!("oci:{}:{}", layout.display(), image::TAG))
-                .arg(&direct),
-        )?;
-        let layer = node.registry.manifest(&direct)?.layers.remove(0);
-        let proxy = Proxy::start(node.registry.host())?;
-        Ok(Self {
-            reference: proxy.reference("faulty:lazy"),
-            plain,
-            layer,
-            proxy,
-            node,
-        })
-    }
-
-    fn mount(&self, mode: Mode) -> Result<PathBuf> {
-        (self.node.containerd).lazy_pull(&self.reference, snapshotter(mode))?;
-        let meta = self.node.layer_dir(mode, &self.layer.digest.hex());
-        ensure!(
-            meta.join("meta.erofs").exists(),
-            "the layer is not lazy:\n{}",
-            self.log(mode)
-        );
-        self.node
-            .containerd
-            .mount(&self.reference, snapshotter(mode))
-    }
-
-    fn log(&self, mode: Mode) -> String {
-        self.node.daemon(mode).log()
-    }
-
-    fn fail(&self, times: u64, fault: Fault) {
-        self.proxy.fail_ranges("/blobs/", times, fault);
-    }
-
-    /// Reads a file piece by piece: whether all came, or a read failed with an
-    /// I/O error. A wrong byte is an error of the test.
-    fn read(&self, dir: &Path, number: u64) -> Result<bool> {
-        let name = file_name(number);
-        let expected = content(number)?;
-        let file = File::open(dir.join(&name))?;
-        let mut buffer = vec![0; 16 << 10];
-        for (index, piece) in expected.chunks(buffer.len()).enumerate() {
-            let buffer = &mut buffer[..piece.len()];
-            buffer.fill(0);
-            match file.read_exact_at(buffer, (index * (16 << 10)) as u64) {
-                Ok(()) => ensure!(buffer == piece, "{name}: wrong bytes"),
-                Err(error) if error.raw_os_error() == Some(libc::EIO) => return Ok(false),
-                Err(error) => bail!("{name}: {error}"),
-            }
-        }
-        Ok(true)
-    }
-
-    fn read_all(&self, dir: &Path) -> Result<Vec<bool>> {
-        (0..FILES).map(|number| self.read(dir, number)).collect()
-    }
+fn with_deadline(seconds: u32) -> String {
+    ON_DEMAND.replace("= 3", &format!("= {seconds}"))
 }
 
 const FORMATS: [&str; 2] = ["estargz", "zstd-chunked"];
@@ -141,8 +39,9 @@ fn a_tampered_chunk_is_never_served() -> Result<()> {
             ensure!(named, "the log does not name the layer:\n{log}");
             // Nothing of it was kept: the file is whole once the registry is.
             world.proxy.heal();
-            let outcome = world.read_all(&dir)?;
-            ensure!(outcome.iter().all(|complete| *complete), "{outcome:?}");
+            for number in 0..FILES {
+                world.read_in_the_end(&dir, number)?;
+            }
         }
     }
     Ok(())
@@ -187,21 +86,24 @@ fn a_tampered_toc_or_footer_is_unpacked_instead() -> Result<()> {
             }
             None => world.layer.size - 51 - 500,
         };
-        let footer = world.layer.size - 20;
-        let broken: &[(Mode, u64)] = match format {
-            "estargz" => &[(Mode::Erofs, toc), (Mode::Fuse, footer)],
-            // Its annotation says where the TOC is; the footer is not read.
-            _ => &[(Mode::Erofs, toc)],
-        };
-        for (mode, offset) in broken {
-            world.fail(u64::MAX, Fault::Tamper(*offset));
-            (world.node.containerd).lazy_pull(&world.reference, snapshotter(*mode))?;
-            let log = world.log(*mode);
+        // The footer is read where no annotation says where the TOC is.
+        let direct = world.node.registry.reference("faulty:lazy");
+        let registry = &world.node.registry;
+        registry.push_changed(&world.node.scratch, &direct, "faulty:footer", |manifest| {
+            let annotations = &mut manifest.layers[0].annotations;
+            annotations.retain(|key, _| !key.ends_with("position"));
+        })?;
+        let footer = (Mode::Fuse, "faulty:footer", world.layer.size - 20);
+        for (mode, name, offset) in [(Mode::Erofs, "faulty:lazy", toc), footer] {
+            let reference = world.proxy.reference(name);
+            world.fail(u64::MAX, Fault::Tamper(offset));
+            (world.node.containerd).lazy_pull(&reference, snapshotter(mode))?;
+            let log = world.log(mode);
             ensure!(
                 log.contains(&world.layer.digest.to_string()) && log.contains("cannot be lazy"),
                 "no reason in the log:\n{log}"
             );
-            let mounted = (world.node.containerd).mount(&world.reference, snapshotter(*mode))?;
+            let mounted = (world.node.containerd).mount(&reference, snapshotter(mode))?;
             tree::compare_but(&unpacked, &mounted, Times::Seconds, |path, what| {
                 let own = ["stargz.index.json", ".no.prefetch.landmark"];
                 tree::root_time(path, what) || own.iter().any(|name| path == Path::new(name))
@@ -242,6 +144,14 @@ fn a_tampered_blob_or_manifest_is_refused() -> Result<()> {
     let by_digest = world.proxy.reference(&format!("faulty@{digest}"));
     let said = refusal(&by_digest)?;
     ensure!(said.contains(&digest), "the manifest is not named:\n{said}");
+    world.proxy.heal();
+
+    // A registry that never delivers the table of contents holds up nobody.
+    world.fail(u64::MAX, Fault::Stall(0));
+    (world.node.containerd).lazy_pull(&world.reference, snapshotter(Mode::Fuse))?;
+    let log = world.log(Mode::Fuse);
+    let reason = format!("layer {layer} cannot be lazy: the registry did not deliver");
+    ensure!(log.contains(&reason), "{log}");
     Ok(())
 }
 
@@ -259,8 +169,8 @@ fn manifest_digest(world: &World) -> Result<String> {
 
 #[test]
 fn what_fails_for_a_moment_is_not_noticed() -> Result<()> {
-    let patient = ON_DEMAND.replace("deadline_seconds = 3", "deadline_seconds = 60");
-    let world = World::new("estargz", &patient)?;
+    // A stall takes a quarter of the deadline.
+    let world = World::new("estargz", &with_deadline(20))?;
     let (mode, mut next) = (Mode::Erofs, 0..FILES);
     let dir = world.mount(mode)?;
     for fault in [
@@ -270,6 +180,9 @@ fn what_fails_for_a_moment_is_not_noticed() -> Result<()> {
         Fault::Close,
         Fault::Truncate(0),
         Fault::Truncate(100_000),
+        Fault::Reset(100_000),
+        Fault::Delay(Duration::from_millis(500)),
+        Fault::Slow(Duration::from_millis(5)),
         Fault::Stall(50_000),
     ] {
         let number = next.next().context("no file is left")?;
@@ -310,9 +223,147 @@ fn what_fails_for_good_fails_the_read_and_nothing_else() -> Result<()> {
             let log = world.log(mode).split_off(logged);
             let named = log.contains(&world.layer.digest.to_string());
             ensure!(named, "{fault:?}: the log does not name the layer:\n{log}");
+            // Once, however many readers and tries there were.
+            let lines = log.lines().filter(|line| line.contains("gets EIO"));
+            let lines: Vec<_> = lines.collect();
+            let path = format!("path=/{}", file_name(number));
+            ensure!(
+                lines.len() == 1 && lines[0].contains(&path),
+                "{fault:?}: {lines:?}"
+            );
             world.proxy.heal();
-            ensure!(world.read(&dir, number)?, "{fault:?} left something behind");
+            world
+                .read_in_the_end(&dir, number)
+                .with_context(|| format!("{fault:?} left something behind"))?;
         }
     }
+    Ok(())
+}
+
+/// The registry's process ends and is started again.
+#[test]
+fn an_outage_is_waited_for_and_readers_can_be_killed_meanwhile() -> Result<()> {
+    let world = World::new("estargz", &with_deadline(300))?;
+    let reference = world.node.registry.reference("faulty:lazy");
+    for mode in Mode::ALL {
+        let dir = world.mount_from(&reference, mode)?;
+        ensure!(world.read(&dir, 0)?);
+        world.node.registry.process().kill()?;
+        let logged = world.log(mode).len();
+        let log = |world: &World| world.log(mode).split_off(logged);
+        std::thread::scope(|scope| -> Result<()> {
+            let reader = |number| {
+                let (world, dir) = (&world, &dir);
+                scope.spawn(move || world.read(dir, number))
+            };
+            let readers: Vec<_> = (1..6).map(reader).collect();
+            let mut doomed = Command::new("cat")
+                .arg(dir.join(file_name(10)))
+                .stdout(Stdio::null())
+                .spawn()?;
+            wait_for("readers that wait", || {
+                Ok(log(&world).contains("the reader waits").then_some(()))
+            })?;
+            // What is here is served, and whoever waits can be killed.
+            ensure!(world.read(&dir, 0)?);
+            ensure!(doomed.try_wait()?.is_none(), "it waits, too");
+            doomed.kill()?;
+            doomed.wait()?;
+            ensure!(readers.iter().all(|reader| !reader.is_finished()));
+            world.node.registry.start_again()?;
+            for reader in readers {
+                let complete = reader.join().expect("a reader does not panic")?;
+                ensure!(complete, "{}", log(&world));
+            }
+            Ok(())
+        })?;
+        let log = log(&world);
+        let told = |text: &str| log.lines().filter(|line| line.contains(text)).count();
+        ensure!(told("refused") == 1, "once for a cause:\n{log}");
+        ensure!(
+            told("gets EIO") == 0 && told("is fetched again") >= 1,
+            "{log}"
+        );
+    }
+    Ok(())
+}
+
+/// Tokens, passwords and redirects that are no longer good.
+#[test]
+fn what_changes_in_the_middle_is_followed() -> Result<()> {
+    let world = World::new("estargz", &with_deadline(300))?;
+    let (mode, mut next) = (Mode::Erofs, 1..FILES);
+    let dir = world.mount(mode)?;
+    ensure!(world.read(&dir, 0)?);
+    let mut read = || -> Result<()> {
+        let number = next.next().context("no file is left")?;
+        ensure!(world.read(&dir, number)?, "{}", world.log(mode));
+        Ok(())
+    };
+
+    // An expired token is renewed without a reader's noticing.
+    world.proxy.demand(Access::Token);
+    read()?;
+    world.proxy.expire_tokens();
+    read()?;
+    assert_eq!(world.proxy.asked("/token"), 2);
+    ensure!(!world.log(mode).contains("the reader waits"));
+
+    // A redirect is followed, without credentials, and renewed when it has
+    // expired.
+    let store = Proxy::start(world.node.registry.host())?;
+    let redirect = |signature: &str| {
+        world.proxy.heal();
+        let redirect = Fault::Redirect {
+            to: store.host(),
+            query: format!("signature={signature}"),
+        };
+        world.fail(u64::MAX, redirect);
+    };
+    redirect("one");
+    read()?;
+    let before = world.proxy.asked("/blobs/");
+    read()?;
+    assert_eq!(world.proxy.asked("/blobs/"), before, "it is remembered");
+    store.fail("signature=one", u64::MAX, Fault::Status(403, ""));
+    redirect("two");
+    read()?;
+    ensure!(store.asked("signature=two") == 1);
+    ensure!(store.seen().iter().all(|seen| !seen.authorized));
+    ensure!(!world.log(mode).contains("the reader waits"));
+    world.proxy.heal();
+    store.fail("signature=two", u64::MAX, Fault::Status(403, ""));
+
+    // Credentials are read again when they are refused. Here the registry has
+    // the new ones before the node does.
+    let log_in = |password: &str| {
+        let json = format!(
+            r#"{{"auths": {{"{}": {{"auth": "{password}"}}}}}}"#,
+            world.proxy.host()
+        );
+        let file = world.node.daemon(mode).docker_config();
+        let new = file.with_extension("new");
+        fs::write(&new, json)?;
+        fs::rename(&new, &file)
+    };
+    log_in("bWU6b25l")?;
+    world.proxy.demand(Access::Password("bWU6b25l".to_owned()));
+    read()?;
+    ensure!(!world.log(mode).contains("the reader waits"));
+    world.proxy.demand(Access::Password("bWU6dHdv".to_owned()));
+    std::thread::scope(|scope| -> Result<()> {
+        let reader = scope.spawn(&mut read);
+        wait_for("a reader that waits", || {
+            Ok(world.log(mode).contains("the reader waits").then_some(()))
+        })?;
+        ensure!(!reader.is_finished());
+        log_in("bWU6dHdv")?;
+        reader.join().expect("a reader does not panic")
+    })?;
+    let log = world.log(mode);
+    ensure!(
+        log.contains("docker login") && !log.contains("bWU6"),
+        "{log}"
+    );
     Ok(())
 }

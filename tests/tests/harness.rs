@@ -9,8 +9,8 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context as _, Result};
-use sluice_tests::proxy::{Fault, Proxy};
+use anyhow::{Context as _, Result, ensure};
+use sluice_tests::proxy::{Access, Fault, Proxy, Rule};
 use sluice_tests::tree::{Times, compare, compare_but, root_time};
 use sluice_tests::{Containerd, Registry, Scratch, command, image};
 
@@ -173,6 +173,61 @@ fn the_proxy_breaks_what_it_is_told_and_counts() -> Result<()> {
 
     assert_eq!(proxy.requests("/blobs/"), 6);
     assert_eq!(proxy.bytes("/blobs/"), 100 + 100 + 2 * layer.size + 10);
+    Ok(())
+}
+
+#[test]
+fn the_proxy_dies_redirects_and_asks_for_credentials() -> Result<()> {
+    let scratch = Scratch::new()?;
+    let registry = Registry::start(&scratch)?;
+    let odd = image::odd()?;
+    registry.push(odd.layout(), image::TAG, "odd:1")?;
+    let config = image::read_manifest(odd.layout())?.config.digest;
+    let path = &format!("/v2/odd/blobs/{config}");
+    let (proxy, other) = (
+        Proxy::start(registry.host())?,
+        Proxy::start(registry.host())?,
+    );
+    let status = |proxy: &Proxy| -> Result<String> {
+        let (head, _) = get(proxy, path, None)?;
+        Ok(head.split(' ').nth(1).unwrap_or_default().to_owned())
+    };
+
+    proxy.fail("/blobs/", 1, Fault::Reset(5));
+    let broken = get(&proxy, path, None).expect_err("a reset");
+    ensure!(format!("{broken:#}").contains("reset"), "{broken:#}");
+
+    let redirect = Fault::Redirect {
+        to: other.host(),
+        query: "signature=1".to_owned(),
+    };
+    proxy.schedule(Rule::new(redirect).after(1).times(1));
+    assert_eq!(status(&proxy)?, "200");
+    let (head, _) = get(&proxy, path, None)?;
+    let target = format!("Location: http://{}{path}?signature=1", other.host());
+    ensure!(
+        head.starts_with("HTTP/1.1 307") && head.contains(&target),
+        "{head}"
+    );
+
+    proxy.demand(Access::Password("YTpi".to_owned()));
+    let (head, _) = get(&proxy, path, None)?;
+    ensure!(head.contains("WWW-Authenticate: Basic"), "{head}");
+    proxy.demand(Access::Token);
+    assert_eq!(status(&proxy)?, "401");
+    let (_, body) = get(&proxy, "/token?scope=x", None)?;
+    assert_eq!(
+        body,
+        br#"{"token":"tokens-are-numbered-0","expires_in":86400}"#
+    );
+    proxy.demand(Access::Open);
+
+    proxy.down();
+    ensure!(TcpStream::connect(proxy.host()).is_err());
+    proxy.up()?;
+    assert_eq!(status(&proxy)?, "200");
+    let struck = proxy.struck();
+    assert_eq!((struck["reset connection"], struck["redirect"]), (1, 1));
     Ok(())
 }
 

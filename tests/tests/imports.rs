@@ -5,9 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// What each crate may depend on within the workspace. `tests` and `benches`
-/// may use anything and nothing uses them, but that benches stand on the
-/// harness.
+/// What each crate may depend on within the workspace. `tests`, `interleavings`
+/// and `benches` may use anything and nothing uses them, but that benches stand
+/// on the harness.
 const CRATES: &[(&str, &[&str])] = &[
     ("oci", &[]),
     ("proto", &[]),
@@ -36,6 +36,11 @@ const CRATES: &[(&str, &[&str])] = &[
             "snapshotter",
             "proto",
         ],
+    ),
+    // Compiles the fetch engine anew, with other locks.
+    (
+        "interleavings",
+        &["oci", "layer", "registry", "snapshotter"],
     ),
     (
         "benches",
@@ -72,11 +77,19 @@ const MODULES: &[(&str, &[&str])] = &[
             "remote",
             "service",
             "keeper",
+            "profiles",
+            "scrub",
+            "descriptors",
         ],
     ),
+    ("scrub", &["layer_dir"]),
+    ("profiles", &["erofs", "layer_dir"]),
+    ("control", &["node", "service", "fetch", "profiles"]),
     ("keeper", &["fuse"]),
+    ("descriptors", &[]),
     ("service", &[]),
     ("socket", &[]),
+    ("crash_points", &[]),
     (
         "config",
         &["mount", "fuse", "fetch", "node", "remote", "service"],
@@ -85,6 +98,8 @@ const MODULES: &[(&str, &[&str])] = &[
         "daemon",
         &[
             "config",
+            "control",
+            "descriptors",
             "keeper",
             "socket",
             "service",
@@ -94,13 +109,23 @@ const MODULES: &[(&str, &[&str])] = &[
             "fetch",
             "remote",
             "layer_dir",
+            "scrub",
         ],
     ),
     // The other composition root: an image without containerd.
     ("standalone", &["mount", "node", "service", "socket"]),
+    // For fuzzing alone: whatever reads foreign bytes.
+    (
+        "fuzzing",
+        &["erofs", "fuse", "keeper", "layer_dir", "service"],
+    ),
     // The program: arguments in, exit status out.
     ("cleanup", &["mount", "socket"]),
-    ("main", &["daemon", "config", "keeper", "cleanup"]),
+    ("crashing", &[]),
+    (
+        "main",
+        &["daemon", "config", "keeper", "cleanup", "scrub", "socket"],
+    ),
 ];
 
 fn workspace() -> PathBuf {

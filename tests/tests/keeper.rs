@@ -11,9 +11,11 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use rustix::fs::Advice;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use sluice_snapshotter::mount::erofs;
 use sluice_tests::command::{self, wait_for};
+use sluice_tests::content::noise;
+use sluice_tests::killer::signal as kill;
 use sluice_tests::{Process, Scratch};
 
 /// A supervised daemon in a directory of its own.
@@ -25,12 +27,19 @@ struct Kept {
 
 impl Kept {
     fn start(prepare: impl FnOnce(&Path) -> Result<()>) -> Result<Self> {
+        Self::start_by(Command::new(env!("CARGO_BIN_EXE_kept")), prepare)
+    }
+
+    /// By a command that runs what its further arguments say.
+    fn start_by(start: Command, prepare: impl FnOnce(&Path) -> Result<()>) -> Result<Self> {
         let scratch = Scratch::new()?;
         let dir = scratch.dir("kept")?;
         fs::create_dir(dir.join("mount"))?;
         fs::write(dir.join("events"), "")?;
         prepare(&dir)?;
-        let supervisor = supervise(&scratch, &dir)?;
+        let mut start = start;
+        start.arg("supervise").arg(&dir);
+        let supervisor = scratch.spawn("supervise", start)?;
         Ok(Self {
             scratch,
             dir,
@@ -90,31 +99,6 @@ impl Drop for Kept {
     fn drop(&mut self) {
         let _ = fs::remove_file(self.dir.join("hold"));
     }
-}
-
-fn supervise(scratch: &Scratch, dir: &Path) -> Result<Process> {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_kept"));
-    command.arg("supervise").arg(dir);
-    scratch.spawn("supervise", command)
-}
-
-fn kill(process: u32, signal: Signal) -> Result<()> {
-    let pid = Pid::from_raw(process as i32).context("no process")?;
-    Ok(kill_process(pid, signal)?)
-}
-
-/// Bytes that differ everywhere and by seed.
-fn noise(len: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut bytes = Vec::with_capacity(len + 8);
-    while bytes.len() < len {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        bytes.extend_from_slice(&state.to_le_bytes());
-    }
-    bytes.truncate(len);
-    bytes
 }
 
 /// A tree that the kernel's EROFS shows, with its content in the kept file.
@@ -393,5 +377,87 @@ fn the_supervisor_is_small_and_holds_nothing_open_on_its_mounts() -> Result<()> 
     let later = fs::read_dir(format!("/proc/{supervisor}/fd"))?.count();
     assert_eq!(later, open.len());
     kept.supervisor.stop()?;
+    Ok(())
+}
+
+/// `kept` with at most so many open files, soft and hard.
+fn limited(files: &str) -> Command {
+    let mut command = Command::new("prlimit");
+    command
+        .arg(format!("--nofile={files}"))
+        .arg(env!("CARGO_BIN_EXE_kept"));
+    command
+}
+
+#[test]
+fn regression_descriptors_are_kept_under_a_low_soft_limit() -> Result<()> {
+    let content = |dir: &Path| Ok(fs::write(dir.join("data"), "content")?);
+    let kept = Kept::start_by(limited("32:4096"), content)?;
+    kill(kept.wait_for_process(0)?, Signal::KILL)?;
+    kept.wait_for_process(1)?;
+    assert!(
+        kept.events()[1].starts_with("adopted "),
+        "{:?}",
+        kept.events()
+    );
+    assert_eq!(fs::read(kept.file())?, b"content");
+    kept.supervisor.stop()?;
+    Ok(())
+}
+
+#[test]
+fn a_hard_limit_that_keeps_nothing_is_refused() -> Result<()> {
+    let kept = Kept::start_by(limited("64:64"), |_| Ok(()))?;
+    kept.wait_for_end()?;
+    let log = kept.supervisor.log();
+    ensure!(log.contains("at most 64 files may be open"), "{log}");
+    ensure!(kept.events().is_empty(), "a daemon was started");
+    Ok(())
+}
+
+/// The shipped unit says what the daemon needs of systemd, and nothing that
+/// systemd does not understand.
+#[test]
+fn the_unit_keeps_descriptors_and_kills_the_daemon_alone() -> Result<()> {
+    let unit = include_str!("../../systemd/sluice-snapshotter.service");
+    let setting = |key: &str| -> Result<&str> {
+        let mut lines = unit.lines().filter_map(|line| line.split_once('='));
+        let found = lines.find(|(name, _)| *name == key);
+        Ok(found.with_context(|| format!("the unit has no {key}"))?.1)
+    };
+    assert_eq!(setting("Type")?, "notify");
+    assert_eq!(setting("NotifyAccess")?, "main");
+    assert_eq!(setting("Restart")?, "always");
+    assert_eq!(setting("StartLimitIntervalSec")?, "0");
+    assert_eq!(setting("KillMode")?, "process");
+    // Two mounts at the most, each with its terms.
+    let most: u32 = setting("FileDescriptorStoreMax")?.parse()?;
+    ensure!(most >= 4, "{most}");
+    assert_eq!(setting("Environment")?, format!("FDSTORE={most}"));
+    assert_eq!(setting("FileDescriptorStorePreserve")?, "yes");
+    for own_namespace in ["Private", "Protect", "ReadOnlyPaths", "RootDirectory"] {
+        let line = unit.lines().find(|line| line.starts_with(own_namespace));
+        ensure!(line.is_none(), "{line:?} takes the mounts out of sight");
+    }
+
+    let scratch = Scratch::new()?;
+    let copy = scratch.path().join("sluice-snapshotter.service");
+    let program = sluice_tests::programs::snapshotter()?;
+    let installed = "/usr/local/bin/sluice-snapshotter";
+    ensure!(setting("ExecStart")?.starts_with(installed));
+    fs::write(
+        &copy,
+        unit.replace(installed, &program.display().to_string()),
+    )?;
+    let verified = command::run(
+        Command::new("systemd-analyze")
+            .args(["verify", "--man=no"])
+            .arg(&copy),
+    )?;
+    let said = String::from_utf8(verified.stderr)?;
+    // Which systemd 254 and later know.
+    let known = |line: &&str| !line.contains("'FileDescriptorStorePreserve'");
+    let strange: Vec<&str> = said.lines().filter(known).collect();
+    ensure!(strange.is_empty(), "{strange:#?}");
     Ok(())
 }

@@ -5,23 +5,17 @@
 //! on a machine that does nothing else. A table goes to standard error, JSON to
 //! standard output.
 
-use std::collections::HashMap;
 use std::path::Path;
 use std::time::Instant;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use clap::Parser;
-use hyper_util::rt::TokioIo;
 use serde_json::json;
-use sluice_oci::{Descriptor, Digest};
-use sluice_proto::containerd::services::snapshots::v1::PrepareSnapshotRequest;
-use sluice_proto::containerd::services::snapshots::v1::snapshots_client::SnapshotsClient;
+use sluice_oci::Descriptor;
 use sluice_tests::daemon::Options;
 use sluice_tests::image::{Compression, LayoutWriter, Meta, Tarball};
 use sluice_tests::proxy::Proxy;
-use sluice_tests::{Daemon, Registry, Scratch};
-use tokio::net::UnixStream;
-use tonic::transport::{Channel, Endpoint, Uri};
+use sluice_tests::{Daemon, Registry, Scratch, Snapshots};
 
 /// Mounting a layer of many files.
 #[derive(Parser)]
@@ -135,26 +129,15 @@ async fn mount_once(scratch: &Scratch, reference: &str, layer: &Descriptor) -> R
             ..Options::default()
         },
     )?;
-    let mut client = connect(&daemon).await?;
+    let client = Snapshots::connect(&daemon).await?;
     rustix::fs::sync();
 
     let clock = Instant::now();
-    let answer = client.prepare(remote_request(reference, layer)).await;
+    let served = client.serve(CHAIN_ID, "", reference, layer).await;
     let ready_ms = clock.elapsed().as_secs_f64() * 1000.0;
-    match answer {
-        Err(status) if status.code() == tonic::Code::AlreadyExists => {}
-        other => bail!(
-            "the layer is not served lazily: {other:?}; {}",
-            daemon.log()
-        ),
-    }
+    served.with_context(|| daemon.log())?;
     let clock = Instant::now();
-    let container = PrepareSnapshotRequest {
-        key: "container".to_owned(),
-        parent: CHAIN_ID.to_owned(),
-        ..Default::default()
-    };
-    let mounts = client.prepare(container).await?.into_inner().mounts;
+    let mounts = client.prepare("container", CHAIN_ID).await?;
     let mounted_ms = clock.elapsed().as_secs_f64() * 1000.0;
     ensure!(mounts.len() == 1, "{mounts:?}");
     let resident_mib = daemon.process().resident_bytes()? as f64 / f64::from(1 << 20);
@@ -181,41 +164,3 @@ async fn count_requests(
 
 /// Any name does; this is not an image that somebody pulled.
 const CHAIN_ID: &str = "sha256:bench";
-
-fn remote_request(reference: &str, layer: &Descriptor) -> PrepareSnapshotRequest {
-    let prefix = "containerd.io/snapshot";
-    let mut labels = HashMap::from([
-        (format!("{prefix}.ref"), CHAIN_ID.to_owned()),
-        (format!("{prefix}/cri.image-ref"), reference.to_owned()),
-        (
-            format!("{prefix}/cri.layer-digest"),
-            layer.digest.to_string(),
-        ),
-        (
-            format!("{prefix}/cri.image-layers"),
-            layer.digest.to_string(),
-        ),
-    ]);
-    let passed_on = layer
-        .annotations
-        .iter()
-        .filter(|(k, _)| k.starts_with(prefix));
-    labels.extend(passed_on.map(|(k, v)| (k.clone(), v.clone())));
-    PrepareSnapshotRequest {
-        key: format!("extract {}", Digest::of(reference.as_bytes())),
-        labels,
-        ..Default::default()
-    }
-}
-
-async fn connect(daemon: &Daemon) -> Result<SnapshotsClient<Channel>> {
-    let socket = daemon.socket();
-    let connect = tower::service_fn(move |_: Uri| {
-        let socket = socket.clone();
-        async move { UnixStream::connect(socket).await.map(TokioIo::new) }
-    });
-    let channel = Endpoint::from_static("http://localhost")
-        .connect_with_connector(connect)
-        .await?;
-    Ok(SnapshotsClient::new(channel))
-}

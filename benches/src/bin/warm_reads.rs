@@ -348,8 +348,16 @@ impl Content for Local {
         Ok(true)
     }
 
-    fn make_present(self: Arc<Self>, _: u64, _: u64) -> BoxFuture<'static, io::Result<()>> {
-        Box::pin(async { Ok(()) })
+    fn read_missing(
+        self: Arc<Self>,
+        offset: u64,
+        len: usize,
+    ) -> BoxFuture<'static, io::Result<Vec<u8>>> {
+        Box::pin(async move {
+            let mut bytes = vec![0; len];
+            self.data.read_exact_at(&mut bytes, offset)?;
+            Ok(bytes)
+        })
     }
 }
 

@@ -41,7 +41,10 @@ fn rectangle(out: &mut String, x: f64, y: f64, width: f64, height: f64, fill: &s
 
 fn words(out: &mut String, x: f64, y: f64, text: &str, more: &str) {
     let text = escape(text);
-    let _ = writeln!(out, "<text x='{x:.1}' y='{y:.1}' {FONT} {more}>{text}</text>");
+    let _ = writeln!(
+        out,
+        "<text x='{x:.1}' y='{y:.1}' {FONT} {more}>{text}</text>"
+    );
 }
 
 fn line(out: &mut String, x: f64, y: (f64, f64), colour: &str) {
@@ -103,7 +106,14 @@ pub fn comparison(title: &str, groups: &[Group]) -> String {
             let mut from = 0.0;
             for (end, (_, colour)) in ends.into_iter().zip(PARTS) {
                 let width = (end - from).max(0.0) * scale;
-                rectangle(&mut body, LEFT + from * scale, y + 2.0, width, ROW - 4.0, colour);
+                rectangle(
+                    &mut body,
+                    LEFT + from * scale,
+                    y + 2.0,
+                    width,
+                    ROW - 4.0,
+                    colour,
+                );
                 from = end.max(from);
             }
             words(&mut body, LEFT + WIDTH + 8.0, y + 12.0, &bar.note, "");
@@ -147,7 +157,13 @@ pub fn waterfall(title: &str, phases: &Phases, transfers: &[Transfer]) -> String
             "pulled" | "first instruction" => 46.0,
             _ => 57.0,
         };
-        words(&mut body, x - 4.0, level, &format!("{name} {end:.2} s"), "text-anchor='end'");
+        words(
+            &mut body,
+            x - 4.0,
+            level,
+            &format!("{name} {end:.2} s"),
+            "text-anchor='end'",
+        );
     }
     for (number, transfer) in transfers.iter().enumerate() {
         let y = top + row * number as f64;
@@ -180,14 +196,17 @@ pub fn waterfall(title: &str, phases: &Phases, transfers: &[Transfer]) -> String
 /// `GET …/blobs/1a2b3c4d 0-4095 (4.1 kB)`.
 fn label(transfer: &Transfer) -> String {
     let path = transfer.request.rsplit('/').next().unwrap_or_default();
-    let name = path.strip_prefix("sha256:").map_or(path, |hex| {
-        hex.get(..8).unwrap_or(hex)
-    });
+    let name = path
+        .strip_prefix("sha256:")
+        .map_or(path, |hex| hex.get(..8).unwrap_or(hex));
     let kind = ["manifests", "blobs", "referrers"]
         .into_iter()
         .find(|kind| transfer.request.contains(&format!("/{kind}/")))
         .unwrap_or("");
     let range = transfer.range.as_deref().unwrap_or_default();
     let range = range.strip_prefix("bytes=").unwrap_or(range);
-    format!("{kind} {name} {range} ({:.1} kB)", transfer.bytes as f64 / 1e3)
+    format!(
+        "{kind} {name} {range} ({:.1} kB)",
+        transfer.bytes as f64 / 1e3
+    )
 }

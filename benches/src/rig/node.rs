@@ -84,7 +84,7 @@ impl Node {
             };
             Daemon::start(&scratch, &options)
         };
-        let plain = daemon("[profiles]\nenabled = false\n")?;
+        let plain = daemon("[profiles]\nrecord = false\nattached = false\n")?;
         let profiled = daemon("")?;
         let containerd =
             Containerd::start_with(&scratch, &[(PLAIN, &plain), (PROFILED, &profiled)])?;
@@ -113,6 +113,14 @@ impl Node {
             PROFILED => Some(&self.profiled),
             _ => None,
         }
+    }
+
+    /// Has the daemon that knows profiles forget what it knows of attached
+    /// ones.
+    pub fn restart(&mut self) -> Result<()> {
+        self.profiled.stop()?;
+        self.profiled.start_again()?;
+        self.containerd.wait_for_snapshotter(PROFILED)
     }
 
     /// A reference to an image of the registry, through the link.
@@ -199,7 +207,9 @@ impl Node {
             "{program:?} in {reference} ended with {}: {}\n{}",
             rest.status,
             String::from_utf8_lossy(&rest.stderr),
-            self.daemon(snapshotter).map(Daemon::log).unwrap_or_default()
+            self.daemon(snapshotter)
+                .map(Daemon::log)
+                .unwrap_or_default()
         );
         let at = |topic: &str| -> Result<f64> {
             let log = self.events.log();

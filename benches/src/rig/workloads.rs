@@ -40,7 +40,11 @@ fn gcc() -> Result<Image> {
 }
 
 fn postgresql() -> Result<Image> {
-    image::with_packages("postgresql", &["postgresql"], "ls -d /var/lib/postgresql/*/main")
+    image::with_packages(
+        "postgresql",
+        &["postgresql"],
+        "ls -d /var/lib/postgresql/*/main",
+    )
 }
 
 const NODE: &str = "const http = require('http'); \

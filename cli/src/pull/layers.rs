@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context as _, anyhow, bail};
 use sluice_layer::LayerAnnotations;
 use sluice_oci::{Descriptor, Digest, Reference};
-use sluice_registry::Client;
+use sluice_registry::{Client, ErrorKind};
 use tokio::sync::Semaphore;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -208,27 +208,44 @@ async fn download(
 ) -> anyhow::Result<()> {
     let _slot = slots.acquire_owned().await?;
     let labels = source(&node, &reference, layer.digest).await?;
-    let Some(mut writer) = node.writer(&layer).await? else {
-        return node.label(layer.digest, labels).await;
-    };
-    let bar = report.download(&layer);
-    let received = async {
-        let mut body = client.blob(&reference, layer.digest).whole().await?;
-        if body.len != layer.size {
-            bail!(
-                "blob {} has {} bytes, but the manifest says {}",
-                layer.digest,
-                body.len,
-                layer.size
-            );
+    for again in [false, true] {
+        let Some(mut writer) = node.writer(&layer).await? else {
+            break;
+        };
+        let bar = report.download(&layer);
+        let mut senders = None;
+        let received = async {
+            let mut body = client.blob(&reference, layer.digest).whole().await?;
+            senders = Some(body.senders());
+            if body.len != layer.size {
+                bail!(
+                    "blob {} has {} bytes, but the manifest says {}",
+                    layer.digest,
+                    body.len,
+                    layer.size
+                );
+            }
+            while let Some(bytes) = body.next().await? {
+                bar.inc(bytes.len() as u64);
+                writer.write(bytes).await?;
+            }
+            Ok(())
         }
-        while let Some(bytes) = body.next().await? {
-            bar.inc(bytes.len() as u64);
-            writer.write(bytes).await?;
+        .await;
+        bar.finish_and_clear();
+        let wrong = received.as_ref().is_err_and(is_wrong);
+        match writer.end(received, labels.clone()).await {
+            // Another host may have the right bytes.
+            Err(_) if wrong && !again && senders.is_some_and(|senders| senders.distrust()) => {}
+            done => return done,
         }
-        Ok(())
     }
-    .await;
-    bar.finish_and_clear();
-    writer.end(received, labels).await
+    node.label(layer.digest, labels).await
+}
+
+/// Whether a blob did not have its digest.
+fn is_wrong(error: &anyhow::Error) -> bool {
+    error
+        .downcast_ref::<sluice_registry::Error>()
+        .is_some_and(|error| error.kind() == ErrorKind::DigestMismatch)
 }

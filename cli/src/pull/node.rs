@@ -11,8 +11,9 @@ use containerd_client::services::v1::snapshots::{
     CommitSnapshotRequest, PrepareSnapshotRequest, RemoveSnapshotRequest, StatSnapshotRequest,
 };
 use containerd_client::services::v1::{
-    AddResourceRequest, ApplyRequest, CreateImageRequest, CreateRequest, DeleteRequest, Image,
-    Info, InfoRequest, ReadContentRequest, Resource, UpdateImageRequest, UpdateRequest,
+    AddResourceRequest, ApplyRequest, CreateImageRequest, CreateRequest, DeleteImageRequest,
+    DeleteRequest, GetImageRequest, Image, Info, InfoRequest, ReadContentRequest, Resource,
+    UpdateImageRequest, UpdateRequest,
 };
 use containerd_client::types;
 use prost_types::FieldMask;
@@ -89,18 +90,23 @@ impl Node {
         Ok(())
     }
 
-    pub(super) fn request<T>(&self, message: T) -> Request<T> {
+    pub(crate) fn request<T>(&self, message: T) -> Request<T> {
         let mut metadata = MetadataMap::new();
         metadata.insert("containerd-namespace", self.namespace.clone());
         metadata.insert("containerd-lease", self.lease.clone());
         Request::from_parts(metadata, Default::default(), message)
     }
 
-    pub(super) fn client(&self) -> &Client {
+    /// The namespace.
+    pub(crate) fn namespace(&self) -> &str {
+        self.namespace.to_str().unwrap_or_default()
+    }
+
+    pub(crate) fn client(&self) -> &Client {
         &self.client
     }
 
-    pub(super) fn failed(&self, what: &str, status: &Status) -> anyhow::Error {
+    pub(crate) fn failed(&self, what: &str, status: &Status) -> anyhow::Error {
         anyhow!(
             "containerd ({}) cannot {what}: {}",
             self.socket,
@@ -315,6 +321,32 @@ impl Node {
         Ok(())
     }
 
+    /// Whether there is an image of this name.
+    pub(crate) async fn has_image(&self, name: &str) -> anyhow::Result<bool> {
+        let request = GetImageRequest {
+            name: name.to_owned(),
+        };
+        match self.client.images().get(self.request(request)).await {
+            Ok(_) => Ok(true),
+            Err(status) if status.code() == Code::NotFound => Ok(false),
+            Err(status) => Err(self.failed(&format!("look up image {name}"), &status)),
+        }
+    }
+
+    /// Takes a name away; no error when there is no such image.
+    pub(crate) async fn delete_image(&self, name: &str) -> anyhow::Result<()> {
+        let request = DeleteImageRequest {
+            name: name.to_owned(),
+            ..DeleteImageRequest::default()
+        };
+        match self.client.images().delete(self.request(request)).await {
+            Err(status) if status.code() != Code::NotFound => {
+                Err(self.failed(&format!("remove image {name}"), &status))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Makes `name` the name of `target`.
     pub(crate) async fn put_image(&self, name: &str, target: &Descriptor) -> anyhow::Result<()> {
         let image = Image {
@@ -373,7 +405,7 @@ pub(crate) fn unique(prefix: &str) -> String {
 }
 
 /// An error with what caused it.
-fn causes(error: &dyn std::error::Error) -> String {
+pub(crate) fn causes(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
     while let Some(cause) = next {

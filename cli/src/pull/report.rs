@@ -8,6 +8,7 @@ use sluice_oci::Descriptor;
 
 use super::image::Image;
 use super::layers::Outcome;
+use crate::progress::counted;
 
 /// Where progress goes. Clones draw on the same terminal.
 #[derive(Clone, Default)]
@@ -69,9 +70,10 @@ impl Report {
         let size: u64 = image.manifest.layers.iter().map(|layer| layer.size).sum();
         let present = outcomes.len() - lazy - downloaded;
         self.line(&format!(
-            "pulled in {:.2} s: {lazy} layers lazy, {downloaded} unpacked, {present} already there; \
+            "pulled in {:.2} s: {} lazy, {downloaded} unpacked, {present} already there; \
              {} of {} downloaded",
             took.as_secs_f64(),
+            counted(lazy, "layer"),
             HumanBytes(bytes),
             HumanBytes(size),
         ));

@@ -116,6 +116,37 @@ fn what_does_not_parse_is_refused_by_name() {
 }
 
 #[test]
+fn a_hint_is_read_or_ignored() {
+    let hint = |value: &str| parse(&[(TOC_POSITION, value)]).unwrap().toc_hint();
+    for (format, text) in [
+        (Format::Estargz, "estargz:100:20:30"),
+        (Format::ZstdChunked, "zstd-chunked:100:20:30"),
+    ] {
+        let expected = TocLocation {
+            format,
+            ..location()
+        };
+        assert_eq!(hint(text), Some(expected));
+        assert_eq!(toc_position(format, 100, 20, 30), text);
+    }
+    for value in [
+        "",
+        "100:20:30",
+        "gzip:100:20:30",
+        "estargz:100:20",
+        "estargz:100:20:30:1",
+        "estargz:100:0:30",
+        "estargz:-1:20:30",
+        "estargz:18446744073709551615:1:1",
+    ] {
+        assert_eq!(hint(value), None, "{value}");
+    }
+    let stated = parse(&[(TOC_POSITION, "estargz:100:20:30")]).unwrap();
+    assert_eq!(stated.toc_location(), None, "nothing to rely on");
+    assert_eq!(stated.without_position(), LayerAnnotations::default());
+}
+
+#[test]
 fn two_spellings_must_agree() {
     let [new, old] = ZSTD_CHUNKED_PREFIXES.map(|prefix| format!("{prefix}{MANIFEST_POSITION}"));
     assert!(parse(&[(&new, "100:20:30:1"), (&old, "100:20:30:1")]).is_ok());

@@ -10,6 +10,7 @@ use sluice_oci::Digest;
 
 use super::error::{EntryError, TocError, printable};
 use super::json::{Entry, for_each_entry};
+use super::memory::Meter;
 use super::names::{self, MAX_PATH, Place};
 use super::tree::{Attributes, EntryAt, Tree};
 use super::xattrs::{self, Owner};
@@ -20,19 +21,23 @@ use crate::Format;
 /// Largest device numbers that Linux has.
 const MAX_MAJOR: u32 = (1 << 12) - 1;
 const MAX_MINOR: u32 = (1 << 20) - 1;
+/// What finding its unit takes for a chunk: its boundary, and its place among
+/// those that share a unit.
+const PER_CHUNK: usize = 8 + 16 + 32;
 
 /// Builds the tree that `json` describes, of a blob whose chunks end at
-/// `chunks_end`.
-pub(super) fn build(
+/// `chunks_end`. Of the memory that `limits` allow, `taken` bytes are in use.
+pub(super) fn build<'a>(
     format: Format,
     chunks_end: u64,
-    json: &[u8],
+    json: impl serde_json::de::Read<'a>,
     limits: &Limits,
+    taken: u64,
 ) -> Result<Toc, TocError> {
     let mut builder = Builder {
         limits,
         chunks_end,
-        tree: Tree::new(limits.max_entries),
+        tree: Tree::new(limits.max_entries, Meter::new(limits.max_memory, taken)),
         chunks: Vec::new(),
         boundaries: Vec::new(),
         file: None,
@@ -267,6 +272,7 @@ impl Builder<'_> {
             b"zeros" => ChunkSource::Zeros,
             other => return Err(EntryError::ChunkType(printable(other))),
         };
+        self.tree.memory.take(size_of::<Chunk>() + PER_CHUNK)?;
         self.boundaries.push(offset.min(self.chunks_end));
         file.next += size;
         file.chunks.end += 1;

@@ -70,6 +70,19 @@ pub enum TocError {
     },
 }
 
+impl TocError {
+    /// Whether the TOC could be read with a larger [`super::Limits::max_memory`].
+    pub fn needs_more_memory(&self) -> bool {
+        matches!(
+            self,
+            Self::Entry {
+                reason: EntryError::TooMuchMemory { .. },
+                ..
+            }
+        )
+    }
+}
+
 /// What is wrong with an entry.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[allow(missing_docs, reason = "the messages say it")]
@@ -134,6 +147,8 @@ pub enum EntryError {
     TooManyInodes { limit: usize },
     #[error("the layer's files have more than {limit} bytes together")]
     LayerTooLarge { limit: u64 },
+    #[error("the tree up to here takes more than {limit} bytes of memory")]
+    TooMuchMemory { limit: u64 },
 }
 
 /// `name` for a message: printable, on one line, at most about 200 bytes.

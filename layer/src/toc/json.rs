@@ -110,7 +110,12 @@ impl<'de: 'a, 'a> Deserialize<'de> for Xattrs<'a> {
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
                 let mut xattrs = Vec::new();
+                let mut total = 0;
                 while let Some((name, value)) = map.next_entry::<Bytes<'de>, Bytes<'de>>()? {
+                    total += name.len() + value.len();
+                    if xattrs.len() >= MOST_XATTRS || total > MOST_XATTR_BYTES {
+                        return Err(A::Error::custom("more extended attributes than are read"));
+                    }
                     xattrs.push((name.0, value.0));
                 }
                 Ok(xattrs)
@@ -120,13 +125,18 @@ impl<'de: 'a, 'a> Deserialize<'de> for Xattrs<'a> {
     }
 }
 
+/// Extended attributes of one entry, and their bytes in base64: beyond what
+/// Linux can list and hold, those counted that are passed over later.
+const MOST_XATTRS: usize = 16 << 10;
+const MOST_XATTR_BYTES: usize = 2 << 20;
+
 /// Calls `each` with every entry, in order. An error of `each` ends it.
 pub(super) fn for_each_entry<'a>(
-    json: &'a [u8],
+    json: impl serde_json::de::Read<'a>,
     each: &mut dyn FnMut(Entry<'a>) -> Result<(), TocError>,
 ) -> Result<(), TocError> {
     let mut stopped = None;
-    let mut deserializer = serde_json::Deserializer::from_slice(json);
+    let mut deserializer = serde_json::Deserializer::new(json);
     let document = Document {
         each,
         stopped: &mut stopped,

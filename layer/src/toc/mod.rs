@@ -9,11 +9,13 @@
 mod build;
 mod error;
 mod json;
-mod names;
+mod memory;
+pub(crate) mod names;
 mod read;
 mod time;
 mod tree;
 mod units;
+mod unpack;
 mod xattrs;
 
 use std::ops::Range;
@@ -24,6 +26,7 @@ use crate::Format;
 
 pub use error::{EntryError, TocError};
 pub use read::{Limits, TocTrust, UntrustedToc, read_toc, read_toc_json};
+pub(crate) use unpack::ZSTD_WINDOW_LOG;
 
 /// Index of a [`Node`] within its [`Toc`]. The root is [`NodeId::ROOT`]; a
 /// directory precedes its subdirectories.
@@ -67,6 +70,21 @@ impl Toc {
     /// One inode.
     pub fn node(&self, id: NodeId) -> &Node {
         &self.nodes[id.index()]
+    }
+
+    /// The inode that a path names, relative to the root and without `.`, `..`
+    /// and empty components. Symbolic links are not followed.
+    pub fn find(&self, path: &[u8]) -> Option<&Node> {
+        let mut node = self.nodes.first()?;
+        for name in path.split(|byte| *byte == b'/') {
+            let NodeKind::Directory(directory) = &node.kind else {
+                return None;
+            };
+            let children = &directory.children;
+            let at = children.binary_search_by(|child| (*child.name).cmp(name));
+            node = self.node(children[at.ok()?].node);
+        }
+        Some(node)
     }
 
     /// All chunks, grouped by file in the order of [`Toc::nodes`], each

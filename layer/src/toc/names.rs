@@ -26,7 +26,7 @@ pub(super) enum Place<'a> {
 
 /// Makes a name relative to the root: without leading or trailing slashes,
 /// empty components and `.`. Empty for the root itself.
-pub(super) fn clean(raw: &[u8]) -> Result<Cow<'_, [u8]>, EntryError> {
+pub(crate) fn clean(raw: &[u8]) -> Result<Cow<'_, [u8]>, EntryError> {
     if raw.contains(&0) {
         return Err(EntryError::NameNul);
     }

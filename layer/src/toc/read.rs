@@ -1,13 +1,15 @@
 //! From a blob's bytes to a TOC: trust first, then decompression with a
 //! bound, then parsing.
 
-use std::io::Read;
+use std::io::BufReader;
 
-use sluice_oci::Digest;
+use serde_json::de::{IoRead, SliceRead};
+use sluice_oci::{Digest, Hasher};
 
 use super::error::TocError;
+use super::memory::BoundedJson;
+use super::unpack::{self, Stream};
 use super::{Toc, build};
-use crate::decode::gunzip_at_once;
 use crate::{Format, TocLocation};
 
 /// What a TOC must match.
@@ -30,6 +32,9 @@ pub struct Limits {
     pub max_unit_bytes: u64,
     /// Bytes of all files of the layer together.
     pub max_layer_bytes: u64,
+    /// Bytes of memory that reading the TOC may take, beyond its compressed
+    /// bytes and a mebibyte or two.
+    pub max_memory: u64,
 }
 
 impl Default for Limits {
@@ -41,6 +46,7 @@ impl Default for Limits {
             max_entries: 1 << 20,
             max_unit_bytes: 64 << 20,
             max_layer_bytes: 1 << 43,
+            max_memory: 1 << 30,
         }
     }
 }
@@ -58,12 +64,34 @@ pub fn read_toc(
     if let TocTrust::Compressed(expected) = trust {
         check_digest(compressed, expected)?;
     }
-    let decompressed = decompress(location, compressed, limits)?;
-    let json = json_of(location.format, &decompressed)?;
-    if let TocTrust::Uncompressed(expected) = trust {
-        check_digest(json, expected)?;
+    let chunks_end = location.chunks_end();
+    if let Some(json) = unpack::at_once(location, compressed, limits)? {
+        if let TocTrust::Uncompressed(expected) = trust {
+            check_digest(json.bytes(), expected)?;
+        }
+        return build_whole(location.format, chunks_end, json.bytes(), limits);
     }
-    build::build(location.format, location.chunks_end(), json, limits)
+    // Decompressed twice rather than kept: nothing is parsed before it is
+    // known to be what the manifest promises.
+    let mut hasher = Hasher::new();
+    Stream::open(location, compressed, limits)?.for_each(|piece| hasher.update(piece))?;
+    if let TocTrust::Uncompressed(expected) = trust {
+        compare(hasher.finish(), expected)?;
+    }
+    let json = Stream::open(location, compressed, limits)?.reader();
+    let json = IoRead::new(BufReader::new(BoundedJson::new(json)));
+    let taken = unpack::stream_memory(location.format, compressed);
+    build::build(location.format, chunks_end, json, limits, taken)
+}
+
+fn build_whole(
+    format: Format,
+    chunks_end: u64,
+    json: &[u8],
+    limits: &Limits,
+) -> Result<Toc, TocError> {
+    let taken = json.len() as u64;
+    build::build(format, chunks_end, SliceRead::new(json), limits, taken)
 }
 
 /// Reads a TOC from its uncompressed JSON, of a blob whose chunks end at
@@ -81,7 +109,7 @@ pub fn read_toc_json(
         });
     }
     check_digest(json, expected)?;
-    build::build(format, chunks_end, json, limits)
+    build_whole(format, chunks_end, json, limits)
 }
 
 /// A TOC that nothing vouches for: for looking at images, and for finding
@@ -102,12 +130,18 @@ impl UntrustedToc {
         limits: &Limits,
     ) -> Result<Self, TocError> {
         check_size(location, compressed, limits)?;
-        let decompressed = decompress(location, compressed, limits)?;
-        let json = json_of(location.format, &decompressed)?;
+        let mut json = Vec::new();
+        match unpack::at_once(location, compressed, limits)? {
+            Some(whole) => json.extend_from_slice(whole.bytes()),
+            None => {
+                let stream = Stream::open(location, compressed, limits)?;
+                stream.for_each(|piece| json.extend_from_slice(piece))?;
+            }
+        }
         Ok(Self {
             location: location.clone(),
-            json: json.to_vec(),
-            json_digest: Digest::of(json),
+            json_digest: Digest::of(&json),
+            json,
             compressed_digest: Digest::of(compressed),
         })
     }
@@ -138,12 +172,8 @@ impl UntrustedToc {
     /// The tree it describes, found consistent in itself but vouched for by
     /// nobody.
     pub fn parse_without_trust(&self, limits: &Limits) -> Result<Toc, TocError> {
-        build::build(
-            self.location.format,
-            self.location.chunks_end(),
-            &self.json,
-            limits,
-        )
+        let (format, chunks_end) = (self.location.format, self.location.chunks_end());
+        build_whole(format, chunks_end, &self.json, limits)
     }
 }
 
@@ -159,7 +189,10 @@ fn check_size(location: &TocLocation, compressed: &[u8], limits: &Limits) -> Res
 }
 
 fn check_digest(bytes: &[u8], expected: &Digest) -> Result<(), TocError> {
-    let actual = Digest::of(bytes);
+    compare(Digest::of(bytes), expected)
+}
+
+fn compare(actual: Digest, expected: &Digest) -> Result<(), TocError> {
     if actual != *expected {
         return Err(TocError::Digest {
             expected: *expected,
@@ -167,80 +200,4 @@ fn check_digest(bytes: &[u8], expected: &Digest) -> Result<(), TocError> {
         });
     }
     Ok(())
-}
-
-fn decompress(
-    location: &TocLocation,
-    compressed: &[u8],
-    limits: &Limits,
-) -> Result<Vec<u8>, TocError> {
-    let format = location.format;
-    let failed = |error: std::io::Error| TocError::Compression {
-        format,
-        reason: error.to_string(),
-    };
-    // The tar around an eStargz TOC takes a header, padding and two blocks.
-    let limit = limits.max_toc_bytes.saturating_add(4 * TAR_BLOCK as u64);
-    let mut output = Vec::new();
-    match format {
-        Format::Estargz => match gunzip_at_once(compressed, limit) {
-            Some(whole) => output = whole,
-            None => {
-                flate2::bufread::GzDecoder::new(compressed)
-                    .take(limit + 1)
-                    .read_to_end(&mut output)
-                    .map_err(failed)?;
-            }
-        },
-        Format::ZstdChunked => {
-            let size = location.uncompressed_size.unwrap_or(limits.max_toc_bytes);
-            output =
-                zstd::bulk::decompress(compressed, usize::try_from(size).unwrap_or(usize::MAX))
-                    .map_err(failed)?;
-            if location.uncompressed_size.is_some() && output.len() as u64 != size {
-                return Err(TocError::Size {
-                    expected: size,
-                    actual: output.len() as u64,
-                });
-            }
-        }
-    }
-    if output.len() as u64 > limit {
-        return Err(TocError::TooLarge {
-            limit: limits.max_toc_bytes,
-        });
-    }
-    Ok(output)
-}
-
-const TAR_BLOCK: usize = 512;
-const TOC_TAR_NAME: &[u8] = b"stargz.index.json";
-
-/// The JSON within the decompressed TOC: eStargz wraps it in a tar.
-fn json_of(format: Format, decompressed: &[u8]) -> Result<&[u8], TocError> {
-    if format == Format::ZstdChunked {
-        return Ok(decompressed);
-    }
-    let refuse = |reason: &str| TocError::Compression {
-        format,
-        reason: reason.to_owned(),
-    };
-    let (header, content) = decompressed
-        .split_at_checked(TAR_BLOCK)
-        .ok_or_else(|| refuse("it is no tar"))?;
-    let name = header[..100].split(|byte| *byte == 0).next();
-    if name != Some(TOC_TAR_NAME) || !matches!(header[156], b'0' | 0) {
-        return Err(refuse("its tar does not begin with stargz.index.json"));
-    }
-    let size = header[124..136]
-        .iter()
-        .skip_while(|byte| **byte == b' ')
-        .take_while(|byte| !matches!(byte, b' ' | 0))
-        .try_fold(0usize, |size, digit| {
-            matches!(digit, b'0'..=b'7').then(|| size << 3 | usize::from(digit - b'0'))
-        })
-        .ok_or_else(|| refuse("its tar header has no size"))?;
-    content
-        .get(..size)
-        .ok_or_else(|| refuse("its tar ends before stargz.index.json does"))
 }

@@ -4,8 +4,18 @@ use std::collections::HashMap;
 use std::hash::{BuildHasher, BuildHasherDefault, Hasher, RandomState};
 
 use super::error::{EntryError, printable};
+use super::memory::{Meter, block};
 use super::names::WHITEOUT;
 use super::{Child, Chunk, Directory, FileContent, Mtime, Node, NodeId, NodeKind, Xattr, xattrs};
+
+/// What numbering takes for a node.
+const PER_NODE: usize = 8;
+/// What the index takes for a name while it grows, and the name's place in
+/// the finished directory.
+const PER_EDGE: usize = 40 + size_of::<Child>();
+/// What a hard link to a later name takes in tables, before and after it is
+/// resolved.
+const PER_FORWARD: usize = 200;
 
 const NONE: u32 = u32::MAX;
 const ROOT: u32 = 0;
@@ -49,6 +59,7 @@ pub(super) struct Tree {
     hasher: RandomState,
     forwards: HashMap<u32, Forward>,
     max_nodes: usize,
+    pub(super) memory: Meter,
     /// Extended attributes that went through merging so far.
     merged: usize,
     /// The directory of the entry before, which is mostly that of the next.
@@ -56,7 +67,7 @@ pub(super) struct Tree {
 }
 
 impl Tree {
-    pub(super) fn new(max_nodes: usize) -> Self {
+    pub(super) fn new(max_nodes: usize, memory: Meter) -> Self {
         Self {
             nodes: vec![missing_directory(ROOT)],
             edges: Vec::new(),
@@ -64,6 +75,7 @@ impl Tree {
             hasher: RandomState::new(),
             forwards: HashMap::new(),
             max_nodes,
+            memory,
             merged: 0,
             last_directory: (Vec::new(), ROOT),
         }
@@ -98,7 +110,7 @@ impl Tree {
                 }
                 _ => {
                     let made = self.push(missing_directory(directory))?;
-                    self.link(edge, directory, component, made);
+                    self.link(edge, directory, component, made)?;
                     made
                 }
             };
@@ -133,7 +145,7 @@ impl Tree {
             }
         }
         let node = self.push(node)?;
-        self.link(edge, parent, name, node);
+        self.link(edge, parent, name, node)?;
         Ok(node)
     }
 
@@ -147,7 +159,7 @@ impl Tree {
     ) -> Result<(), EntryError> {
         if self.edge(parent, name).is_none() {
             let node = self.push(node)?;
-            self.link(None, parent, name, node);
+            self.link(None, parent, name, node)?;
         }
         Ok(())
     }
@@ -192,6 +204,8 @@ impl Tree {
             None => {
                 let node = self.push(missing_directory(parent))?;
                 self.node_mut(node).kind = NodeKind::Fifo;
+                self.memory
+                    .take(PER_FORWARD + block(target.len()) + block(entry.name.len()))?;
                 self.forwards.insert(
                     node,
                     Forward {
@@ -202,8 +216,7 @@ impl Tree {
                 node
             }
         };
-        self.link(edge, parent, name, node);
-        Ok(())
+        self.link(edge, parent, name, node)
     }
 
     /// Adds extended attributes to a node's. A million entries for one
@@ -215,6 +228,7 @@ impl Tree {
         }
         let old = &self.nodes[node as usize].xattrs;
         self.merged += old.len() + new.len();
+        self.memory.take(xattrs_size(&new))?;
         if self.merged > MOST_MERGED {
             return Err(EntryError::XattrMerges);
         }
@@ -314,13 +328,21 @@ impl Tree {
     }
 
     /// Makes `name` stand for `node`; `edge` is what [`Self::edge`] found.
-    fn link(&mut self, edge: Option<u32>, parent: u32, name: &[u8], node: u32) {
+    fn link(
+        &mut self,
+        edge: Option<u32>,
+        parent: u32,
+        name: &[u8],
+        node: u32,
+    ) -> Result<(), EntryError> {
         if let Some(edge) = edge {
             self.edges[edge as usize].node = node;
             // A directory may have gone, with all that is below.
             self.last_directory = (Vec::new(), ROOT);
-            return;
+            return Ok(());
         }
+        self.memory
+            .take(size_of::<Edge>() + PER_EDGE + block(name.len()))?;
         let hash = self.hasher.hash_one((parent, name));
         let new = self.edges.len() as u32;
         let next = self.index.insert(hash, new).unwrap_or(NONE);
@@ -330,6 +352,7 @@ impl Tree {
             next,
             name: name.into(),
         });
+        Ok(())
     }
 
     fn push(&mut self, node: Node) -> Result<u32, EntryError> {
@@ -338,9 +361,21 @@ impl Tree {
                 limit: self.max_nodes,
             });
         }
+        let target = match &node.kind {
+            NodeKind::Symlink(target) => block(target.len()),
+            _ => 0,
+        };
+        self.memory
+            .take(size_of::<Node>() + PER_NODE + target + xattrs_size(&node.xattrs))?;
         self.nodes.push(node);
         Ok((self.nodes.len() - 1) as u32)
     }
+}
+
+fn xattrs_size(xattrs: &[Xattr]) -> usize {
+    let size =
+        |xattr: &Xattr| size_of::<Xattr>() + block(xattr.name.len()) + block(xattr.value.len());
+    xattrs.iter().map(size).sum()
 }
 
 /// A directory that the layer names only in passing.

@@ -9,8 +9,8 @@ use super::header::{BLOCK, Header, Kind, encode};
 use super::{CompressedUnit, Split, TOC_NAME, UnitCompressor, WriteError};
 use crate::Format;
 use crate::annotations::{
-    MANIFEST_CHECKSUM, MANIFEST_POSITION, TARSPLIT_POSITION, TOC_DIGEST, UNCOMPRESSED_SIZE,
-    ZSTD_CHUNKED_PREFIXES,
+    MANIFEST_CHECKSUM, MANIFEST_POSITION, TARSPLIT_POSITION, TOC_DIGEST, TOC_POSITION,
+    UNCOMPRESSED_SIZE, ZSTD_CHUNKED_PREFIXES, toc_position,
 };
 
 const SKIPPABLE_MAGIC: [u8; 4] = [0x50, 0x2a, 0x4d, 0x18];
@@ -75,19 +75,24 @@ pub fn finish(split: Split, placed: Assembler) -> Result<Tail, WriteError> {
     annotate(TOC_DIGEST.to_owned(), toc_digest.to_string());
     let mut output = split.output;
     let mut size = split.size;
-    let bytes = match split.options.format {
+    let (format, json_size) = (split.options.format, json.len());
+    let bytes = match format {
         Format::Estargz => {
             let tar = toc_tar(json);
             output.update(&tar);
             size += tar.len() as u64;
             let mut bytes = compressor.bytes(&tar)?;
+            let position = toc_position(format, placed.offset, bytes.len(), json_size);
+            annotate(TOC_POSITION.to_owned(), position);
             bytes.extend(estargz_footer(placed.offset));
             bytes
         }
         Format::ZstdChunked => {
             let toc = compressor.bytes(&json)?;
             let toc_offset = placed.offset + SKIPPABLE_HEADER;
-            let position = format!("{toc_offset}:{}:{}:{MANIFEST_TYPE}", toc.len(), json.len());
+            let position = toc_position(format, toc_offset, toc.len(), json_size);
+            annotate(TOC_POSITION.to_owned(), position);
+            let position = format!("{toc_offset}:{}:{json_size}:{MANIFEST_TYPE}", toc.len());
             let checksum = Digest::of(&toc).to_string();
             annotate(format!("{common}{MANIFEST_CHECKSUM}"), checksum);
             annotate(format!("{common}{MANIFEST_POSITION}"), position.clone());
@@ -113,7 +118,7 @@ pub fn finish(split: Split, placed: Assembler) -> Result<Tail, WriteError> {
             for number in [
                 toc_offset,
                 toc.len() as u64,
-                json.len() as u64,
+                json_size as u64,
                 MANIFEST_TYPE,
             ] {
                 footer.extend(number.to_le_bytes());

@@ -74,6 +74,12 @@ fn read_blob(blob: &[u8], annotations: &BTreeMap<String, String>) -> Listing {
     if let Some(stated) = annotations.toc_location() {
         assert_eq!(stated, location);
     }
+    if let Some(hint) = annotations.toc_hint() {
+        assert_eq!(
+            (hint.format, hint.range()),
+            (location.format, location.range())
+        );
+    }
     let compressed = location.slice_of(blob, size).unwrap();
     let limits = Limits::default();
     let toc = read_toc(

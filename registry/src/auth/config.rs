@@ -119,14 +119,36 @@ async fn read(path: &Path) -> Result<Option<File>, String> {
         .read_to_end(&mut bytes)
         .await
         .map_err(|error| error.to_string())?;
+    parse(&bytes).map(Some)
+}
+
+fn parse(bytes: &[u8]) -> Result<File, String> {
     // The position alone: the text of a JSON error can quote the value.
-    serde_json::from_slice(&bytes).map(Some).map_err(|error| {
+    serde_json::from_slice(bytes).map_err(|error| {
         format!(
             "it is not a Docker configuration (line {}, column {})",
             error.line(),
             error.column()
         )
     })
+}
+
+/// What a file alone says, without the helpers that it names.
+#[cfg(any(test, fuzzing))]
+pub(super) fn in_file(
+    bytes: &[u8],
+    host: &str,
+    repository: &str,
+) -> Result<Option<Credentials>, String> {
+    let file = parse(bytes)?;
+    let names = server_names(host);
+    for helper in names.iter().filter_map(|name| file.cred_helpers.get(name)) {
+        program(helper)?;
+    }
+    match matching_entry(&file, &names, repository) {
+        Some(entry) => entry.credentials(),
+        None => Ok(None),
+    }
 }
 
 /// The names under which credentials for `host` are kept, the usual first.

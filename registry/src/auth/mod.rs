@@ -6,6 +6,8 @@
 
 mod challenge;
 mod config;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod token;
 
 use std::collections::HashMap;
@@ -92,7 +94,7 @@ impl Auth {
                 .challenges
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner);
-            challenges.get(&endpoint.host).cloned()
+            challenges.get(endpoint.origin()).cloned()
         };
         let Some(challenge) = challenge else {
             return Ok(None);
@@ -124,7 +126,7 @@ impl Auth {
                 .challenges
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner);
-            challenges.insert(endpoint.host.clone(), challenge.clone());
+            challenges.insert(endpoint.origin().to_owned(), challenge.clone());
         }
         let slot = self.slot(endpoint, scope);
         let mut grant = slot.lock().await;
@@ -147,7 +149,7 @@ impl Auth {
             // Those in use stay alive through their own handles.
             slots.clear();
         }
-        let key = (endpoint.host.clone(), scope.clone());
+        let key = (endpoint.origin().to_owned(), scope.clone());
         slots.entry(key).or_default().clone()
     }
 
@@ -159,12 +161,12 @@ impl Auth {
         challenge: &Challenge,
         context: &Context,
     ) -> Result<Grant, Error> {
-        let credentials = config::find(&self.docker_configs, &endpoint.host, &endpoint.repository)
+        let credentials = config::find(&self.docker_configs, endpoint.name(), &endpoint.repository)
             .await
             .map_err(|why| {
                 context.error(
                     ErrorKind::Credentials,
-                    format!("no credentials for {} ({why})", endpoint.host),
+                    format!("no credentials for {} ({why})", endpoint.name()),
                 )
             })?;
         match (challenge, credentials) {
@@ -179,10 +181,10 @@ impl Auth {
             (Challenge::Basic, _) => Err(context
                 .error(
                     ErrorKind::Unauthorized,
-                    format!("{} asks for a user and a password", endpoint.host),
+                    format!("{} asks for a user and a password", endpoint.name()),
                 )
                 .with_status(http::StatusCode::UNAUTHORIZED)
-                .with_remedy(log_in(&endpoint.host))),
+                .with_remedy(log_in(endpoint.name()))),
             (Challenge::Bearer(bearer), credentials) => {
                 let request = token::TokenRequest {
                     endpoint,

@@ -88,7 +88,7 @@ impl TokenRequest<'_> {
             let error = refusal(context, &mut response, self.timeout).await;
             let error = error.with_note(&format!(" (from the token server {})", shown(&realm)));
             return Err(if self.credentials.is_some() {
-                error.with_remedy(log_in(&self.endpoint.host))
+                error.with_remedy(log_in(self.endpoint.name()))
             } else {
                 error
             });

@@ -102,7 +102,7 @@ const CRC32C: [u32; 256] = {
 
 /// CRC-32C seeded with all ones and, as EROFS has it, not inverted at the
 /// end.
-pub(super) fn crc32c(bytes: &[u8]) -> u32 {
+pub(crate) fn crc32c(bytes: &[u8]) -> u32 {
     bytes.iter().fold(!0, |crc, byte| {
         (crc >> 8) ^ CRC32C[((crc ^ u32::from(*byte)) & 0xff) as usize]
     })

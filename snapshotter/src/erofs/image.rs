@@ -1,5 +1,6 @@
 //! Reading a `meta.erofs` in place.
 
+mod files;
 mod listing;
 mod xattrs;
 

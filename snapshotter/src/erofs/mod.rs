@@ -14,6 +14,8 @@ mod write;
 mod xattr;
 
 pub use error::Error;
+#[cfg(any(test, fuzzing))]
+pub(crate) use format::crc32c;
 pub use image::{Attributes, Entries, Entry, Extent, FileType, Image, Ino, XattrRef, Xattrs};
 pub use write::{Summary, write_image};
 pub use xattr::XattrNamespace;

@@ -1,7 +1,5 @@
-//! Fetching what nobody waits for: the prioritized files, and the rest of the
-//! layer.
+//! Fetching what nobody waits for: the rest of the layer.
 
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,6 +10,16 @@ use super::decode::Arrived;
 use super::layer::LazyLayer;
 use super::stream::{Arriving, Decoding, Patience, window};
 use super::{Priority, SourceError};
+
+/// However busy readers are, a background download gets on by a little after
+/// this time: its connection stays open, and it ends some day.
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+/// How long nothing is fetched ahead when the disk does not take it; it
+/// doubles.
+const DISK_PAUSE: Duration = Duration::from_secs(1);
+/// The longest such pause.
+const LONGEST_DISK_PAUSE: Duration = Duration::from_secs(60);
 
 /// Work that goes on by itself and ends when this is dropped.
 #[derive(Debug)]
@@ -24,23 +32,13 @@ impl Drop for Handle {
 }
 
 impl LazyLayer {
-    /// Streams the prioritized files, if the layer has any, while the
-    /// container runs already.
-    pub fn prefetch(self: &Arc<Self>) -> Option<Handle> {
-        let end = self.dir().identity().prefetch_end?;
-        let layer = Arc::clone(self);
-        Some(self.go(async move {
-            layer.stream(0..end, Priority::Prefetch).await;
-        }))
-    }
-
     /// Downloads what is missing, after `delay`, in one stream that pauses
     /// while any reader of the node waits, and makes it durable.
     pub fn download(self: &Arc<Self>, delay: Duration) -> Handle {
         let layer = Arc::clone(self);
         self.go(async move {
             tokio::time::sleep(delay).await;
-            layer.stream(0..u64::MAX, Priority::Background).await;
+            layer.stream().await;
             let persisted = tokio::task::spawn_blocking(move || {
                 let done = layer.dir().persist();
                 (layer, done)
@@ -55,7 +53,7 @@ impl LazyLayer {
         })
     }
 
-    fn go(self: &Arc<Self>, work: impl Future<Output = ()> + Send + 'static) -> Handle {
+    pub(super) fn go(self: &Arc<Self>, work: impl Future<Output = ()> + Send + 'static) -> Handle {
         let closed = self.closed().clone();
         let task = self.engine().runtime().spawn(async move {
             closed.run_until_cancelled(work).await;
@@ -63,19 +61,31 @@ impl LazyLayer {
         Handle(task.abort_handle())
     }
 
-    /// Fetches the missing units of a part of the blob, in its order. Gives up
+    /// Fetches the missing units of the blob, in its order. Gives up
     /// when the registry does not deliver until the deadline: readers that
     /// need the bytes will ask for them.
-    async fn stream(self: &Arc<Self>, part: Range<u64>, priority: Priority) {
+    async fn stream(self: &Arc<Self>) {
         let mut patience = Patience::new(self);
-        let mut next = part.start;
-        while let Some(run) = self.next_run(next, part.end) {
+        let mut next = 0;
+        let mut pause = DISK_PAUSE;
+        loop {
+            if self.engine().storage().is_failing() {
+                // A few units now and then tell when there is space again.
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(LONGEST_DISK_PAUSE);
+                self.engine().storage().try_again();
+                next = 0;
+            }
+            let Some(run) = self.next_run(next) else {
+                return;
+            };
             let permit = {
                 let bytes = window(run.end - run.start, run.largest);
-                self.engine().admission().admit(priority, bytes).await
+                let admission = self.engine().admission();
+                admission.admit(Priority::Background, bytes).await
             };
             next = run.start;
-            let outcome = self.stream_run(&run, &mut next, priority).await;
+            let outcome = self.stream_run(&run, &mut next).await;
             drop(permit);
             if next > run.start {
                 patience.renew();
@@ -93,10 +103,10 @@ impl LazyLayer {
     }
 
     /// The missing units at or after `from` that one request should fetch.
-    fn next_run(&self, from: u64, end: u64) -> Option<Run> {
+    fn next_run(&self, from: u64) -> Option<Run> {
         let gap = self.link().worthwhile_gap();
         let mut run: Option<Run> = None;
-        for unit in self.units(from, end) {
+        for unit in self.dir().chunks().units_from(from) {
             if self.has_unit(unit) {
                 continue;
             }
@@ -126,29 +136,27 @@ impl LazyLayer {
     }
 
     /// One request. `next` follows what is done.
-    async fn stream_run(
-        self: &Arc<Self>,
-        run: &Run,
-        next: &mut u64,
-        priority: Priority,
-    ) -> Result<(), SourceError> {
-        if priority == Priority::Background {
-            self.engine().idle().await;
-        }
+    async fn stream_run(self: &Arc<Self>, run: &Run, next: &mut u64) -> Result<(), SourceError> {
+        self.engine().idle(LONGEST_PAUSE).await;
         let gap = self.link().worthwhile_gap();
-        let mut arriving = Arriving::request(self, run.start, run.end).await?;
-        let mut decoding = Decoding::new(self);
+        let mut arriving =
+            Arriving::request(self, run.start, run.end, Priority::Background).await?;
+        let mut decoding = Decoding::new(self, Priority::Background);
         let mut outcome = Ok(());
         let mut units = self.units(run.start, run.end).peekable();
         while let Some(unit) = units.next() {
             let end = unit.offset + unit.size;
-            if priority == Priority::Background {
+            if !self.engine().is_idle() {
                 // Between units, so that no reader waits for a unit of a
                 // stream that waits for readers.
-                self.engine().idle().await;
+                arriving.pause();
+                self.engine().idle(LONGEST_PAUSE).await;
             }
             // Nobody's until its bytes are about to arrive: a reader that
             // needs it earlier does not wait for all that lies before.
+            if self.engine().storage().is_failing() {
+                break;
+            }
             let Some(claim) = self.claim(unit) else {
                 *next = end;
                 // When much of what follows has come in meanwhile, a new

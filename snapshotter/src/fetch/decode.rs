@@ -1,14 +1,11 @@
 //! From a unit's compressed bytes to verified chunks in `data`.
 
-use std::io;
-use std::sync::Arc;
-
 use bytes::Bytes;
-use sluice_layer::{DecodeError, Wanted, decode_unit};
+use sluice_layer::{DecodeError, Format, Unit, Wanted, decode_unit};
 
-use super::FetchError;
 use super::inflight::Claim;
 use super::layer::LazyLayer;
+use super::{FetchError, Priority, Unstored};
 use crate::layer_dir::{ChunkId, LayerDir};
 
 /// A unit that has arrived.
@@ -21,7 +18,11 @@ pub(super) struct Arrived {
 
 /// Decodes units, tells who waits, and returns those that are to be fetched
 /// once more because their bytes were wrong.
-pub(super) fn decode_all(layer: &LazyLayer, arrived: Vec<Arrived>) -> Vec<Claim> {
+pub(super) fn decode_all(
+    layer: &LazyLayer,
+    priority: Priority,
+    arrived: Vec<Arrived>,
+) -> Vec<Claim> {
     let mut wrong = Vec::new();
     for Arrived {
         claim,
@@ -31,12 +32,14 @@ pub(super) fn decode_all(layer: &LazyLayer, arrived: Vec<Arrived>) -> Vec<Claim>
     {
         let unit = claim.unit();
         let digest = layer.digest();
-        match decode_one(layer.dir(), unit.offset, &bytes) {
-            Ok(()) => {
-                layer.count_decoded(bytes.len() as u64);
-                claim.finish(Ok(()));
+        crash_point!("fill.arrived");
+        match decode_one(layer, unit.offset, &bytes, claim.is_awaited()) {
+            Ok(unstored) => {
+                layer.count_decoded(priority, bytes.len() as u64);
+                claim.finish(Ok(unstored));
+                crash_point!("fill.told");
             }
-            Err(Failure::Content(error)) if !again => {
+            Err(error) if !again => {
                 tracing::warn!(
                     layer = %digest,
                     "bytes {}..{} of the blob have to be fetched once more: {error}",
@@ -45,27 +48,46 @@ pub(super) fn decode_all(layer: &LazyLayer, arrived: Vec<Arrived>) -> Vec<Claim>
                 );
                 wrong.push(claim);
             }
-            Err(Failure::Content(error)) => claim.finish(Err(FetchError::Corrupt {
+            Err(error) => claim.finish(Err(FetchError::Corrupt {
                 layer: digest,
                 start: unit.offset,
                 end: unit.offset + unit.size,
                 why: error.to_string(),
-            })),
-            Err(Failure::Disk(source)) => claim.finish(Err(FetchError::Disk {
-                layer: digest,
-                source: Arc::new(source),
             })),
         }
     }
     wrong
 }
 
-enum Failure {
-    Content(DecodeError),
-    Disk(io::Error),
+/// Bytes of memory that decoding a unit takes at most: a small one may hold
+/// much.
+pub(super) fn decoded_size(dir: &LayerDir, unit: Unit) -> u64 {
+    const SURPLUS: u64 = 1 << 20;
+    const PER_CHUNK: u64 = 128;
+    let mut needed = SURPLUS;
+    let mut chunks = 0;
+    for chunk in dir.chunks().of_unit(unit.offset) {
+        let record = dir.chunks().get(chunk);
+        needed = needed.max(SURPLUS + u64::from(record.inner_offset) + u64::from(record.size));
+        chunks += PER_CHUNK;
+    }
+    // A decompressor that does not know the size holds a window as well.
+    let window = match dir.identity().format {
+        Format::Estargz => 0,
+        Format::ZstdChunked => needed,
+    };
+    needed + window + chunks
 }
 
-fn decode_one(dir: &LayerDir, unit_offset: u64, bytes: &[u8]) -> Result<(), Failure> {
+/// Stores the unit's chunks that are missing, and returns those that could not
+/// be, if somebody waits for them.
+fn decode_one(
+    layer: &LazyLayer,
+    unit_offset: u64,
+    bytes: &[u8],
+    awaited: bool,
+) -> Result<Unstored, DecodeError> {
+    let dir = layer.dir();
     let missing: Vec<ChunkId> = dir
         .chunks()
         .of_unit(unit_offset)
@@ -85,12 +107,11 @@ fn decode_one(dir: &LayerDir, unit_offset: u64, bytes: &[u8]) -> Result<(), Fail
         .collect();
     wanted.sort_by_key(|(wanted, _)| (wanted.inner_offset, wanted.size, wanted.digest));
     let (wanted, chunks): (Vec<Wanted>, Vec<ChunkId>) = wanted.into_iter().unzip();
-    let mut stored = Ok(());
+    let mut unstored = Unstored::default();
     decode_unit(dir.identity().format, bytes, &wanted, |index, chunk| {
-        if stored.is_ok() {
-            stored = dir.store(chunks[index], &chunk);
+        if !layer.store(chunks[index], &chunk) && awaited {
+            unstored.add(chunks[index], layer.keep_unstored(chunks[index], &chunk));
         }
-    })
-    .map_err(Failure::Content)?;
-    stored.map_err(Failure::Disk)
+    })?;
+    Ok(unstored)
 }

@@ -3,18 +3,22 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, timeout};
 
-use super::{Admission, Link};
+use super::activity::UnderWay;
+use super::unstored::Storage;
+use super::{Admission, Link, LinkFigures, Request};
 
 /// How the node fetches.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
-    /// Bytes of fetched, not yet decoded data in memory at once.
+    /// Bytes of fetched, not yet decoded data in memory at once, and as many
+    /// of what it is decoded to.
     pub memory: u64,
     /// Requests under way at once.
     pub connections: u64,
@@ -27,7 +31,8 @@ pub struct Config {
     pub retry_limit: Duration,
     /// The longest range of one on-demand request, in bytes.
     pub longest_range: u64,
-    /// How far ahead of a sequential reader is fetched at most, in bytes.
+    /// How far ahead of a reader is fetched at most, in bytes; with 0, nothing
+    /// is fetched but what is asked for.
     pub read_ahead: u64,
     /// Units decoded at once.
     pub decoders: usize,
@@ -38,12 +43,12 @@ impl Default for Config {
         let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
         Self {
             memory: 64 << 20,
-            connections: 16,
+            connections: 32,
             deadline: Duration::from_secs(300),
             retry: Duration::from_millis(100),
             retry_limit: Duration::from_secs(5),
             longest_range: 4 << 20,
-            read_ahead: 16 << 20,
+            read_ahead: 32 << 20,
             decoders: cores,
         }
     }
@@ -59,18 +64,29 @@ struct Shared {
     config: Config,
     admission: Admission,
     decoders: Arc<Semaphore>,
+    /// Kibibytes that may be decoded to at once.
+    decoded: Arc<Semaphore>,
     links: Mutex<HashMap<String, Arc<Link>>>,
     demand: Demand,
+    storage: Storage,
+    under_way: UnderWay,
 }
+
+/// Part of the memory that may hold what the disk does not take.
+const UNSTORED: u64 = 4;
 
 /// Readers that wait now.
 #[derive(Debug)]
 struct Demand {
     waiting: AtomicU64,
+    /// Those for whose sake requests of their own are under way.
+    jumping: AtomicU64,
     started: Instant,
-    /// Milliseconds from `started` to when the last reader stopped waiting.
+    /// Milliseconds from `started` to when the last reader stopped waiting, and
+    /// to when the last stopped for whose sake there was a request.
     last_end: AtomicU64,
-    none: Notify,
+    last_jump: AtomicU64,
+    changed: Notify,
 }
 
 /// How long no reader may have waited before background work goes on.
@@ -83,13 +99,18 @@ impl Engine {
             runtime,
             admission: Admission::new(config.memory, config.connections),
             decoders: Arc::new(Semaphore::new(config.decoders.max(1))),
+            decoded: Arc::new(Semaphore::new(kibibytes(config.memory) as usize)),
             links: Mutex::default(),
             demand: Demand {
                 waiting: AtomicU64::new(0),
+                jumping: AtomicU64::new(0),
                 started: Instant::now(),
                 last_end: AtomicU64::new(0),
-                none: Notify::new(),
+                last_jump: AtomicU64::new(0),
+                changed: Notify::new(),
             },
+            storage: Storage::new(config.memory / UNSTORED),
+            under_way: UnderWay::default(),
             config,
         }))
     }
@@ -109,6 +130,36 @@ impl Engine {
         &self.0.admission
     }
 
+    /// How the disk takes what is fetched.
+    pub(super) fn storage(&self) -> &Storage {
+        &self.0.storage
+    }
+
+    pub(super) fn under_way(&self) -> &UnderWay {
+        &self.0.under_way
+    }
+
+    /// The requests that are under way, the oldest first.
+    pub fn requests(&self) -> Vec<Request> {
+        self.0.under_way.list()
+    }
+
+    /// Readers that wait now.
+    pub fn waiting(&self) -> u64 {
+        self.0.demand.waiting.load(Ordering::Relaxed)
+    }
+
+    /// What is known of the links, by host.
+    pub fn links(&self) -> Vec<(String, LinkFigures)> {
+        let links = self.0.links.lock();
+        let mut links: Vec<_> = links
+            .iter()
+            .map(|(host, link)| (host.clone(), link.figures()))
+            .collect();
+        links.sort_by(|(a, _), (b, _)| a.cmp(b));
+        links
+    }
+
     /// What is known of the link to `host`.
     pub(super) fn link(&self, host: &str) -> Arc<Link> {
         let mut links = self.0.links.lock();
@@ -118,47 +169,149 @@ impl Engine {
         }
     }
 
-    /// Waits for a core to decode on.
-    pub(super) async fn decoder(&self) -> Option<OwnedSemaphorePermit> {
-        Arc::clone(&self.0.decoders).acquire_owned().await.ok()
+    /// Waits for a core to decode on, and for memory for `bytes` of output:
+    /// more than there may be at once counts as all of it.
+    pub(super) async fn decoder(&self, bytes: u64) -> Option<Decoder> {
+        let output = kibibytes(bytes.min(self.0.config.memory));
+        let output = Arc::clone(&self.0.decoded).acquire_many_owned(output);
+        Some(Decoder {
+            _output: output.await.ok()?,
+            _core: Arc::clone(&self.0.decoders).acquire_owned().await.ok()?,
+        })
     }
 
     /// A reader waits until the guard is dropped.
     pub(super) fn demand(&self) -> DemandGuard {
         self.0.demand.waiting.fetch_add(1, Ordering::AcqRel);
-        DemandGuard(self.clone())
+        DemandGuard {
+            engine: self.clone(),
+            jumps: false,
+        }
     }
 
-    /// Returns when no reader has waited for a while.
-    pub(super) async fn idle(&self) {
+    /// Returns when no reader has waited for a while, or after `longest`.
+    pub async fn idle(&self, longest: Duration) {
+        let _ = timeout(longest, self.quiet()).await;
+    }
+
+    /// Whether no reader has waited for a while.
+    pub(super) fn is_idle(&self) -> bool {
         let demand = &self.0.demand;
+        demand.waiting.load(Ordering::Acquire) == 0
+            && demand.left_of(IDLE, &demand.last_end).is_zero()
+    }
+
+    async fn quiet(&self) {
         loop {
-            let none = demand.none.notified();
+            let demand = &self.0.demand;
+            let changed = demand.changed.notified();
             if demand.waiting.load(Ordering::Acquire) > 0 {
-                none.await;
+                changed.await;
                 continue;
             }
-            let end = Duration::from_millis(demand.last_end.load(Ordering::Acquire));
-            let quiet = demand.started.elapsed().saturating_sub(end);
-            if end.is_zero() || quiet >= IDLE {
+            let busy = demand.left_of(IDLE, &demand.last_end);
+            if busy.is_zero() {
                 return;
             }
-            tokio::time::sleep(IDLE.saturating_sub(quiet)).await;
+            tokio::time::sleep(busy).await;
+        }
+    }
+
+    /// Whether requests are under way for readers that wait, or were until less
+    /// than `quiet` ago.
+    pub(super) fn is_jumped(&self, quiet: Duration) -> bool {
+        let demand = &self.0.demand;
+        demand.jumping.load(Ordering::Acquire) > 0
+            || !demand.left_of(quiet, &demand.last_jump).is_zero()
+    }
+
+    /// Returns when that is over, when a reader has come to wait for the
+    /// caller's own work, or after `longest`.
+    pub(super) async fn give_way(
+        &self,
+        quiet: Duration,
+        longest: Duration,
+        awaited: impl Fn() -> bool,
+    ) {
+        let demand = &self.0.demand;
+        let free = async {
+            loop {
+                let changed = demand.changed.notified();
+                if awaited() {
+                    return;
+                }
+                if demand.jumping.load(Ordering::Acquire) > 0 {
+                    changed.await;
+                    continue;
+                }
+                let left = demand.left_of(quiet, &demand.last_jump);
+                if left.is_zero() {
+                    return;
+                }
+                let _ = timeout(left, changed).await;
+            }
+        };
+        let _ = timeout(longest, free).await;
+    }
+}
+
+impl Demand {
+    /// What is left of `time` since `end`, one of the counts of milliseconds.
+    fn left_of(&self, time: Duration, end: &AtomicU64) -> Duration {
+        match end.load(Ordering::Acquire) {
+            0 => Duration::ZERO,
+            end => {
+                let end = Duration::from_millis(end);
+                time.saturating_sub(self.started.elapsed().saturating_sub(end))
+            }
         }
     }
 }
 
+/// The right to decode, until it is dropped.
+#[derive(Debug)]
+pub(super) struct Decoder {
+    _output: OwnedSemaphorePermit,
+    _core: OwnedSemaphorePermit,
+}
+
+fn kibibytes(bytes: u64) -> u32 {
+    u32::try_from(bytes / 1024).unwrap_or(u32::MAX).max(1)
+}
+
 /// While it lives, a reader waits.
 #[derive(Debug)]
-pub(super) struct DemandGuard(Engine);
+pub(super) struct DemandGuard {
+    engine: Engine,
+    jumps: bool,
+}
+
+impl DemandGuard {
+    /// The reader's bytes are asked for by requests of its own.
+    pub(super) fn jump(&mut self) {
+        if !std::mem::replace(&mut self.jumps, true) {
+            self.engine.0.demand.jumping.fetch_add(1, Ordering::AcqRel);
+        }
+    }
+
+    /// The reader waits for what others fetch: they are to know.
+    pub(super) fn join(&self) {
+        self.engine.0.demand.changed.notify_waiters();
+    }
+}
 
 impl Drop for DemandGuard {
     fn drop(&mut self) {
-        let demand = &self.0.0.demand;
-        let now = demand.started.elapsed().as_millis() as u64;
-        demand.last_end.store(now.max(1), Ordering::Release);
-        if demand.waiting.fetch_sub(1, Ordering::AcqRel) == 1 {
-            demand.none.notify_waiters();
+        let demand = &self.engine.0.demand;
+        let now = (demand.started.elapsed().as_millis() as u64).max(1);
+        demand.last_end.store(now, Ordering::Release);
+        if self.jumps {
+            demand.last_jump.store(now, Ordering::Release);
+        }
+        let none_jumps = self.jumps && demand.jumping.fetch_sub(1, Ordering::AcqRel) == 1;
+        let none_waits = demand.waiting.fetch_sub(1, Ordering::AcqRel) == 1;
+        if none_jumps || none_waits {
+            demand.changed.notify_waiters();
         }
     }
 }

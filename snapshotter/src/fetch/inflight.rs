@@ -7,9 +7,11 @@ use parking_lot::Mutex;
 use sluice_layer::Unit;
 use tokio::sync::watch;
 
-use super::FetchError;
+use super::{FetchError, Unstored};
 
-type Outcome = Result<(), FetchError>;
+/// What a fetch has brought: chunks that are present now, and those that are
+/// not to be had but here.
+type Outcome = Result<Unstored, FetchError>;
 
 /// The units of one layer that are being fetched.
 #[derive(Debug, Clone, Default)]
@@ -55,6 +57,11 @@ impl InFlight {
         (claims, waiters)
     }
 
+    /// Whether anybody fetches the unit.
+    pub(super) fn contains(&self, unit: Unit) -> bool {
+        self.0.lock().contains_key(&unit.offset)
+    }
+
     /// Takes on a unit that is neither present nor being fetched.
     pub(super) fn claim(&self, unit: Unit, present: impl Fn(Unit) -> bool) -> Option<Claim> {
         let mut map = self.0.lock();
@@ -76,6 +83,12 @@ impl InFlight {
 impl Claim {
     pub(super) fn unit(&self) -> Unit {
         self.unit
+    }
+
+    /// Whether anybody waits for it.
+    pub(super) fn is_awaited(&self) -> bool {
+        // One receiver is the table's.
+        self.outcome.receiver_count() > 1
     }
 
     /// Tells everyone who waits. Of a success, the chunks are present already.
@@ -123,7 +136,7 @@ mod tests {
         let (more, second) = in_flight.join([UNIT], |_| false);
         assert_eq!((more.len(), second.len()), (0, 1));
         assert!(in_flight.claim(UNIT, |_| false).is_none());
-        claims.remove(0).finish(Ok(()));
+        claims.remove(0).finish(Ok(Unstored::default()));
         for waiter in first.into_iter().chain(second) {
             assert!(waiter.wait().await.unwrap().is_ok());
         }

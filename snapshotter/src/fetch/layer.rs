@@ -1,9 +1,8 @@
 //! One layer that is fetched as it is read.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use futures_util::future::BoxFuture;
@@ -12,34 +11,49 @@ use sluice_layer::Unit;
 use sluice_oci::Digest;
 use tokio_util::sync::CancellationToken;
 
+use super::activity::{Activity, Counters};
 use super::engine::Engine;
-use super::inflight::{Claim, InFlight};
+use super::inflight::{Abandoned, Claim, InFlight};
 use super::plan::{self, Planned};
-use super::readahead::ReadAhead;
-use super::stream;
-use super::{FetchError, Link, Priority, RangeSource};
+use super::readahead::{Budget, ReadAhead};
+use super::reads::Reads;
+use super::stream::{self, Terms};
+use super::trace::{Recording, Trace};
+use super::{FetchError, Link, Priority, RangeSource, Unstored};
 use crate::fuse::Content;
 use crate::layer_dir::{ChunkId, LayerDir};
 
 /// Finds the file that an offset of `data` belongs to, for messages.
 pub type PathOf = Box<dyn Fn(u64) -> Option<PathBuf> + Send + Sync>;
 
+/// Bounds of what is fetched around a read: less saves nothing, since a request
+/// costs as much; more delays what is read next by too much when it is wrong.
+const AROUND: (u64, u64) = (32 << 10, 2 << 20);
+
 /// How often a read takes over fetches that others gave up.
 const ATTEMPTS: usize = 16;
+
+/// Causes of trouble that are told until bytes come again.
+const CAUSES: usize = 32;
 
 /// A layer's directory and where its missing bytes come from.
 pub struct LazyLayer {
     me: Weak<Self>,
-    dir: LayerDir,
+    pub(super) dir: LayerDir,
     source: Box<dyn RangeSource>,
-    engine: Engine,
+    pub(super) engine: Engine,
     link: Arc<Link>,
     in_flight: InFlight,
     read_ahead: ReadAhead,
+    reads: Reads,
     path_of: PathOf,
     trouble: Mutex<HashSet<String>>,
     closed: CancellationToken,
-    fetched: AtomicU64,
+    /// Chunks that the disk did not give back, and how often.
+    pub(super) unreadable: Mutex<HashMap<ChunkId, u32>>,
+    counters: Counters,
+    trace: Trace,
+    mended: Mutex<Option<String>>,
 }
 
 impl std::fmt::Debug for LazyLayer {
@@ -61,12 +75,16 @@ impl LazyLayer {
         Arc::new_cyclic(|me| Self {
             me: me.clone(),
             link: engine.link(source.host()),
-            read_ahead: ReadAhead::new(dir.chunks().len(), engine.config().read_ahead),
+            read_ahead: ReadAhead::default(),
+            reads: Reads::new(dir.chunks().len()),
             engine: engine.clone(),
             in_flight: InFlight::default(),
             trouble: Mutex::default(),
             closed: CancellationToken::new(),
-            fetched: AtomicU64::new(0),
+            unreadable: Mutex::default(),
+            counters: Counters::default(),
+            trace: Trace::new(dir.chunks().len()),
+            mended: Mutex::default(),
             path_of,
             source,
             dir,
@@ -91,21 +109,54 @@ impl LazyLayer {
         self.source.as_ref()
     }
 
-    pub(super) fn link(&self) -> &Link {
+    pub(super) fn link(&self) -> &Arc<Link> {
         &self.link
+    }
+
+    pub(super) fn reads(&self) -> &Reads {
+        &self.reads
     }
 
     pub(super) fn closed(&self) -> &CancellationToken {
         &self.closed
     }
 
-    /// Compressed bytes of units that were decoded since the layer was opened.
-    pub fn fetched_bytes(&self) -> u64 {
-        self.fetched.load(Ordering::Relaxed)
+    /// Fetches chunks that nobody reads now, soon.
+    pub fn fetch_again(self: &Arc<Self>, chunks: &[ChunkId]) {
+        self.start(self.claim_chunks(chunks, &BTreeSet::new()), |_| false);
     }
 
-    pub(super) fn count_decoded(&self, bytes: u64) {
-        self.fetched.fetch_add(bytes, Ordering::Relaxed);
+    /// What was wrong with the directory when it was opened, and is mended.
+    pub fn mended(&self) -> Option<String> {
+        self.mended.lock().clone()
+    }
+
+    /// Notes what was wrong with the directory.
+    pub fn was_mended(&self, what: String) {
+        *self.mended.lock() = Some(what);
+    }
+
+    /// Compressed bytes of units that were decoded since the layer was opened.
+    pub fn fetched_bytes(&self) -> u64 {
+        self.activity().fetched.iter().sum()
+    }
+
+    /// What happened to it since it was opened.
+    pub fn activity(&self) -> Activity {
+        self.counters.get()
+    }
+
+    pub(super) fn count_decoded(&self, priority: Priority, bytes: u64) {
+        self.counters.fetched(priority, bytes);
+    }
+
+    /// Records what is read of it from now on.
+    pub fn record(self: &Arc<Self>) -> Recording {
+        Recording::begin(Arc::clone(self))
+    }
+
+    pub(super) fn trace(&self) -> &Trace {
+        &self.trace
     }
 
     /// Ends all fetches; readers that wait get an error.
@@ -113,33 +164,38 @@ impl LazyLayer {
         self.closed.cancel();
     }
 
-    /// Whether all chunks of a unit are present.
+    /// Whether no chunk of a unit has to be fetched, as far as is known.
     pub(super) fn has_unit(&self, unit: Unit) -> bool {
+        let (present, claimed) = (self.dir.present(), self.dir.claimed());
         self.dir.is_complete()
             || self
                 .dir
                 .chunks()
                 .of_unit(unit.offset)
-                .all(|chunk| self.dir.present().contains(chunk))
+                .all(|chunk| present.contains(chunk) || claimed.contains(chunk))
     }
 
     pub(super) fn claim(&self, unit: Unit) -> Option<Claim> {
         self.in_flight.claim(unit, |unit| self.has_unit(unit))
     }
 
-    /// Returns when `offset..offset + len` of `data` is present.
-    pub async fn fetch(self: &Arc<Self>, offset: u64, len: u64) -> Result<(), FetchError> {
-        let _demand = self.engine.demand();
+    /// Returns when `offset..offset + len` of `data` is present, but for what
+    /// it returns.
+    pub async fn fetch(self: &Arc<Self>, offset: u64, len: u64) -> Result<Unstored, FetchError> {
+        let mut demand = self.engine.demand();
+        self.settle(offset, len).await;
+        let mut unstored = self.kept_unstored(offset, len);
         let mut failure = None;
         for attempt in 0..ATTEMPTS {
             let table = self.dir.chunks();
             let missing: Vec<ChunkId> = table
                 .overlapping(offset, len)
                 .filter(|&chunk| !self.dir.present().contains(chunk))
+                .filter(|&chunk| unstored.get(chunk).is_none())
                 .collect();
             let (Some(&first), Some(&last)) = (missing.first(), missing.last()) else {
                 // Perhaps the fetch failed only for what lies beside.
-                return Ok(());
+                return Ok(unstored);
             };
             if let Some(failure) = failure {
                 return Err(failure);
@@ -151,15 +207,25 @@ impl LazyLayer {
             let (mut claims, waiters) = self
                 .in_flight
                 .join(units.iter().copied(), |u| self.has_unit(u));
-            if attempt == 0 {
-                let further = self.read_ahead.advance(table, first, last, false);
-                claims.extend(self.claim_chunks(&further, &units));
+            if claims.len() < waiters.len() {
+                demand.join();
+            }
+            // What comes by plan needs no way made for it.
+            let beside = |&chunk: &ChunkId| !self.reads.is_planned(chunk, &table.get(chunk));
+            if !claims.is_empty() || missing.iter().any(beside) {
+                demand.jump();
+            }
+            if attempt == 0 && !claims.is_empty() && !self.engine.storage().is_failing() {
+                let before = self.guess(first, last, &units, &mut claims);
+                self.start(before, |_| false);
             }
             self.start(claims, |claim| units.contains(&claim.unit()));
             for waiter in waiters {
-                // One that was abandoned is taken over in the next round.
-                if let Ok(Err(error)) = waiter.wait().await {
-                    failure = Some(error);
+                match waiter.wait().await {
+                    Ok(Ok(more)) => unstored.extend(more, table, offset, len),
+                    Ok(Err(error)) => failure = Some(error),
+                    // One that was abandoned is taken over in the next round.
+                    Err(Abandoned) => {}
                 }
             }
         }
@@ -169,12 +235,52 @@ impl LazyLayer {
         })
     }
 
+    /// Adds to `claims` what may be wanted after them and can share their
+    /// request, and returns what cannot.
+    fn guess(
+        &self,
+        first: ChunkId,
+        last: ChunkId,
+        asked: &BTreeSet<Unit>,
+        claims: &mut Vec<Claim>,
+    ) -> Vec<Claim> {
+        let Some(budget) = self.budget() else {
+            return Vec::new();
+        };
+        let guess = self
+            .read_ahead
+            .missed(self.dir.chunks(), (first, last), &budget, |chunk| {
+                self.is_missing(chunk)
+            });
+        claims.extend(self.claim_chunks(&guess.ahead, asked));
+        self.claim_chunks(&guess.before, asked)
+    }
+
+    /// How much may be guessed; none where read-ahead is off.
+    fn budget(&self) -> Option<Budget> {
+        let longest = self.engine.config().read_ahead;
+        let around = self.link.around().clamp(AROUND.0, AROUND.1);
+        (longest > 0).then(|| Budget {
+            around: around.min(longest),
+            sequential: self.link.window().max(around).min(longest),
+            piece: self.link.piece(),
+            credit: self.reads.credit(),
+        })
+    }
+
+    /// Whether a chunk is neither here nor on its way.
+    fn is_missing(&self, chunk: ChunkId) -> bool {
+        let unit = self.dir.chunks().get(chunk).unit;
+        !self.dir.present().contains(chunk) && !self.in_flight.contains(unit)
+    }
+
     fn claim_chunks(&self, chunks: &[ChunkId], except: &BTreeSet<Unit>) -> Vec<Claim> {
-        let units: BTreeSet<Unit> = chunks
-            .iter()
-            .map(|&chunk| self.dir.chunks().get(chunk).unit)
-            .filter(|unit| !except.contains(unit))
-            .collect();
+        let records = chunks.iter().map(|&chunk| {
+            let record = self.dir.chunks().get(chunk);
+            self.reads.guess(chunk, &record);
+            record.unit
+        });
+        let units: BTreeSet<Unit> = records.filter(|unit| !except.contains(unit)).collect();
         units
             .into_iter()
             .filter_map(|unit| self.claim(unit))
@@ -184,9 +290,9 @@ impl LazyLayer {
     /// Starts to fetch claimed units in as few requests as pay.
     fn start(self: &Arc<Self>, mut claims: Vec<Claim>, urgent: impl Fn(&Claim) -> bool) {
         claims.sort_by_key(|claim| claim.unit().offset);
-        let gap = self.link.worthwhile_gap();
+        self.claim_gaps(&mut claims);
         let longest = self.engine.config().longest_range;
-        for planned in plan::group(claims, Claim::unit, gap, longest) {
+        for planned in plan::group(claims, Claim::unit, 0, longest) {
             let priority = if planned.wanted.iter().any(&urgent) {
                 Priority::OnDemand
             } else {
@@ -196,50 +302,80 @@ impl LazyLayer {
         }
     }
 
+    /// Adds the units that lie in small gaps between claimed ones: their bytes
+    /// come along, and count. Bytes that are here, or on their way, are never
+    /// asked for again.
+    fn claim_gaps(&self, claims: &mut Vec<Claim>) {
+        let gap = self.link.worthwhile_gap();
+        let mut between = Vec::new();
+        for pair in claims.windows(2) {
+            let (before, after) = (pair[0].unit(), pair[1].unit());
+            let end = before.offset + before.size;
+            if (1..=gap).contains(&after.offset.saturating_sub(end)) {
+                let units = self.dir.chunks().units_from(end);
+                let units = units.take_while(|unit| unit.offset < after.offset);
+                between.extend(units.filter_map(|unit| self.claim(unit)));
+            }
+        }
+        claims.extend(between);
+        claims.sort_by_key(|claim| claim.unit().offset);
+    }
+
     fn spawn(self: &Arc<Self>, planned: Planned<Claim>, priority: Priority) {
         let layer = Arc::clone(self);
         self.engine.runtime().spawn(async move {
             let closed = layer.closed.clone();
             // Claims that are dropped unfinished wake their waiters.
-            closed
-                .run_until_cancelled(stream::fetch_claimed(&layer, planned.wanted, priority))
-                .await;
+            // Whoever waits is told of errors by the claims.
+            let fetch = stream::fetch_claimed(&layer, planned.wanted, Terms::new(priority));
+            let _ = closed.run_until_cancelled(fetch).await;
         });
     }
 
-    /// A reader has read present bytes; if that calls for more, starts it.
-    fn read_on(&self, offset: u64, len: u64) {
+    /// A reader has read present bytes: what is read for the first time may
+    /// call for more.
+    pub(super) fn note_read(&self, offset: u64, len: u64) {
         let table = self.dir.chunks();
         for chunk in table.overlapping(offset, len) {
-            let Some(me) = self
-                .me
-                .upgrade()
-                .filter(|_| self.read_ahead.take_mark(chunk))
-            else {
+            if self.reads.contains(chunk) {
+                continue;
+            }
+            let Some(hit) = self.reads.read(chunk, &table.get(chunk)) else {
                 continue;
             };
-            let further = self.read_ahead.advance(table, chunk, chunk, true);
-            me.start(self.claim_chunks(&further, &BTreeSet::new()), |_| false);
+            let (Some(budget), Some(me)) = (self.budget(), self.me.upgrade()) else {
+                continue;
+            };
+            let missing = |chunk| self.is_missing(chunk);
+            let further = self.read_ahead.read(table, chunk, hit, &budget, missing);
+            if !further.is_empty() {
+                me.start(self.claim_chunks(&further, &BTreeSet::new()), |_| false);
+            }
         }
     }
 
-    /// Says what is wrong, once for each cause until bytes come again.
+    /// Says what is wrong and what that means, once for each cause until bytes
+    /// come again.
     pub(super) fn report(&self, cause: &str, unit: Unit, outlook: &str) {
-        if !self.trouble.lock().insert(cause.to_owned()) {
+        let mut trouble = self.trouble.lock();
+        // A registry can word every refusal in a new way.
+        if trouble.len() >= CAUSES || !trouble.insert(format!("{cause}; {outlook}")) {
             return;
         }
-        let path = self
-            .dir
-            .chunks()
-            .of_unit(unit.offset)
-            .next()
-            .and_then(|chunk| (self.path_of)(self.dir.chunks().get(chunk).data_offset));
-        let path = path.as_deref().unwrap_or("?".as_ref());
+        drop(trouble);
+        let chunk = self.dir.chunks().of_unit(unit.offset).next();
+        let path = chunk.map(|chunk| self.path_at(self.dir.chunks().get(chunk).data_offset));
+        let path = path.unwrap_or_else(|| "?".into());
         tracing::warn!(
             layer = %self.digest(),
             path = %path.display(),
             "cannot fetch content: {cause}; {outlook}"
         );
+    }
+
+    /// The file that an offset of `data` belongs to, for messages.
+    pub(super) fn path_at(&self, offset: u64) -> PathBuf {
+        (self.path_of)(offset).unwrap_or_else(|| "?".into())
     }
 
     /// Bytes have come.
@@ -258,28 +394,47 @@ impl Content for LazyLayer {
     }
 
     fn try_read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<bool> {
-        if !self.dir.has(offset, buffer.len() as u64) {
+        if self.trace.is_active() {
+            let chunks = self.dir.chunks().overlapping(offset, buffer.len() as u64);
+            self.trace.note(chunks);
+        }
+        let len = buffer.len() as u64;
+        let complete = self.dir.is_complete();
+        if !complete && !self.dir.has(offset, len) {
             return Ok(false);
         }
-        self.dir.read_at(buffer, offset)?;
-        if self.read_ahead.is_active() {
-            self.read_on(offset, buffer.len() as u64);
+        if let Err(error) = self.dir.read_at(buffer, offset) {
+            // What the disk does not give, the registry does.
+            self.unreadable(offset, len, &error);
+            return Ok(false);
+        }
+        self.counters.read();
+        if !complete {
+            self.note_read(offset, len);
         }
         Ok(true)
     }
 
-    fn make_present(self: Arc<Self>, offset: u64, len: u64) -> BoxFuture<'static, io::Result<()>> {
+    fn read_missing(
+        self: Arc<Self>,
+        offset: u64,
+        len: usize,
+    ) -> BoxFuture<'static, io::Result<Vec<u8>>> {
+        self.counters.waits();
         Box::pin(async move {
-            self.fetch(offset, len).await.map_err(|error| {
-                if let FetchError::Corrupt { .. } | FetchError::Disk { .. } = &error {
-                    let unit = self.dir.chunks().overlapping(offset, len).next();
-                    if let Some(chunk) = unit {
+            let read = self.fetch_and_read(offset, len).await;
+            if read.is_ok() {
+                self.counters.read();
+            }
+            Ok(read.inspect_err(|error| {
+                if let FetchError::Corrupt { .. } | FetchError::Disk { .. } = error {
+                    let chunk = self.dir.chunks().overlapping(offset, len as u64).next();
+                    if let Some(chunk) = chunk {
                         let unit = self.dir.chunks().get(chunk).unit;
                         self.report(&error.to_string(), unit, "the reader gets EIO");
                     }
                 }
-                error.into()
-            })
+            })?)
         })
     }
 }

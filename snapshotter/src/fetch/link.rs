@@ -1,77 +1,281 @@
-//! What a link to a host is like, measured while it is used.
+//! What the link to a host is like, measured while it is used.
 
-use std::time::{Duration, Instant};
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
+use tokio::time::Instant;
+
+use super::pace::Pace;
 
 /// Before anything was measured: a registry not far away.
-const INITIAL_ROUND_TRIP: f64 = 0.010;
+const INITIAL_ROUND_TRIP: Duration = Duration::from_millis(10);
 const INITIAL_BANDWIDTH: f64 = 12.5e6;
+/// Bandwidth is taken over at least this long.
+const SAMPLE: Duration = Duration::from_millis(50);
+/// A transfer that ends earlier than that still says something once it has
+/// taken this long and brought so much.
+const SHORT_SAMPLE: Duration = Duration::from_millis(5);
+const SHORT_BYTES: u64 = 64 << 10;
+/// So many samples are looked back on.
+const SAMPLES: usize = 8;
+/// The shortest answer within this time is the round trip. Routes change, so
+/// not for ever.
+const ROUND_TRIP_MEMORY: Duration = Duration::from_secs(30);
 /// Whatever the link, a gap of this many bytes is not worth a request of its
 /// own, and one of more than the second is.
 const SMALLEST_GAP: u64 = 16 << 10;
 const LARGEST_GAP: u64 = 512 << 10;
-/// Bandwidth is taken over at least this long.
-const SAMPLE: Duration = Duration::from_millis(50);
+/// One range of a stream takes about this long, or two round trips. A reader
+/// that waits for its last byte waits no longer.
+const PIECE: Duration = Duration::from_millis(50);
+const SMALLEST_PIECE: u64 = 256 << 10;
+const LARGEST_PIECE: u64 = 8 << 20;
+/// A miss costs so much even where the registry is next door: requests,
+/// decoding, and a link that is idle until the reader goes on.
+const LEAST_MISS: Duration = Duration::from_millis(5);
+/// A sequential reader may be busy with something else for about this long.
+const WINDOW: Duration = Duration::from_millis(500);
+/// How much earlier than needed the next range is asked for: what registries
+/// and schedulers vary by.
+const SLACK: Duration = Duration::from_millis(10);
+const LEAST_OUTSTANDING: u64 = 128 << 10;
 
-/// Round-trip time and bandwidth to one host.
-#[derive(Debug)]
-pub struct Link(Mutex<State>);
-
-#[derive(Debug)]
-struct State {
-    round_trip: f64,
-    bandwidth: f64,
-    since: Option<Instant>,
-    bytes: u64,
+/// What is known of a link.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LinkFigures {
+    /// Round-trip time.
+    pub round_trip: Duration,
+    /// Bytes a second.
+    pub bandwidth: u64,
 }
 
-impl Default for Link {
-    fn default() -> Self {
-        Self(Mutex::new(State {
-            round_trip: INITIAL_ROUND_TRIP,
-            bandwidth: INITIAL_BANDWIDTH,
-            since: None,
-            bytes: 0,
-        }))
-    }
+/// Round-trip time and bandwidth to one host.
+#[derive(Debug, Default)]
+pub struct Link {
+    state: Mutex<State>,
+    pace: Pace,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// The shortest waits for an answer in this and in the former period.
+    shortest: [Option<Duration>; 2],
+    period: Option<Instant>,
+    /// Bytes a second.
+    samples: VecDeque<f64>,
+    /// Answers that are being received, those left out that are paused.
+    receiving: u32,
+    sample: Option<Sample>,
+}
+
+/// Bandwidth being measured.
+#[derive(Debug, Clone, Copy)]
+struct Sample {
+    since: Instant,
+    bytes: u64,
 }
 
 impl Link {
     /// An answer began `waited` after its request was sent.
     pub fn answered(&self, waited: Duration) {
-        let mut state = self.0.lock();
-        let sample = waited.as_secs_f64();
-        // The shortest times are those of the link, longer ones are those of
-        // queues: fall fast, rise slowly.
-        let weight = if sample < state.round_trip { 0.5 } else { 0.1 };
-        state.round_trip += (sample - state.round_trip) * weight;
+        let mut state = self.state.lock();
+        let now = Instant::now();
+        let since = *state.period.get_or_insert(now);
+        if now.duration_since(since) > ROUND_TRIP_MEMORY {
+            state.shortest = [None, state.shortest[0]];
+            state.period = Some(now);
+        }
+        // Longer waits are those of queues: the link's is the shortest.
+        let shortest = &mut state.shortest[0];
+        *shortest = Some(shortest.map_or(waited, |known| known.min(waited)));
     }
 
-    /// `bytes` arrived at `now`, on any connection to the host.
-    pub fn received(&self, bytes: u64, now: Instant) {
-        let mut state = self.0.lock();
-        let since = *state.since.get_or_insert(now);
-        state.bytes += bytes;
-        let passed = now.saturating_duration_since(since);
-        if passed < SAMPLE {
+    /// An answer's body is going to be received, until the guard is dropped.
+    pub(super) fn receive(self: &Arc<Self>) -> Receiving {
+        Receiving {
+            link: Arc::clone(self),
+            active: false,
+            behind: true,
+        }
+    }
+
+    /// Bytes that come in a second while anything is asked for.
+    pub fn bandwidth(&self) -> f64 {
+        self.state.lock().bandwidth()
+    }
+
+    /// Time from a request to the first byte of its answer.
+    pub fn round_trip(&self) -> Duration {
+        self.state.lock().round_trip()
+    }
+
+    /// What was measured, or is supposed until something was.
+    pub fn figures(&self) -> LinkFigures {
+        let state = self.state.lock();
+        LinkFigures {
+            round_trip: state.round_trip(),
+            bandwidth: state.bandwidth() as u64,
+        }
+    }
+
+    /// Bytes that arrive in `time`.
+    fn bytes_in(&self, time: impl Fn(Duration) -> Duration) -> u64 {
+        let state = self.state.lock();
+        (time(state.round_trip()).as_secs_f64() * state.bandwidth()) as u64
+    }
+
+    /// Bytes that arrive in one round trip.
+    pub(super) fn product(&self) -> u64 {
+        self.bytes_in(|round_trip| round_trip)
+    }
+
+    /// A gap between two ranges that is cheaper to fetch than to wait another
+    /// round trip for what lies behind it.
+    pub fn worthwhile_gap(&self) -> u64 {
+        self.product().clamp(SMALLEST_GAP, LARGEST_GAP)
+    }
+
+    /// The length of one range where any length would do.
+    pub(super) fn piece(&self) -> u64 {
+        self.bytes_in(|round_trip| PIECE.max(round_trip * 2))
+            .clamp(SMALLEST_PIECE, LARGEST_PIECE)
+    }
+
+    /// What to fetch around a read that misses. The next miss would cost a
+    /// round trip; twice that is the best in replayed starts of programs.
+    pub(super) fn around(&self) -> u64 {
+        self.bytes_in(|round_trip| round_trip.max(LEAST_MISS) * 2)
+    }
+
+    /// How far to fetch ahead of a sequential reader at most: one range that
+    /// arrives, one on its way, and both again while the reader is busy.
+    pub(super) fn window(&self) -> u64 {
+        self.bytes_in(|round_trip| WINDOW.max(round_trip * 4))
+    }
+
+    /// Bytes that have to be on their way for the link to be always busy: the
+    /// next range is asked for when fewer are left.
+    pub(super) fn outstanding(&self) -> u64 {
+        self.bytes_in(|round_trip| round_trip * 3 / 2 + SLACK)
+            .max(LEAST_OUTSTANDING)
+    }
+
+    /// Who may prefetch from this host next.
+    pub(super) fn pace(&self) -> &Pace {
+        &self.pace
+    }
+}
+
+impl State {
+    fn round_trip(&self) -> Duration {
+        let known = self.shortest.iter().flatten().min();
+        known.copied().unwrap_or(INITIAL_ROUND_TRIP)
+    }
+
+    /// The second best of the last samples: a transfer that had to wait for
+    /// something else says less than one that had not, and the best may be
+    /// what some queue on the way let go at once.
+    fn bandwidth(&self) -> f64 {
+        let mut best = [0.0; 2];
+        for &sample in &self.samples {
+            if sample > best[0] {
+                best = [sample, best[0]];
+            } else if sample > best[1] {
+                best[1] = sample;
+            }
+        }
+        match self.samples.len() {
+            0 => INITIAL_BANDWIDTH,
+            1 => best[0],
+            _ => best[1],
+        }
+    }
+
+    /// One answer fewer is being received.
+    fn stop(&mut self) {
+        self.receiving -= 1;
+        if self.receiving > 0 {
             return;
         }
-        // A pause says nothing about the link.
-        if passed < SAMPLE * 10 {
-            let sample = state.bytes as f64 / passed.as_secs_f64();
-            let weight = if sample > state.bandwidth { 0.5 } else { 0.1 };
-            state.bandwidth += (sample - state.bandwidth) * weight;
+        // The time in which nothing is received says nothing about the link.
+        let now = Instant::now();
+        if let Some(sample) = self.sample.take()
+            && sample.bytes >= SHORT_BYTES
+            && now.duration_since(sample.since) >= SHORT_SAMPLE
+        {
+            self.finish_sample(sample, now);
         }
-        state.since = Some(now);
-        state.bytes = 0;
     }
 
-    /// Bytes that arrive in one round trip: a smaller gap between two ranges
-    /// is cheaper to fetch than to leave out.
-    pub fn worthwhile_gap(&self) -> u64 {
-        let state = self.0.lock();
-        ((state.round_trip * state.bandwidth) as u64).clamp(SMALLEST_GAP, LARGEST_GAP)
+    fn finish_sample(&mut self, sample: Sample, now: Instant) {
+        let passed = now.duration_since(sample.since).as_secs_f64();
+        if self.samples.len() == SAMPLES {
+            self.samples.pop_front();
+        }
+        self.samples.push_back(sample.bytes as f64 / passed);
+    }
+}
+
+/// An answer that is being received.
+#[derive(Debug)]
+pub(super) struct Receiving {
+    link: Arc<Link>,
+    active: bool,
+    /// Whether what comes now may have been lying in a buffer.
+    behind: bool,
+}
+
+impl Receiving {
+    /// The answer is not read for a while.
+    pub(super) fn pause(&mut self) {
+        self.behind = true;
+        if std::mem::take(&mut self.active) {
+            self.link.state.lock().stop();
+        }
+    }
+
+    /// `bytes` came; `waited` says that they were not there when they were
+    /// asked for. Only between two such moments do the bytes tell the link's
+    /// bandwidth: at others they may have been in a buffer for long.
+    pub(super) fn received(&mut self, bytes: u64, waited: bool) {
+        let now = Instant::now();
+        let mut state = self.link.state.lock();
+        if !std::mem::replace(&mut self.active, true) {
+            state.receiving += 1;
+        }
+        if waited {
+            self.behind = false;
+        }
+        let Some(mut sample) = state.sample else {
+            if waited {
+                state.sample = Some(Sample {
+                    since: now,
+                    bytes: 0,
+                });
+            }
+            return;
+        };
+        if !self.behind {
+            sample.bytes += bytes;
+        }
+        let passed = now.duration_since(sample.since);
+        // A reader that never waits is itself what limits the rate.
+        if passed >= SAMPLE * 4 || (passed >= SAMPLE && waited) {
+            state.finish_sample(sample, now);
+            sample = Sample {
+                since: now,
+                bytes: 0,
+            };
+        }
+        state.sample = Some(sample);
+    }
+}
+
+impl Drop for Receiving {
+    fn drop(&mut self) {
+        self.pause();
     }
 }
 
@@ -79,19 +283,66 @@ impl Link {
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_long_fat_link_merges_more_than_a_short_one() {
-        let near = Link::default();
-        let far = Link::default();
-        let start = Instant::now();
-        for step in 1..100 {
-            near.answered(Duration::from_micros(200));
-            far.answered(Duration::from_millis(40));
-            let now = start + SAMPLE * step;
-            near.received(500_000, now);
-            far.received(500_000, now);
+    async fn transfer(link: &Arc<Link>, round_trip: Duration, step: u64, steps: u32) {
+        tokio::time::advance(round_trip).await;
+        link.answered(round_trip);
+        let mut receiving = link.receive();
+        for _ in 0..steps {
+            tokio::time::advance(Duration::from_millis(10)).await;
+            receiving.received(step, true);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_long_fat_link_merges_more_than_a_short_one() {
+        let (near, far) = (Arc::<Link>::default(), Arc::<Link>::default());
+        for _ in 0..3 {
+            transfer(&near, Duration::from_micros(200), 100_000, 20).await;
+            transfer(&far, Duration::from_millis(40), 100_000, 20).await;
         }
         assert_eq!(near.worthwhile_gap(), SMALLEST_GAP);
-        assert!((300_000..=450_000).contains(&far.worthwhile_gap()));
+        assert!((390_000..=410_000).contains(&far.worthwhile_gap()));
+        assert!((9.9e6..10.1e6).contains(&far.bandwidth()));
+        assert_eq!(near.piece(), 500_000);
+        assert_eq!(far.piece(), 800_000);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn pauses_and_buffers_do_not_count() {
+        let link = Arc::<Link>::default();
+        transfer(&link, Duration::from_millis(1), 100_000, 20).await;
+        let mut receiving = link.receive();
+        for _ in 0..20 {
+            // Nobody reads for a second; then a megabyte is there at once.
+            receiving.pause();
+            tokio::time::advance(Duration::from_secs(1)).await;
+            receiving.received(1_000_000, false);
+            tokio::time::advance(Duration::from_millis(10)).await;
+            receiving.received(100_000, true);
+        }
+        drop(receiving);
+        assert!(link.bandwidth() < 10.1e6, "{}", link.bandwidth());
+        // Beside one that is paused, short answers with long waits between.
+        let mut paused = link.receive();
+        paused.received(1, true);
+        paused.pause();
+        for _ in 0..20 {
+            transfer(&link, Duration::from_millis(100), 100_000, 3).await;
+        }
+        assert!(link.bandwidth() > 9.9e6, "{}", link.bandwidth());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_round_trip_is_the_shortest_of_late() {
+        let link = Arc::<Link>::default();
+        for wait in [80, 20, 500, 60] {
+            link.answered(Duration::from_millis(wait));
+        }
+        assert_eq!(link.round_trip(), Duration::from_millis(20));
+        for _ in 0..3 {
+            tokio::time::advance(ROUND_TRIP_MEMORY + Duration::from_secs(1)).await;
+            link.answered(Duration::from_millis(90));
+        }
+        assert_eq!(link.round_trip(), Duration::from_millis(90));
     }
 }

@@ -5,29 +5,41 @@
 //! Any other joins the fetches that are in flight, starts those that are not,
 //! and waits. Bytes are decoded and verified unit by unit as they arrive.
 
+mod activity;
 mod admission;
 mod ahead;
+mod content;
 mod decode;
+mod disk;
 mod engine;
 mod inflight;
 mod layer;
 mod link;
+mod pace;
 mod plan;
+mod prefetch;
 mod readahead;
+mod reads;
 mod source;
 mod stream;
+mod trace;
+mod unstored;
 
 use std::io;
-use std::sync::Arc;
 
 use sluice_oci::Digest;
 
+pub use activity::{Activity, Request};
 pub use admission::{Admission, Permit, Priority};
 pub use ahead::Handle;
+pub use content::{Content, Piece};
 pub use engine::{Config, Engine};
 pub use layer::{LazyLayer, PathOf};
-pub use link::Link;
-pub use source::{RangeBody, RangeSource, RegistryBlob, SourceError};
+pub use link::{Link, LinkFigures};
+pub use prefetch::Plan;
+pub use source::{Blame, RangeBody, RangeSource, RegistryBlob, SourceError};
+pub use trace::Recording;
+pub use unstored::Unstored;
 
 /// Why missing bytes could not be made present.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -55,13 +67,13 @@ pub enum FetchError {
         /// What the client said.
         why: String,
     },
-    /// The bytes could not be stored.
-    #[error("layer {layer}: cannot store fetched bytes in its directory: {source}")]
+    /// The disk gives back something else than what it took, again and again.
+    #[error("layer {layer}: its directory cannot be read: {why}")]
     Disk {
         /// The layer.
         layer: Digest,
         /// What the operating system said.
-        source: Arc<io::Error>,
+        why: String,
     },
     /// The layer is being removed or the daemon stops.
     #[error("the layer is closed")]

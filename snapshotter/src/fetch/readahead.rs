@@ -1,120 +1,333 @@
-//! Fetching ahead of readers that read on and on.
+//! Guessing what will be read next from what was read last: the rest of a
+//! small file, the neighbours of a file, more of a file that is read on and
+//! on, more around the places of one that is read here and there.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::ops::RangeInclusive;
 
 use parking_lot::Mutex;
 
 use crate::layer_dir::{ChunkId, ChunkTable};
 
-/// Sequential readers of one layer that are followed at once.
-const STREAMS: usize = 8;
-/// The first window, in bytes. It doubles each time a reader catches up.
-const FIRST_WINDOW: u64 = 512 << 10;
+/// Files of one layer whose readers are followed at once.
+const FILES: usize = 16;
+/// A file up to this size, uncompressed, is read whole as a rule.
+const SMALL_FILE: u64 = 256 << 10;
+/// Two reads so near to each other, uncompressed, are one after the other: the
+/// kernel asks for several pieces at once, in any order.
+const NEAR: u64 = 256 << 10;
+/// So many steps from one read to the next make a sequence: a program that
+/// jumps about makes one by chance.
+const SEQUENCE: u32 = 2;
+/// Chunks looked at for one guess.
+const STEPS: usize = 4096;
 
-/// Follows the readers of one layer.
-#[derive(Debug)]
-pub(super) struct ReadAhead {
-    /// Chunks that, when read, call for the next window.
-    marks: Box<[AtomicU64]>,
-    marked: AtomicU64,
-    streams: Mutex<Vec<Stream>>,
-    longest: u64,
+/// How much may be guessed.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Budget {
+    /// Compressed bytes around one read.
+    pub(super) around: u64,
+    /// The largest window of a sequential reader, in compressed bytes.
+    pub(super) sequential: u64,
+    /// The shortest piece by which such a window is moved on.
+    pub(super) piece: u64,
+    /// Uncompressed bytes that may turn out wrong.
+    pub(super) credit: u64,
 }
 
-/// One reader that reads on.
-#[derive(Debug, Clone, Copy)]
-struct Stream {
-    /// The last chunk that was fetched for it.
-    last: ChunkId,
+/// What to fetch beside what was asked for.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Guess {
+    /// What lies behind it in the blob, and so can share its request.
+    pub(super) ahead: Vec<ChunkId>,
+    /// What lies before it.
+    pub(super) before: Vec<ChunkId>,
+}
+
+/// Follows the readers of one layer.
+#[derive(Debug, Default)]
+pub(super) struct ReadAhead {
+    /// The one that was read last is last.
+    files: Mutex<Vec<Followed>>,
+}
+
+/// A file that is being read.
+#[derive(Debug, Clone)]
+struct Followed {
+    chunks: RangeInclusive<ChunkId>,
+    /// Where its reader is.
+    reader: ChunkId,
+    /// The last chunk that was fetched for it; in other files where those were
+    /// fetched as neighbours.
+    end: ChunkId,
+    /// Compressed bytes fetched around one read, or ahead of a sequence.
     window: u64,
+    /// Steps from one chunk to the next.
+    sequence: u32,
+    /// At this chunk the window of a sequence grows.
+    mark: ChunkId,
+    /// Guesses that came true since the last miss.
+    hits: u32,
 }
 
 impl ReadAhead {
-    pub(super) fn new(chunks: u32, longest: u64) -> Self {
-        Self {
-            marks: (0..chunks.div_ceil(64))
-                .map(|_| AtomicU64::new(0))
-                .collect(),
-            marked: AtomicU64::new(0),
-            streams: Mutex::default(),
-            longest,
+    /// A reader has asked for `first..=last`, which nobody was fetching.
+    /// `missing` says whether a chunk is neither here nor on its way.
+    pub(super) fn missed(
+        &self,
+        table: &ChunkTable,
+        (first, last): (ChunkId, ChunkId),
+        budget: &Budget,
+        missing: impl Fn(ChunkId) -> bool,
+    ) -> Guess {
+        let walk = Walk {
+            table,
+            credit: budget.credit,
+            missing,
+        };
+        let mut files = self.files.lock();
+        let known = files.iter().position(|file| file.chunks.contains(&first));
+        let (followed, guess) = match known {
+            Some(at) => files.remove(at).missed(first, last, budget, &walk),
+            None => {
+                // The neighbours of one file were not enough.
+                let trail = files
+                    .iter()
+                    .find(|file| !file.chunks.contains(&file.end) && near(table, file.end, first));
+                let window = trail.map_or(budget.around, |file| {
+                    (file.window * 2).min(budget.around * 4)
+                });
+                Followed::new(first, last, window, &walk)
+            }
+        };
+        if files.len() == FILES {
+            files.remove(0);
+        }
+        files.push(followed);
+        guess
+    }
+
+    /// A reader has read `chunk` for the first time; `hit` says that it had
+    /// been guessed. Returns what to fetch for it in addition.
+    pub(super) fn read(
+        &self,
+        table: &ChunkTable,
+        chunk: ChunkId,
+        hit: bool,
+        budget: &Budget,
+        missing: impl Fn(ChunkId) -> bool,
+    ) -> Vec<ChunkId> {
+        let mut files = self.files.lock();
+        // A neighbour that was guessed belongs to the file it was guessed for.
+        let found = files
+            .iter_mut()
+            .rev()
+            .find(|file| file.chunks.contains(&chunk));
+        let Some(file) = found else {
+            return Vec::new();
+        };
+        file.hits += u32::from(hit);
+        file.read(table, chunk, budget, missing)
+    }
+}
+
+impl Followed {
+    /// The first read of a file.
+    fn new<M: Fn(ChunkId) -> bool>(
+        first: ChunkId,
+        last: ChunkId,
+        window: u64,
+        walk: &Walk<'_, M>,
+    ) -> (Self, Guess) {
+        let table = walk.table;
+        let chunks = table.file_of(last);
+        let size = table.get(*chunks.end()).data_end() - table.get(*chunks.start()).data_offset;
+        let mut guess = Guess::default();
+        let mut left = window;
+        let rest = table.after(last).take_while(|c| c <= chunks.end());
+        if size <= SMALL_FILE {
+            guess.ahead = walk.all(rest);
+            let before = table.before(first).take_while(|c| c >= chunks.start());
+            guess.before = walk.all(before);
+            let cost = walk.cost(&guess.ahead) + walk.cost(&guess.before);
+            left = left.saturating_sub(cost);
+        } else {
+            guess.ahead = walk.up_to(rest, left);
+            left = left.saturating_sub(walk.cost(&guess.ahead));
+        }
+        let end = guess.ahead.last().copied().unwrap_or(last);
+        if end == *chunks.end() {
+            // What follows another's guesses was missing at the time and is
+            // not any more: somebody else goes on there.
+            let neighbours = table.after(end).take_while(|&c| (walk.missing)(c));
+            guess.ahead.extend(walk.up_to(neighbours, left));
+        }
+        let end = guess.ahead.last().copied().unwrap_or(last);
+        let followed = Self {
+            reader: last,
+            end,
+            window,
+            sequence: 0,
+            mark: end,
+            hits: 0,
+            chunks,
+        };
+        (followed, guess)
+    }
+
+    /// A further read that nothing was fetched for.
+    fn missed<M: Fn(ChunkId) -> bool>(
+        mut self,
+        first: ChunkId,
+        last: ChunkId,
+        budget: &Budget,
+        walk: &Walk<'_, M>,
+    ) -> (Self, Guess) {
+        let table = walk.table;
+        let within = |chunk: &ChunkId| self.chunks.contains(chunk);
+        let reached = self.end.min(*self.chunks.end());
+        let mut guess = Guess::default();
+        if first > self.reader && (first <= reached || near(table, reached, first)) {
+            self.sequence += 1;
+            self.window = (self.window * 2).clamp(budget.around, budget.sequential);
+            let rest = table.after(last).take_while(within);
+            // A sequence earns its window by what it has read.
+            let credit = match self.sequence {
+                SEQUENCE.. => u64::MAX,
+                _ => walk.credit,
+            };
+            guess.ahead = Walk {
+                credit,
+                ..walk.by_ref()
+            }
+            .up_to(rest, self.window);
+        } else {
+            self.sequence = 0;
+            let larger = self.window.saturating_mul(2);
+            self.window = match self.hits {
+                0 => budget.around,
+                _ => larger.clamp(budget.around, budget.sequential),
+            };
+            let rest = table.after(last).take_while(within);
+            guess.ahead = walk.up_to(rest, self.window / 2);
+            let before = table.before(first).take_while(within);
+            guess.before = walk.up_to(before, self.window / 2);
+        }
+        self.hits = 0;
+        self.reader = last;
+        self.end = guess.ahead.last().copied().unwrap_or(last);
+        self.mark = self.end;
+        (self, guess)
+    }
+
+    /// A further read of what had been fetched.
+    fn read(
+        &mut self,
+        table: &ChunkTable,
+        chunk: ChunkId,
+        budget: &Budget,
+        missing: impl Fn(ChunkId) -> bool,
+    ) -> Vec<ChunkId> {
+        if chunk <= self.reader {
+            return Vec::new();
+        }
+        self.sequence = match near(table, self.reader, chunk) {
+            true => self.sequence + 1,
+            false => 0,
+        };
+        self.reader = chunk;
+        if self.sequence < SEQUENCE || self.end >= *self.chunks.end() {
+            return Vec::new();
+        }
+        if chunk >= self.mark {
+            self.window = (self.window * 2).clamp(budget.around, budget.sequential);
+        }
+        let position = |chunk: ChunkId| {
+            let unit = table.get(chunk).unit;
+            unit.offset + unit.size
+        };
+        let ahead = position(self.end.max(chunk)).saturating_sub(position(chunk));
+        let room = self.window.saturating_sub(ahead);
+        if room < budget.piece.max(self.window / 4).min(self.window) {
+            return Vec::new();
+        }
+        let walk = Walk {
+            table,
+            credit: u64::MAX,
+            missing,
+        };
+        let file_end = *self.chunks.end();
+        let rest = table
+            .after(self.end.max(chunk))
+            .take_while(|&c| c <= file_end);
+        let chunks = walk.up_to(rest, room);
+        if let Some(&last) = chunks.last() {
+            if chunk >= self.mark {
+                self.mark = last;
+            }
+            self.end = last;
+        }
+        chunks
+    }
+}
+
+/// Whether `next` is little more than one step after `chunk`.
+fn near(table: &ChunkTable, chunk: ChunkId, next: ChunkId) -> bool {
+    let from = table.get(chunk).data_end();
+    next > chunk && table.get(next).data_offset <= from + NEAR
+}
+
+/// Chooses among chunks.
+struct Walk<'t, M> {
+    table: &'t ChunkTable,
+    credit: u64,
+    missing: M,
+}
+
+impl<'t, M: Fn(ChunkId) -> bool> Walk<'t, M> {
+    fn by_ref(&self) -> Walk<'t, &M> {
+        Walk {
+            table: self.table,
+            credit: self.credit,
+            missing: &self.missing,
         }
     }
 
-    /// Whether any chunk is marked: asked on every read.
-    pub(super) fn is_active(&self) -> bool {
-        self.marked.load(Ordering::Relaxed) > 0
+    /// All that are missing.
+    fn all(&self, chunks: impl Iterator<Item = ChunkId>) -> Vec<ChunkId> {
+        chunks
+            .take(STEPS)
+            .filter(|&chunk| (self.missing)(chunk))
+            .collect()
     }
 
-    /// Whether the chunk was marked; it is no longer.
-    pub(super) fn take_mark(&self, chunk: ChunkId) -> bool {
-        let bit = 1 << (chunk.index() % 64);
-        let word = &self.marks[chunk.index() / 64];
-        if word.load(Ordering::Relaxed) & bit == 0 {
-            return false;
-        }
-        let taken = word.fetch_and(!bit, Ordering::Relaxed) & bit != 0;
-        if taken {
-            self.marked.fetch_sub(1, Ordering::Relaxed);
+    /// Those that are missing, up to so many compressed bytes.
+    fn up_to(&self, chunks: impl Iterator<Item = ChunkId>, budget: u64) -> Vec<ChunkId> {
+        let (mut spent, mut risked, mut unit) = (0, 0, None);
+        let mut taken = Vec::new();
+        for chunk in chunks.take(STEPS) {
+            if !(self.missing)(chunk) {
+                continue;
+            }
+            let record = self.table.get(chunk);
+            if unit.replace(record.unit) != Some(record.unit) {
+                spent += record.unit.size;
+            }
+            risked += u64::from(record.size);
+            if spent > budget || risked > self.credit {
+                break;
+            }
+            taken.push(chunk);
         }
         taken
     }
 
-    fn mark(&self, chunk: ChunkId) {
-        let bit = 1 << (chunk.index() % 64);
-        let word = &self.marks[chunk.index() / 64];
-        if word.fetch_or(bit, Ordering::Relaxed) & bit == 0 {
-            self.marked.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-
-    /// A reader has missed chunks up to `last`, beginning with `first`, or has
-    /// come to a marked chunk. Returns the chunks of the same file to fetch
-    /// beyond, which are none unless it reads on from where it was before.
-    pub(super) fn advance(
-        &self,
-        table: &ChunkTable,
-        first: ChunkId,
-        last: ChunkId,
-        marked: bool,
-    ) -> Vec<ChunkId> {
-        let mut streams = self.streams.lock();
-        let at = streams.iter().position(|stream| {
-            let follows = table.next_in_file(stream.last) == Some(first);
-            let within = marked && (first..=stream.last).contains(&last) && {
-                let span = table.get(stream.last).data_end() - table.get(first).data_offset;
-                span <= stream.window.saturating_mul(2).max(FIRST_WINDOW)
-            };
-            follows || within
-        });
-        let (start, window) = match at {
-            Some(at) => {
-                let stream = streams.remove(at);
-                (stream.last.max(last), (stream.window * 2).max(FIRST_WINDOW))
-            }
-            None => (last, 0),
-        };
-        let window = window.min(self.longest);
-        let mut chunks = Vec::new();
-        let mut bytes = 0;
-        let mut next = start;
-        while bytes < window {
-            let Some(following) = table.next_in_file(next) else {
-                break;
-            };
-            bytes += u64::from(table.get(following).size);
-            chunks.push(following);
-            next = following;
-        }
-        if let Some(&middle) = chunks.get(chunks.len() / 2) {
-            self.mark(middle);
-        }
-        if streams.len() == STREAMS {
-            streams.remove(0);
-        }
-        if table.next_in_file(next).is_some() {
-            streams.push(Stream { last: next, window });
-        }
-        chunks
+    /// Compressed bytes of chunks that were chosen.
+    fn cost(&self, chunks: &[ChunkId]) -> u64 {
+        let units = chunks.iter().map(|&chunk| self.table.get(chunk).unit);
+        let mut last = None;
+        units
+            .filter(|&unit| last.replace(unit) != Some(unit))
+            .map(|unit| unit.size)
+            .sum()
     }
 }

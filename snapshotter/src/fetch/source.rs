@@ -25,7 +25,16 @@ pub trait RangeBody: Send {
     /// The next bytes, or none at the end of the range. Dropping the body ends
     /// the request.
     fn next(&mut self) -> BoxFuture<'_, Result<Option<Bytes>, SourceError>>;
+
+    /// What to call when the bytes turn out to be wrong, so that others are
+    /// asked for from somebody else.
+    fn blame(&self) -> Blame {
+        Box::new(|| {})
+    }
 }
+
+/// See [`RangeBody::blame`].
+pub type Blame = Box<dyn FnOnce() + Send>;
 
 /// Why bytes did not come.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -49,10 +58,10 @@ impl SourceError {
         }
     }
 
-    /// Nothing that could be used came in all that time.
-    pub(super) fn late(waited: Duration) -> Self {
+    /// Nothing that could be used came until the deadline.
+    pub(super) fn late(deadline: Duration) -> Self {
         Self {
-            message: format!("the registry did not deliver within {waited:?}"),
+            message: format!("the registry did not deliver within {deadline:?}"),
             transient: true,
             retry_after: None,
         }
@@ -68,8 +77,11 @@ pub struct RegistryBlob {
 impl RegistryBlob {
     /// `host` is the registry's, for the figures of the link to it.
     pub fn new(blob: Blob, host: impl Into<String>) -> Self {
-        let host = host.into();
-        Self { blob, host }
+        Self {
+            // The engine waits and tries again, and says so.
+            blob: blob.without_retries(),
+            host: host.into(),
+        }
     }
 }
 
@@ -94,12 +106,20 @@ impl RangeBody for Body {
     fn next(&mut self) -> BoxFuture<'_, Result<Option<Bytes>, SourceError>> {
         Box::pin(async move { Ok(Body::next(self).await?) })
     }
+
+    fn blame(&self) -> Blame {
+        let senders = self.senders();
+        Box::new(move || {
+            senders.distrust();
+        })
+    }
 }
 
 impl From<sluice_registry::Error> for SourceError {
     fn from(error: sluice_registry::Error) -> Self {
-        // Credentials are rotated and expired links renewed, so those are
-        // worth the wait; what is absent or answered wrongly is not.
+        // Credentials are rotated, expired links renewed and slips in files
+        // mended, so those are worth the wait; what is absent or answered
+        // wrongly is not.
         let transient = error.kind().is_transient()
             || matches!(
                 error.kind(),
@@ -107,6 +127,7 @@ impl From<sluice_registry::Error> for SourceError {
                     | ErrorKind::Forbidden
                     | ErrorKind::Credentials
                     | ErrorKind::Tls
+                    | ErrorKind::Config
             );
         Self {
             transient,

@@ -2,21 +2,33 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use tokio::task::JoinSet;
+use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt as _, StreamExt as _};
+use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::time::Instant;
 
-use super::decode::{Arrived, decode_all};
+use super::activity::{Entered, Request};
+use super::decode::{Arrived, decode_all, decoded_size};
 use super::inflight::Claim;
 use super::layer::LazyLayer;
-use super::{FetchError, Link, Priority, RangeBody, SourceError};
+use super::link::Receiving;
+use super::pace::Turn;
+use super::{Blame, FetchError, Permit, Priority, RangeBody, SourceError};
 
 /// A request holds at most this much of its range in memory, unless one unit
 /// is larger.
 const WINDOW: u64 = 4 << 20;
 /// Units that arrived together are decoded together up to this size.
 const BATCH: usize = 512 << 10;
+/// A prefetch that gives way to readers goes on after so many round trips,
+/// within bounds: it may be slowed down, not stopped.
+const GIVE_WAY: (u32, Duration, Duration) =
+    (10, Duration::from_millis(250), Duration::from_secs(1));
+/// Bounds of how long it stays quiet after a reader's request.
+const QUIET: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(50));
 /// A permanent refusal is asked again so often before it is believed.
 const REFUSALS: u32 = 2;
 
@@ -25,41 +37,79 @@ pub(super) fn window(range: u64, largest: u64) -> u64 {
     range.min(WINDOW.max(largest.saturating_mul(2)))
 }
 
-/// An answer that is read unit by unit.
-pub(super) struct Arriving<'a> {
-    body: Box<dyn RangeBody>,
-    link: &'a Link,
-    buffered: Bytes,
-    position: u64,
+/// How long a prefetch keeps quiet after a request for a reader, and how long
+/// it gives way at most. Where it is not what is read, the next such request is
+/// likely to follow soon.
+pub(super) fn courtesy(layer: &LazyLayer) -> (Duration, Duration) {
+    let round_trip = layer.link().round_trip();
+    let (round_trips, shortest, longest) = GIVE_WAY;
+    let quiet = match layer.reads().fits() {
+        true => Duration::ZERO,
+        false => round_trip.clamp(QUIET.0, QUIET.1),
+    };
+    (quiet, (round_trip * round_trips).clamp(shortest, longest))
 }
 
-impl<'a> Arriving<'a> {
+/// An answer that is read unit by unit.
+pub(super) struct Arriving {
+    body: Box<dyn RangeBody>,
+    receiving: Receiving,
+    buffered: Bytes,
+    position: u64,
+    _under_way: Entered,
+}
+
+impl Arriving {
     /// Asks for `start..end` of the layer's blob.
     pub(super) async fn request(
-        layer: &'a LazyLayer,
+        layer: &LazyLayer,
         start: u64,
         end: u64,
+        priority: Priority,
     ) -> Result<Self, SourceError> {
         let sent = Instant::now();
+        let under_way = layer.engine().under_way().enter(Request {
+            layer: layer.digest(),
+            start,
+            end,
+            priority,
+            since: sent,
+        });
         let body = layer.source().range(start, end - start).await?;
         layer.link().answered(sent.elapsed());
         Ok(Self {
             body,
-            link: layer.link(),
+            receiving: layer.link().receive(),
             buffered: Bytes::new(),
             position: start,
+            _under_way: under_way,
         })
     }
 
+    /// What to call when the bytes are wrong.
+    fn blame(&self) -> Blame {
+        self.body.blame()
+    }
+
     async fn more(&mut self) -> Result<(), SourceError> {
-        match self.body.next().await? {
+        let mut next = self.body.next();
+        let (answer, waited) = match (&mut next).now_or_never() {
+            Some(answer) => (answer, false),
+            None => (next.await, true),
+        };
+        match answer? {
             Some(bytes) => {
-                self.link.received(bytes.len() as u64, Instant::now());
+                self.receiving.received(bytes.len() as u64, waited);
                 self.buffered = bytes;
                 Ok(())
             }
             None => Err(SourceError::truncated()),
         }
+    }
+
+    /// It will not be read for a while.
+    pub(super) fn pause(&mut self) {
+        self.receiving.pause();
     }
 
     /// Whether everything up to `end` is here already.
@@ -109,18 +159,20 @@ impl<'a> Arriving<'a> {
 /// Decodes what arrives on blocking threads, a batch at a time.
 pub(super) struct Decoding<'a> {
     layer: &'a Arc<LazyLayer>,
+    priority: Priority,
     batch: Vec<Arrived>,
     bytes: usize,
-    jobs: JoinSet<Vec<Claim>>,
+    jobs: FuturesUnordered<JoinHandle<Vec<Claim>>>,
 }
 
 impl<'a> Decoding<'a> {
-    pub(super) fn new(layer: &'a Arc<LazyLayer>) -> Self {
+    pub(super) fn new(layer: &'a Arc<LazyLayer>, priority: Priority) -> Self {
         Self {
             layer,
+            priority,
             batch: Vec::new(),
             bytes: 0,
-            jobs: JoinSet::new(),
+            jobs: FuturesUnordered::new(),
         }
     }
 
@@ -138,23 +190,27 @@ impl<'a> Decoding<'a> {
         if self.batch.is_empty() {
             return;
         }
-        let Some(core) = self.layer.engine().decoder().await else {
+        let units = self.batch.iter().map(|arrived| arrived.claim.unit());
+        let output = units.map(|unit| decoded_size(self.layer.dir(), unit)).max();
+        let engine = self.layer.engine();
+        let Some(core) = engine.decoder(output.unwrap_or_default()).await else {
             return;
         };
         let batch = std::mem::take(&mut self.batch);
         self.bytes = 0;
         let layer = Arc::clone(self.layer);
-        self.jobs.spawn_blocking(move || {
+        let priority = self.priority;
+        self.jobs.push(spawn_blocking(move || {
             let _core = core;
-            decode_all(&layer, batch)
-        });
+            decode_all(&layer, priority, batch)
+        }));
     }
 
     /// Waits for all, and returns the units whose bytes were wrong.
     pub(super) async fn finish(mut self) -> Vec<Claim> {
         self.flush().await;
         let mut wrong = Vec::new();
-        while let Some(done) = self.jobs.join_next().await {
+        while let Some(done) = self.jobs.next().await {
             // A job that panicked has dropped its claims, and their waiters
             // try anew.
             wrong.extend(done.unwrap_or_default());
@@ -186,6 +242,12 @@ impl Patience {
         }
     }
 
+    /// A request is sent: how long it may take until something comes.
+    pub(super) fn begin(&mut self) -> Duration {
+        let since = *self.since.get_or_insert_with(Instant::now);
+        self.deadline.saturating_sub(since.elapsed())
+    }
+
     /// Bytes came.
     pub(super) fn renew(&mut self) {
         self.since = None;
@@ -209,73 +271,134 @@ impl Patience {
     }
 }
 
-/// Fetches units that are claimed already, in the order of the blob.
-pub(super) async fn fetch_claimed(layer: &Arc<LazyLayer>, claims: Vec<Claim>, priority: Priority) {
+/// On what terms units are fetched.
+pub(super) struct Terms {
+    pub(super) priority: Priority,
+    /// For the first request, where it was waited for before.
+    pub(super) permit: Option<Permit>,
+    /// The turn of a prefetch, which gives way to readers.
+    pub(super) turn: Option<Turn>,
+}
+
+impl Terms {
+    pub(super) fn new(priority: Priority) -> Self {
+        Self {
+            priority,
+            permit: None,
+            turn: None,
+        }
+    }
+}
+
+/// Fetches units that are claimed already, in the order of the blob. The error
+/// is that of a registry that did not deliver; whoever waits has it, too.
+pub(super) async fn fetch_claimed(
+    layer: &Arc<LazyLayer>,
+    claims: Vec<Claim>,
+    mut terms: Terms,
+) -> Result<(), SourceError> {
+    crash_point!("fill.claimed");
     let mut pending: VecDeque<(Claim, bool)> = claims.into_iter().map(|c| (c, false)).collect();
     let mut patience = Patience::new(layer);
+    let mut failed: Option<SourceError> = None;
     while let (Some((first, _)), Some((last, _))) = (pending.front(), pending.back()) {
         let (first, last) = (first.unit(), last.unit());
         let range = last.offset + last.size - first.offset;
         let largest = pending.iter().map(|(claim, _)| claim.unit().size).max();
         let bytes = window(range, largest.unwrap_or(0));
-        let permit = layer.engine().admission().admit(priority, bytes).await;
+        let permit = match terms.permit.take() {
+            Some(permit) => permit,
+            None => {
+                let admission = layer.engine().admission();
+                admission.admit(terms.priority, bytes).await
+            }
+        };
         let before = pending.len();
-        let attempt = attempt(layer, &mut pending).await;
+        let limit = patience.begin();
+        let attempt = attempt(layer, &mut pending, &mut terms, limit).await;
         drop(permit);
         if pending.len() < before {
             patience.renew();
         }
-        let Err(error) = attempt else {
+        let Err(mut error) = attempt else {
             layer.recovered();
+            failed = None;
             continue;
         };
+        // That time ran out says less than why.
+        if error == SourceError::late(layer.engine().config().deadline) {
+            error = failed.take().unwrap_or(error);
+        }
+        failed = Some(error.clone());
         let Some(wait) = patience.after(&error) else {
             layer.report(&error.message, first, "the reader gets EIO");
             let failed = FetchError::Registry {
                 layer: layer.digest(),
-                why: error.message,
+                why: error.message.clone(),
             };
             for (claim, _) in pending {
                 claim.finish(Err(failed.clone()));
             }
-            return;
+            return Err(error);
         };
         layer.report(&error.message, first, "the reader waits");
         tokio::time::sleep(wait).await;
     }
+    Ok(())
 }
 
 /// The client counts every byte as progress: a registry that breaks off again
 /// and again after a few of them must not hold a reader for ever.
 async fn within<T>(
     limit: Duration,
+    deadline: Duration,
     arrival: impl Future<Output = Result<T, SourceError>>,
 ) -> Result<T, SourceError> {
     tokio::time::timeout(limit, arrival)
         .await
-        .unwrap_or_else(|_| Err(SourceError::late(limit)))
+        .unwrap_or_else(|_| Err(SourceError::late(deadline)))
 }
 
-/// One request for all that is pending. What has arrived is no longer pending,
-/// unless its bytes were wrong the first time.
+/// One request for all that is pending, which has `limit` until the first unit
+/// is here. What has arrived is no longer pending, unless its bytes were wrong
+/// the first time.
 async fn attempt(
     layer: &Arc<LazyLayer>,
     pending: &mut VecDeque<(Claim, bool)>,
+    terms: &mut Terms,
+    mut limit: Duration,
 ) -> Result<(), SourceError> {
     let (Some((first, _)), Some((last, _))) = (pending.front(), pending.back()) else {
         return Ok(());
     };
     let end = last.unit().offset + last.unit().size;
-    let limit = layer.engine().config().deadline;
-    let request = Arriving::request(layer, first.unit().offset, end);
-    let mut arriving = within(limit, request).await?;
-    let mut decoding = Decoding::new(layer);
+    let deadline = layer.engine().config().deadline;
+    let priority = terms.priority;
+    let request = Arriving::request(layer, first.unit().offset, end, priority);
+    let mut arriving = within(limit, deadline, request).await?;
+    let mut decoding = Decoding::new(layer, priority);
     let mut outcome = Ok(());
     while let Some((claim, _)) = pending.front() {
         let unit = claim.unit();
+        let engine = layer.engine();
+        if terms.turn.is_some() {
+            let (quiet, longest) = courtesy(layer);
+            if engine.is_jumped(quiet) {
+                arriving.pause();
+                let awaited = || pending.iter().any(|(claim, _)| claim.is_awaited());
+                engine.give_way(quiet, longest, awaited).await;
+            }
+        }
+        let before = arriving.position;
         let take = arriving.take(unit.offset, unit.offset + unit.size);
-        let bytes = match within(limit, take).await {
-            Ok(bytes) => bytes,
+        let bytes = match within(limit, deadline, take).await {
+            Ok(bytes) => {
+                limit = deadline;
+                if let Some(turn) = &mut terms.turn {
+                    turn.arrived(arriving.position - before);
+                }
+                bytes
+            }
             Err(error) => {
                 outcome = Err(error);
                 break;
@@ -296,8 +419,12 @@ async fn attempt(
         decoding.push(arrived, more).await;
     }
     // The connection is free for others while the last units are decoded.
+    let blame = arriving.blame();
     drop(arriving);
     let wrong = decoding.finish().await;
+    if !wrong.is_empty() {
+        blame();
+    }
     pending.extend(wrong.into_iter().map(|claim| (claim, true)));
     pending
         .make_contiguous()

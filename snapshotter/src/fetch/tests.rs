@@ -13,6 +13,9 @@ use parking_lot::Mutex;
 use tempfile::TempDir;
 use tokio::sync::watch;
 
+mod disk;
+mod simulated;
+
 use super::*;
 use crate::fuse::Content as _;
 use crate::layer_dir::LayerDir;
@@ -151,7 +154,7 @@ fn refusal() -> Fault {
 }
 
 struct Setup {
-    _root: TempDir,
+    _root: Option<TempDir>,
     sample: Sample,
     source: Source,
     engine: Engine,
@@ -159,8 +162,10 @@ struct Setup {
     starts: Vec<u64>,
 }
 
+/// Nothing is guessed, so that requests are exactly those of the readers.
 fn config() -> Config {
     Config {
+        read_ahead: 0,
         retry: Duration::from_millis(1),
         retry_limit: Duration::from_millis(5),
         deadline: Duration::from_secs(60),
@@ -172,6 +177,13 @@ fn setup_with(sample: Sample, config: Config) -> Setup {
     let root = tempfile::tempdir().unwrap();
     let path = make(root.path(), &sample).unwrap();
     let dir = LayerDir::open(&path, sample.digest()).unwrap();
+    Setup {
+        _root: Some(root),
+        ..setup_of(dir, sample, config)
+    }
+}
+
+fn setup_of(dir: LayerDir, sample: Sample, config: Config) -> Setup {
     let placement = crate::layer_dir::placement::Placement::new(&sample.toc());
     // Samples have their files in the order of the blob.
     let mut starts = Vec::new();
@@ -190,7 +202,7 @@ fn setup_with(sample: Sample, config: Config) -> Setup {
         Box::new(|_| Some(PathBuf::from("/some/file"))),
     );
     Setup {
-        _root: root,
+        _root: None,
         sample,
         source,
         engine,
@@ -199,8 +211,12 @@ fn setup_with(sample: Sample, config: Config) -> Setup {
     }
 }
 
-/// Twelve files of 60 kB, each in two chunks, and one of 2 MB.
 fn setup() -> Setup {
+    setup_with(sample(), config())
+}
+
+/// Twelve files of 60 kB, each in two chunks, and one of 2 MB.
+fn sample() -> Sample {
     let mut all = files(12, 60_000);
     all.push(SampleFile {
         name: "large".to_owned(),
@@ -211,7 +227,7 @@ fn setup() -> Setup {
         prioritized: 4,
         ..Layout::default()
     };
-    setup_with(Sample::new(all, &layout), config())
+    Sample::new(all, &layout)
 }
 
 impl Setup {
@@ -372,59 +388,13 @@ async fn closing_ends_fetches_and_their_readers() {
 }
 
 #[tokio::test]
-async fn a_sequential_reader_is_met_by_growing_requests() {
-    let s = setup_with(
-        Sample::new(
-            vec![SampleFile {
-                name: "large".to_owned(),
-                content: noise(5, 8_000_000),
-            }],
-            &Layout {
-                chunk: 64_000,
-                ..Layout::default()
-            },
-        ),
-        config(),
-    );
-    for offset in (0..8_000_000).step_by(64_000) {
-        s.layer.fetch(offset, 64_000).await.unwrap();
-        // Reading what is there is what drives the window on.
-        assert!(s.layer.try_read(offset, &mut [0; 64_000]).unwrap());
-    }
-    assert!(s.layer.dir().is_complete());
-    let requests = s.source.take_requests();
-    assert!(requests.len() < 125 / 8, "{requests:?}");
-    // One jump back and forth is no sequence.
-    let bytes: u64 = requests.iter().map(|(start, end)| end - start).sum();
-    assert_eq!(bytes, s.source.limit, "no byte twice");
-}
-
-#[tokio::test]
-async fn random_readers_are_not_read_ahead_for() {
-    let s = setup_with(
-        Sample::new(
-            vec![SampleFile {
-                name: "large".to_owned(),
-                content: noise(5, 4_000_000),
-            }],
-            &Layout {
-                chunk: 40_000,
-                ..Layout::default()
-            },
-        ),
-        config(),
-    );
-    for index in [70, 3, 50, 20, 90, 11, 61, 33] {
-        s.layer.fetch(index * 40_000, 4096).await.unwrap();
-    }
-    assert_eq!(s.layer.dir().present().count(), 8);
-}
-
-#[tokio::test]
 async fn prefetch_takes_the_prioritized_files_and_nothing_else() {
     let s = setup();
     let end = s.layer.dir().identity().prefetch_end.unwrap();
-    let handle = s.layer.prefetch().expect("there is a landmark");
+    let handle = s
+        .layer
+        .prefetch(Plan::Landmark)
+        .expect("there is a landmark");
     until(|| s.layer.dir().present().count() == 8).await;
     for file in 0..4 {
         s.read(file).await.unwrap();
@@ -539,4 +509,25 @@ async fn memory_and_connections_stay_within_the_budget() {
     let peak = *peak.lock();
     assert!(peak.0 <= 200_000 && peak.1 <= 3, "{peak:?}");
     assert!(peak.1 > 0);
+}
+
+#[tokio::test]
+async fn regression_a_shortened_file_is_fetched_again_and_never_read_as_zeros() {
+    let s = setup();
+    for file in 0..s.sample.files.len() {
+        s.read(file).await.unwrap();
+    }
+    s.source.take_requests();
+    let path = s.layer.dir().data_path();
+    let data = std::fs::File::options().write(true).open(path).unwrap();
+    // In the middle of the file 5.
+    data.set_len(s.starts[5] + 30_000).unwrap();
+    let mut found = vec![0; 60_000];
+    assert!(!s.layer.try_read(s.starts[6], &mut found).unwrap());
+    for file in 0..s.sample.files.len() {
+        s.read(file).await.unwrap();
+    }
+    let asked = s.source.take_requests();
+    assert_eq!(asked.first().unwrap().0, s.unit(5, 0).0, "{asked:?}");
+    assert!(s.layer.dir().is_complete());
 }

@@ -28,7 +28,11 @@ pub trait Content: Send + Sync + 'static {
     /// buffer's end lie within the size.
     fn try_read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<bool>;
 
-    /// Returns when the bytes are present, after which `try_read` finds them,
-    /// or with the error that the reader gets.
-    fn make_present(self: Arc<Self>, offset: u64, len: u64) -> BoxFuture<'static, io::Result<()>>;
+    /// The same bytes when they are not all present: waits for what is
+    /// missing. The error is the one that the reader gets.
+    fn read_missing(
+        self: Arc<Self>,
+        offset: u64,
+        len: usize,
+    ) -> BoxFuture<'static, io::Result<Vec<u8>>>;
 }

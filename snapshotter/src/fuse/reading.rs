@@ -59,18 +59,8 @@ impl Reader {
         });
         let Some(reply) = reply else { return };
         self.runtime.spawn(async move {
-            let made = Arc::clone(&content).make_present(offset, len as u64).await;
-            // The buffer exists only now: a reader that waits costs no memory.
-            let mut buffer = Vec::new();
-            let answer = made.and_then(|()| {
-                buffer.resize(len, 0);
-                match content.try_read(offset, &mut buffer)? {
-                    true => Ok(()),
-                    false => Err(io::Error::from_raw_os_error(libc::EIO)),
-                }
-            });
-            match answer {
-                Ok(()) => reply.data(&buffer),
+            match content.read_missing(offset, len).await {
+                Ok(bytes) => reply.data(&bytes),
                 Err(error) => reply.error(errno(&error)),
             }
         });

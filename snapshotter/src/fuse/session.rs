@@ -164,12 +164,14 @@ impl Session {
             options.as_c_str(),
         )
         .map_err(|e| failed(e.into()))?;
+        crash_point!("session.mounted");
         let served = Agreement::negotiate(device.as_fd(), |socket| {
             fuser::Session::from_fd(filesystem, socket, SessionACL::All, config())
         })
         .and_then(|(agreement, session)| {
             let place = session.as_fd().as_raw_fd();
             handshake::put_in_place(device.as_fd(), place)?;
+            crash_point!("session.negotiated");
             Ok((agreement, place, session.spawn()?))
         });
         match served {
@@ -208,10 +210,13 @@ impl Session {
             let session = kept.agreement.replay(|socket| {
                 fuser::Session::from_fd(filesystem, socket, SessionACL::All, config())
             })?;
+            crash_point!("adopt.replayed");
             let place = session.as_fd().as_raw_fd();
             handshake::put_in_place(kept.device.as_fd(), place)?;
+            crash_point!("adopt.in-place");
             if kept.agreement.resends() {
                 handshake::resend(kept.device.as_fd())?;
+                crash_point!("adopt.resent");
             } else {
                 tracing::warn!(
                     "this kernel does not send FUSE requests again (Linux 6.9 does): a read at {} \

@@ -137,9 +137,12 @@ impl Keeper {
         })?;
         manager.forget(name.device)?;
         manager.forget(name.terms)?;
+        crash_point!("keep.forgotten");
         manager.store(name.terms, terms.as_fd())?;
+        crash_point!("keep.terms-stored");
         manager.store(name.device, kept.device.as_fd())?;
         manager.barrier()?;
+        crash_point!("keep.device-stored");
         Ok(true)
     }
 

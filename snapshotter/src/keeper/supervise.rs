@@ -17,9 +17,12 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::process::WaitStatus;
+use rustix::process::{Resource, WaitStatus, getrlimit, setrlimit};
 
+use super::fdstore::{FIRST_FD, MOST_FDS};
 use child::Child;
+#[cfg(any(test, fuzzing))]
+pub(crate) use inbox::forgotten;
 use inbox::{Inbox, Kept, Told};
 
 /// How long the daemon may take to stop. Killing it loses nothing: the next
@@ -54,6 +57,17 @@ pub enum Error {
         what: String,
         /// Why.
         source: io::Error,
+    },
+    /// What is kept would not be.
+    #[error(
+        "cannot keep descriptors: at most {limit} files may be open here, and it takes {wanted}; \
+         raise the hard limit (`ulimit -Hn`, `LimitNOFILE=`, the container's ulimits)"
+    )]
+    Limit {
+        /// The hard limit.
+        limit: u64,
+        /// What is needed.
+        wanted: u64,
     },
     /// The arguments hold a NUL.
     #[error("cannot run {0:?}: it holds a NUL byte")]
@@ -112,6 +126,7 @@ pub fn run(options: Options) -> Result<ExitCode, Error> {
     wanted
         .thread_block()
         .map_err(|e| Error::system("blocking signals", e))?;
+    raise_limit()?;
     let signals = SignalFd::with_flags(&wanted, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
         .map_err(|e| Error::system("signalfd", e))?;
     let mut supervisor = Supervisor {
@@ -141,6 +156,23 @@ pub fn run(options: Options) -> Result<ExitCode, Error> {
         }
         supervisor.lose_patience();
     }
+}
+
+/// Sees to it that as many descriptors can be open as are kept at most, and
+/// some of its own. The daemon, which needs more than any, inherits the limit.
+fn raise_limit() -> Result<(), Error> {
+    const OWN: u64 = 64;
+    let wanted = FIRST_FD as u64 + 2 * MOST_FDS as u64 + OWN;
+    let mut limit = getrlimit(Resource::Nofile);
+    let hard = limit.maximum.unwrap_or(u64::MAX);
+    if hard < wanted {
+        return Err(Error::Limit {
+            limit: hard,
+            wanted,
+        });
+    }
+    limit.current = limit.maximum;
+    setrlimit(Resource::Nofile, limit).map_err(|e| Error::system("raising RLIMIT_NOFILE", e))
 }
 
 impl Supervisor {

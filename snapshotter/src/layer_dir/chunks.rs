@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::ops::RangeInclusive;
 use std::path::Path;
 
 use memmap2::{Advice, Mmap};
@@ -24,6 +25,10 @@ pub(super) const RECORD: usize = 64;
 
 pub(super) const FLAG_PREFETCH: u32 = 1;
 pub(super) const FLAG_TRUST_COMPRESSED: u32 = 2;
+pub(super) const FLAG_META_SUMMED: u32 = 4;
+
+/// How far the chunks of one file are searched in either direction.
+const FILE_REACH: u32 = 16 << 10;
 
 /// A record's flag: the chunk is its file's first.
 pub(super) const STARTS_FILE: u32 = 1;
@@ -33,6 +38,11 @@ pub(super) const STARTS_FILE: u32 = 1;
 pub struct ChunkId(pub(super) u32);
 
 impl ChunkId {
+    #[cfg(test)]
+    pub(crate) fn at(position: u32) -> Self {
+        Self(position)
+    }
+
     /// The position.
     pub fn index(self) -> usize {
         self.0 as usize
@@ -88,7 +98,7 @@ impl Record {
 
     /// Where its last byte ends in `data`.
     pub fn data_end(&self) -> u64 {
-        self.data_offset + u64::from(self.size)
+        self.data_offset.saturating_add(u64::from(self.size))
     }
 }
 
@@ -109,7 +119,17 @@ fn digest_at(bytes: &[u8], at: usize) -> Digest {
 pub struct ChunkTable {
     map: Mmap,
     chunks: u32,
-    meta_size: u64,
+    crc: u32,
+    meta: MetaSum,
+}
+
+/// What `meta.erofs` has to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct MetaSum {
+    /// Its size in bytes.
+    pub(super) size: u64,
+    /// CRC-32 of it; directories that were made before it was kept have none.
+    pub(super) crc: Option<u32>,
 }
 
 impl ChunkTable {
@@ -132,7 +152,8 @@ impl ChunkTable {
         }
         // Read and not mapped for this, so that a disk's error is one, and
         // pages that no lookup needs take no memory.
-        if checksum(&file).map_err(failed)? != u32_at(&header, 28) {
+        let crc = u32_at(&header, 28);
+        if checksum(&file).map_err(failed)? != crc {
             return Err(Error::damaged(path, "its checksum does not match"));
         }
         // SAFETY: the file is written once, before its directory gets its
@@ -148,9 +169,18 @@ impl ChunkTable {
         let table = Self {
             map,
             chunks,
-            meta_size: u64_at(&header, 64),
+            crc,
+            meta: MetaSum {
+                size: u64_at(&header, 64),
+                crc: (u32_at(&header, 20) & FLAG_META_SUMMED != 0).then(|| u32_at(&header, 180)),
+            },
         };
         Ok((identity, table))
+    }
+
+    /// Whether `other` describes the same chunks.
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        (self.chunks, self.crc, self.meta) == (other.chunks, other.crc, other.meta)
     }
 
     /// How many chunks there are. Chunks of zeros are not among them: they are
@@ -164,8 +194,8 @@ impl ChunkTable {
         self.chunks == 0
     }
 
-    pub(super) fn meta_size(&self) -> u64 {
-        self.meta_size
+    pub(super) fn meta(&self) -> MetaSum {
+        self.meta
     }
 
     /// One chunk.
@@ -196,10 +226,35 @@ impl ChunkTable {
             .map(ChunkId)
     }
 
-    /// The chunk after this one in the same file.
-    pub fn next_in_file(&self, chunk: ChunkId) -> Option<ChunkId> {
-        let next = ChunkId(chunk.0 + 1);
-        (next.0 < self.chunks && !self.get(next).starts_file).then_some(next)
+    /// The chunks of the file that `chunk` belongs to; of a very large file,
+    /// only those near it.
+    pub fn file_of(&self, chunk: ChunkId) -> RangeInclusive<ChunkId> {
+        let starts = |index: u32| {
+            let at = HEADER + index as usize * RECORD;
+            u32_at(&self.map, at + 28) & STARTS_FILE != 0
+        };
+        let lowest = chunk.0.saturating_sub(FILE_REACH);
+        let highest = chunk.0.saturating_add(FILE_REACH).min(self.chunks - 1);
+        let mut first = chunk.0;
+        while first > lowest && !starts(first) {
+            first -= 1;
+        }
+        let mut last = chunk.0;
+        while last < highest && !starts(last + 1) {
+            last += 1;
+        }
+        ChunkId(first)..=ChunkId(last)
+    }
+
+    /// The chunks after this one, in the order of `data`, which is that of
+    /// files in the blob.
+    pub fn after(&self, chunk: ChunkId) -> impl Iterator<Item = ChunkId> + use<> {
+        (chunk.0 + 1..self.chunks).map(ChunkId)
+    }
+
+    /// The chunks before this one, the nearest first.
+    pub fn before(&self, chunk: ChunkId) -> impl Iterator<Item = ChunkId> + use<> {
+        (0..chunk.0).rev().map(ChunkId)
     }
 
     /// The chunks of the unit that begins at `unit_offset` of the blob, by
@@ -226,7 +281,7 @@ impl ChunkTable {
 }
 
 /// CRC-32 of the rest of the file.
-fn checksum(mut file: &File) -> io::Result<u32> {
+pub(super) fn checksum(mut file: &File) -> io::Result<u32> {
     let mut crc = libdeflater::Crc::new();
     let mut buffer = vec![0; 256 << 10];
     loop {
@@ -253,14 +308,19 @@ fn partition(len: u32, before: impl Fn(u32) -> bool) -> u32 {
 
 /// Reads the header alone.
 pub(super) fn identify(path: &Path) -> Result<Identity, Error> {
+    parse_header(path, &header(path)?)
+}
+
+/// The header's bytes, unchecked.
+pub(super) fn header(path: &Path) -> Result<[u8; HEADER], Error> {
     let mut header = [0; HEADER];
     File::open(path)
         .and_then(|mut file| file.read_exact(&mut header))
         .map_err(|e| match e.kind() {
-            std::io::ErrorKind::UnexpectedEof => Error::damaged(path, "it is cut short"),
+            io::ErrorKind::UnexpectedEof => Error::damaged(path, "it is cut short"),
             _ => Error::io("read", path, e),
         })?;
-    parse_header(path, &header)
+    Ok(header)
 }
 
 pub(super) struct HeaderFields<'a> {
@@ -268,6 +328,7 @@ pub(super) struct HeaderFields<'a> {
     pub(super) chunks: u32,
     pub(super) body_crc: u32,
     pub(super) meta_size: u64,
+    pub(super) meta_crc: u32,
 }
 
 pub(super) fn encode_header(fields: &HeaderFields<'_>, reference: &str) -> Vec<u8> {
@@ -287,7 +348,8 @@ pub(super) fn encode_header(fields: &HeaderFields<'_>, reference: &str) -> Vec<u
     put(8, &VERSION.to_le_bytes());
     put(12, &(HEADER as u32).to_le_bytes());
     put(16, &format.to_le_bytes());
-    put(20, &(prefetch_flag | trust_flag).to_le_bytes());
+    let flags = prefetch_flag | trust_flag | FLAG_META_SUMMED;
+    put(20, &flags.to_le_bytes());
     put(24, &fields.chunks.to_le_bytes());
     put(28, &fields.body_crc.to_le_bytes());
     put(32, &identity.number.to_le_bytes());
@@ -300,6 +362,7 @@ pub(super) fn encode_header(fields: &HeaderFields<'_>, reference: &str) -> Vec<u
     put(112, trust.as_raw());
     put(144, identity.compressed_toc.as_raw());
     put(176, &(reference.len() as u32).to_le_bytes());
+    put(180, &fields.meta_crc.to_le_bytes());
     put(REFERENCE_AT, reference.as_bytes());
     let crc = libdeflater::crc32(&header[..HEADER - 4]);
     header[HEADER - 4..].copy_from_slice(&crc.to_le_bytes());

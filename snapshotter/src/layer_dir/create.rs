@@ -1,7 +1,7 @@
 //! Making a layer directory, at one stroke.
 
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufWriter, Seek, Write};
 use std::path::Path;
 
 use sluice_layer::{ChunkSource, NodeKind, Toc, TocTrust};
@@ -50,11 +50,17 @@ pub fn create(
     let temporary = parent.join(format!("{TEMPORARY}{hex}"));
     let _ = fs::remove_dir_all(&temporary);
     fs::create_dir(&temporary).map_err(|e| Error::io("make", &temporary, e))?;
+    crash_point!("compile.directory-made");
     let made = fill(&temporary, new, write_meta).and_then(|()| {
+        crash_point!("compile.filled");
         fs::rename(&temporary, &path)
-            .and_then(|()| File::open(parent)?.sync_all())
+            .and_then(|()| {
+                crash_point!("compile.named");
+                File::open(parent)?.sync_all()
+            })
             .map_err(|e| Error::io("make", &path, e))
     });
+    crash_point!("compile.synced");
     if made.is_err() {
         let _ = fs::remove_dir_all(&temporary);
     }
@@ -89,7 +95,11 @@ fn fill(
         .open(&meta)
         .map_err(failed)?;
     write_meta(new.toc, &placement, &mut file).map_err(|p| Error::new(&meta, p))?;
+    crash_point!("compile.meta-written");
     file.sync_all().map_err(failed)?;
+    crash_point!("compile.meta-synced");
+    file.rewind().map_err(failed)?;
+    let meta_crc = chunks::checksum(&file).map_err(failed)?;
     let meta_size = file.metadata().map_err(failed)?.len();
 
     let data = at(DATA);
@@ -99,10 +109,12 @@ fn fill(
             file.sync_all()
         })
         .map_err(|e| Error::io("make", &data, e))?;
+    crash_point!("compile.data-made");
 
     let table = at(CHUNKS);
     let records = records(new.toc, &placement).map_err(|p| Error::new(&table, p))?;
-    write_chunks(&table, &identity, meta_size, &records)?;
+    write_chunks(&table, &identity, (meta_size, meta_crc), &records)?;
+    crash_point!("compile.chunks-written");
     let count = u32::try_from(records.len()).unwrap_or(u32::MAX);
     Present::empty(count).save(directory, &new.digest)
 }
@@ -158,7 +170,7 @@ fn records(toc: &Toc, placement: &Placement) -> Result<Vec<Record>, Problem> {
 fn write_chunks(
     path: &Path,
     identity: &Identity,
-    meta_size: u64,
+    (meta_size, meta_crc): (u64, u32),
     records: &[Record],
 ) -> Result<(), Error> {
     let mut by_unit: Vec<u32> = (0..records.len() as u32).collect();
@@ -183,6 +195,7 @@ fn write_chunks(
         chunks: records.len() as u32,
         body_crc: crc.sum(),
         meta_size,
+        meta_crc,
     };
     let header = chunks::encode_header(&fields, &reference);
     debug_assert_eq!(header.len(), HEADER);

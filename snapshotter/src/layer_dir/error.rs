@@ -60,12 +60,19 @@ impl Error {
         &self.problem
     }
 
+    /// Whether the file is simply not there.
+    pub(crate) fn is_missing(&self) -> bool {
+        matches!(&self.problem, Problem::Io { source, .. }
+            if source.kind() == io::ErrorKind::NotFound)
+    }
+
     /// Whether removing the directory and making it again can help.
     pub fn is_damage(&self) -> bool {
         match &self.problem {
             Problem::Damaged(_) => true,
-            Problem::Io { source, .. } => source.kind() == io::ErrorKind::NotFound,
-            _ => false,
+            // A sector that went bad: another one will do.
+            Problem::Io { source, .. } if source.raw_os_error() == Some(libc::EIO) => true,
+            _ => self.is_missing(),
         }
     }
 }

@@ -1,6 +1,7 @@
 //! A layer on a node: the directory with `meta.erofs`, `chunks`, `data` and
 //! `present`. `docs/layer-directory.md` draws the files byte by byte.
 
+mod checks;
 mod chunks;
 mod create;
 mod error;
@@ -12,10 +13,13 @@ use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use parking_lot::Mutex;
+use std::time::SystemTime;
+
+use parking_lot::{Mutex, RwLock};
 use sluice_layer::{Format, TocTrust};
 use sluice_oci::{Digest, Reference};
 
+pub use checks::{Verdict, mend};
 pub use chunks::{ChunkId, ChunkTable, Record};
 pub use create::{NewLayer, create};
 pub use error::{Error, Problem};
@@ -29,6 +33,10 @@ pub const CHUNKS: &str = "chunks";
 pub const DATA: &str = "data";
 /// Which chunks of `data` hold verified bytes.
 pub const PRESENT: &str = "present";
+/// The next `data`, while it is made.
+pub const DATA_DRAFT: &str = "data.new";
+/// The next `present`, while it is written.
+pub const PRESENT_DRAFT: &str = "present.new";
 /// Prefix of directories that are being made or deleted.
 pub const TEMPORARY: &str = ".tmp-";
 
@@ -68,14 +76,28 @@ pub struct LayerDir {
     chunks: ChunkTable,
     data: File,
     present: Present,
-    persisted: Mutex<u32>,
+    /// What the file `present` names and nobody believes before it was
+    /// verified.
+    claimed: Present,
+    persisted: Mutex<Persisted>,
+    /// Held while a chunk is stored; exclusively, to distrust what was.
+    storing: RwLock<()>,
+}
+
+#[derive(Debug, Default)]
+struct Persisted {
+    /// [`Present::changes`] when the file was written last.
+    changes: u64,
+    /// The directory belongs to another by now.
+    retired: bool,
 }
 
 impl LayerDir {
     /// Opens the directory of `digest` and checks that its files belong
-    /// together: versions, sizes and checksums. A `present` that cannot be
-    /// trusted counts as empty; anything else that is damaged is an error, and
-    /// the directory has to be made again.
+    /// together: versions, sizes and checksums, apart from that of
+    /// `meta.erofs`. A `present` that cannot be trusted counts as empty, and
+    /// so does a `data` of another size; anything else that is damaged is an
+    /// error, and [`mend`] or making the directory again is the remedy.
     pub fn open(path: &Path, digest: Digest) -> Result<Self, Error> {
         let (identity, chunks) = ChunkTable::open(&path.join(CHUNKS))?;
         let damaged = |file: &str, what: String| Error::damaged(&path.join(file), what);
@@ -87,48 +109,44 @@ impl LayerDir {
         }
         let meta = path.join(META);
         let found = fs::metadata(&meta).map_err(|e| Error::io("read", &meta, e))?;
-        if found.len() != chunks.meta_size() {
+        if found.len() != chunks.meta().size {
             return Err(damaged(
                 META,
                 format!(
                     "it has {} bytes instead of {}",
                     found.len(),
-                    chunks.meta_size()
+                    chunks.meta().size
                 ),
             ));
         }
-        let data_path = path.join(DATA);
-        let data = File::options()
-            .read(true)
-            .write(true)
-            .open(&data_path)
-            .map_err(|e| Error::io("open", &data_path, e))?;
-        let size = data
-            .metadata()
-            .map_err(|e| Error::io("read", &data_path, e))?
-            .len();
-        if size != identity.data_size {
-            return Err(damaged(
-                DATA,
-                format!("it has {size} bytes instead of {}", identity.data_size),
-            ));
-        }
+        let data = open_data(path, identity.data_size)?;
         let present = match Present::load(&path.join(PRESENT), &digest, chunks.len()) {
             Ok(present) => present,
+            // Its content was evicted.
+            Err(error) if error.is_missing() => Present::empty(chunks.len()),
             Err(error) => {
                 tracing::warn!(layer = %digest, "{error}; its content will be fetched again");
                 Present::empty(chunks.len())
             }
         };
-        let persisted = Mutex::new(present.count());
         Ok(Self {
             path: path.to_owned(),
             identity,
+            claimed: Present::empty(chunks.len()),
             chunks,
             data,
             present,
-            persisted,
+            persisted: Mutex::default(),
+            storing: RwLock::default(),
         })
+    }
+
+    /// Believes nothing of what `present` names before it was verified: the
+    /// machine went down, and its disk may have lost what it said it had.
+    pub fn doubted(mut self) -> Self {
+        let nothing = Present::empty(self.chunks.len());
+        self.claimed = std::mem::replace(&mut self.present, nothing);
+        self
     }
 
     /// Reads only what names the layer, without checking the whole directory.
@@ -166,6 +184,11 @@ impl LayerDir {
         &self.present
     }
 
+    /// Which of its chunks would be present if they were believed.
+    pub fn claimed(&self) -> &Present {
+        &self.claimed
+    }
+
     /// Whether every chunk is present.
     pub fn is_complete(&self) -> bool {
         self.present.is_complete()
@@ -181,37 +204,122 @@ impl LayerDir {
                 .all(|chunk| self.present.contains(chunk))
     }
 
-    /// Reads `data`. The caller has made sure that the bytes are present.
+    /// Reads `data`. The caller has made sure that the bytes are present. An
+    /// error of the kind `UnexpectedEof` says that they are not any more:
+    /// somebody has cut the file short, and [`Self::restore`] is due.
     pub fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         self.data.read_exact_at(buffer, offset)
+    }
+
+    /// Gives `data` its size again if somebody has cut it short, after taking
+    /// back the bits of the chunks that went with its end: what is a hole then
+    /// must not pass for content, not even after a crash.
+    pub fn restore(&self) -> io::Result<()> {
+        let mut persisted = self.persisted.lock();
+        let size = self.identity.data_size;
+        let left = self.data.metadata()?.len();
+        if left >= size || persisted.retired {
+            return Ok(());
+        }
+        let mut lost = 0u32;
+        for chunk in self.chunks.overlapping(left, size - left) {
+            lost += u32::from(self.claimed.remove(chunk) | self.present.remove(chunk));
+        }
+        tracing::warn!(
+            layer = %self.identity.digest,
+            "{} was cut short to {left} of {size} bytes by another program; {lost} chunks are \
+             fetched again",
+            self.data_path().display()
+        );
+        let changes = self.present.changes();
+        let snapshot = self.present.union(&self.claimed);
+        self.data.sync_data()?;
+        snapshot
+            .save(&self.path, &self.identity.digest)
+            .map_err(io::Error::other)?;
+        persisted.changes = changes;
+        self.data.set_len(size)
     }
 
     /// Writes a chunk's bytes and then marks it present. `bytes` can only have
     /// come from the decoder, which checked them against `digest`.
     pub fn store(&self, chunk: ChunkId, bytes: &sluice_layer::VerifiedChunk<'_>) -> io::Result<()> {
         let record = self.chunks.get(chunk);
+        crash_point!("fill.verified");
+        // Writing would make holes of what a shortened file has lost.
+        if self.data.metadata()?.len() < self.identity.data_size {
+            self.restore()?;
+        }
+        let _storing = self.storing.read();
         self.data.write_all_at(bytes, record.data_offset)?;
+        crash_point!("fill.written");
         self.present.insert(chunk);
+        crash_point!("fill.present");
+        self.claimed.remove(chunk);
         Ok(())
     }
 
     /// Makes what is present survive a crash of the machine: first the bytes,
-    /// then the bits. Returns whether there was anything to do.
+    /// then the bits. Returns whether there was anything to do. When the bytes
+    /// do not get to the disk, they are not present any more: the kernel tells
+    /// of a failed write once, and counts it as done from then on.
     pub fn persist(&self) -> Result<bool, Error> {
         let mut persisted = self.persisted.lock();
         // The bits are taken before the bytes are made durable, so that no bit
         // gets to disk ahead of its bytes.
-        let snapshot = self.present.snapshot();
-        if snapshot.count() == *persisted {
+        let changes = self.present.changes();
+        if persisted.retired || changes == persisted.changes {
             return Ok(false);
         }
+        let snapshot = self.present.union(&self.claimed);
+        crash_point!("persist.taken");
         let path = self.data_path();
-        self.data
-            .sync_data()
-            .map_err(|e| Error::io("write", &path, e))?;
+        if let Err(error) = self.data.sync_data() {
+            self.distrust();
+            return Err(Error::io("write", &path, error));
+        }
+        crash_point!("persist.data-synced");
         snapshot.save(&self.path, &self.identity.digest)?;
-        *persisted = snapshot.count();
+        persisted.changes = changes;
         Ok(true)
+    }
+
+    /// Takes back everything that is not known to be on the disk.
+    fn distrust(&self) {
+        // No chunk may be between its bytes and its bit meanwhile.
+        let _none_is_stored = self.storing.write();
+        let path = self.path.join(PRESENT);
+        let durable = Present::load(&path, &self.identity.digest, self.chunks.len());
+        let durable = durable.unwrap_or_else(|_| Present::empty(self.chunks.len()));
+        for chunk in self.present.iter().filter(|&c| !durable.contains(c)) {
+            self.present.remove(chunk);
+        }
+    }
+
+    /// Drops the content, and keeps all that is needed to fetch it again. This
+    /// goes on with the old file, and is never written to the directory again;
+    /// whoever opens it next finds it empty. Needs no space.
+    pub fn evict(&self) -> Result<(), Error> {
+        let mut persisted = self.persisted.lock();
+        persisted.retired = true;
+        empty(&self.path, self.identity.data_size)
+    }
+
+    /// Notes that the layer in the directory at `path` is in use now, for the
+    /// next eviction.
+    pub fn touch(path: &Path) -> io::Result<()> {
+        // Nothing else changes that file, so its time is free for this.
+        File::open(path.join(CHUNKS))?.set_modified(SystemTime::now())
+    }
+
+    /// Bytes on disk of the content in the directory at `path`.
+    pub fn content_size(path: &Path) -> io::Result<u64> {
+        Ok(fs::metadata(path.join(DATA))?.blocks() * 512)
+    }
+
+    /// When the layer in the directory at `path` was last in use.
+    pub fn last_used(path: &Path) -> io::Result<SystemTime> {
+        fs::metadata(path.join(CHUNKS))?.modified()
     }
 
     /// Bytes and inodes that the directory at `path` takes, if it is there.
@@ -231,6 +339,59 @@ impl LayerDir {
         }
         Ok((inodes > 0).then_some((bytes, inodes)))
     }
+}
+
+/// Opens `data`. One that is not there or has another size holds nothing that
+/// can be relied on, and counts as empty.
+fn open_data(directory: &Path, size: u64) -> Result<File, Error> {
+    let path = directory.join(DATA);
+    let open = || {
+        let data = File::options().read(true).write(true).open(&path)?;
+        let found = data.metadata()?.len();
+        Ok::<_, io::Error>((data, found))
+    };
+    let found = match open() {
+        Ok((data, found)) if found == size => return Ok(data),
+        Ok((_, found)) => format!("it has {found} bytes instead of {size}"),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => "it is not there".to_owned(),
+        Err(e) => return Err(Error::io("open", &path, e)),
+    };
+    tracing::warn!(
+        "{}: {found}; its content will be fetched again",
+        path.display()
+    );
+    empty(directory, size)?;
+    let opened = open().map_err(|e| Error::io("open", &path, e))?;
+    Ok(opened.0)
+}
+
+/// Replaces the content of the directory by nothing. Needs no space.
+fn empty(directory: &Path, size: u64) -> Result<(), Error> {
+    let sync = || File::open(directory)?.sync_all();
+    // The bits first: they must never stand for bytes that are gone.
+    let present = directory.join(PRESENT);
+    fs::remove_file(&present)
+        .or_else(|e| match e.kind() {
+            io::ErrorKind::NotFound => Ok(()),
+            _ => Err(e),
+        })
+        .and_then(|()| sync())
+        .map_err(|e| Error::io("remove", &present, e))?;
+    crash_point!("evict.present-removed");
+    // A new file, so that a mount that still has the old one never reads holes
+    // for content.
+    let data = directory.join(DATA);
+    let new = directory.join(DATA_DRAFT);
+    let replace = || {
+        File::create(&new)?.set_len(size)?;
+        crash_point!("evict.data-made");
+        fs::rename(&new, &data)?;
+        crash_point!("evict.data-named");
+        sync()?;
+        crash_point!("evict.synced");
+        Ok(())
+    };
+    replace().map_err(|e| Error::io("empty", &data, e))
 }
 
 #[cfg(test)]

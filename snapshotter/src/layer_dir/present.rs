@@ -9,18 +9,19 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use sluice_oci::Digest;
 
 use super::error::{Error, Problem};
-use super::{ChunkId, PRESENT};
+use super::{ChunkId, PRESENT, PRESENT_DRAFT};
 
 const MAGIC: &[u8; 8] = b"SLPRESNT";
 const VERSION: u32 = 1;
 const HEADER: usize = 64;
 
-/// A set of chunks that only grows.
+/// A set of chunks.
 #[derive(Debug)]
 pub struct Present {
     words: Box<[AtomicU64]>,
     chunks: u32,
     count: AtomicU32,
+    changes: AtomicU64,
 }
 
 impl Present {
@@ -39,6 +40,7 @@ impl Present {
             words,
             chunks,
             count: AtomicU32::new(count),
+            changes: AtomicU64::new(0),
         }
     }
 
@@ -49,13 +51,40 @@ impl Present {
         word >> (chunk.index() % 64) & 1 == 1
     }
 
-    /// Adds a chunk whose bytes are written.
-    pub(crate) fn insert(&self, chunk: ChunkId) {
+    /// Adds a chunk whose bytes are written, and says whether it is new.
+    pub fn insert(&self, chunk: ChunkId) -> bool {
         let bit = 1 << (chunk.index() % 64);
         let before = self.words[chunk.index() / 64].fetch_or(bit, Ordering::AcqRel);
-        if before & bit == 0 {
+        let new = before & bit == 0;
+        if new {
             self.count.fetch_add(1, Ordering::AcqRel);
+            self.changes.fetch_add(1, Ordering::AcqRel);
         }
+        new
+    }
+
+    /// Takes a chunk back, and says whether it was there.
+    pub(crate) fn remove(&self, chunk: ChunkId) -> bool {
+        let bit = 1 << (chunk.index() % 64);
+        let before = self.words[chunk.index() / 64].fetch_and(!bit, Ordering::AcqRel);
+        let was_there = before & bit != 0;
+        if was_there {
+            self.count.fetch_sub(1, Ordering::AcqRel);
+            self.changes.fetch_add(1, Ordering::AcqRel);
+        }
+        was_there
+    }
+
+    /// Grows with every change.
+    pub(super) fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
+    }
+
+    /// The chunks that are there now, in order.
+    pub fn iter(&self) -> impl Iterator<Item = ChunkId> + '_ {
+        (0..self.chunks)
+            .map(ChunkId)
+            .filter(|&chunk| self.contains(chunk))
     }
 
     /// How many chunks are present.
@@ -68,9 +97,10 @@ impl Present {
         self.count() == self.chunks
     }
 
-    /// The set as it is now.
-    pub(crate) fn snapshot(&self) -> Self {
-        let words = self.words.iter().map(|w| w.load(Ordering::Acquire));
+    /// This set and another of the same layer together, as they are now.
+    pub(super) fn union(&self, other: &Self) -> Self {
+        let words = self.words.iter().zip(&other.words);
+        let words = words.map(|(a, b)| a.load(Ordering::Acquire) | b.load(Ordering::Acquire));
         Self::from_words(words, self.chunks)
     }
 
@@ -100,7 +130,12 @@ impl Present {
             .chunks_exact(8)
             .map(|w| u64::from_le_bytes(w.try_into().unwrap_or([0; 8])));
         let present = Self::from_words(words, chunks);
-        if present.count() > chunks {
+        // One too many would make up for one that is missing.
+        let last = present
+            .words
+            .last()
+            .map_or(0, |w| w.load(Ordering::Relaxed));
+        if !chunks.is_multiple_of(64) && last >> (chunks % 64) != 0 {
             return Err(damaged("it names chunks that do not exist"));
         }
         Ok(present)
@@ -125,14 +160,20 @@ impl Present {
 
     /// Replaces the file in `directory` at one stroke.
     pub(crate) fn save(&self, directory: &Path, layer: &Digest) -> Result<(), Error> {
-        let new = directory.join("present.new");
+        let new = directory.join(PRESENT_DRAFT);
         let path = directory.join(PRESENT);
         let write = || {
             let mut file = File::create(&new)?;
+            crash_point!("persist.new-made");
             file.write_all(&self.encode(layer))?;
+            crash_point!("persist.new-written");
             file.sync_all()?;
+            crash_point!("persist.new-synced");
             fs::rename(&new, &path)?;
-            File::open(directory)?.sync_all()
+            crash_point!("persist.named");
+            File::open(directory)?.sync_all()?;
+            crash_point!("persist.synced");
+            Ok(())
         };
         write().map_err(|e| Error::io("write", &path, e))
     }

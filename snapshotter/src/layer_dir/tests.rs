@@ -93,9 +93,18 @@ fn what_was_made_is_found_again() {
         assert_eq!(exact, [chunk]);
         let last: Vec<_> = dir.chunks().overlapping(record.data_end() - 1, 1).collect();
         assert_eq!(last, [chunk]);
-        if let Some(next) = dir.chunks().next_in_file(chunk) {
-            assert_eq!(dir.chunks().get(next).data_offset, record.data_end());
+        let file = dir.chunks().file_of(chunk);
+        assert!(file.contains(&chunk) && dir.chunks().get(*file.start()).starts_file);
+        match dir.chunks().after(chunk).next() {
+            Some(next) if file.contains(&next) => {
+                assert_eq!(dir.chunks().get(next).data_offset, record.data_end());
+            }
+            next => {
+                assert_eq!(*file.end(), chunk);
+                assert!(next.is_none_or(|next| dir.chunks().get(next).starts_file));
+            }
         }
+        assert_eq!(dir.chunks().before(chunk).count(), chunk.index());
     }
     // By unit: each chunk once.
     let mut by_unit = Vec::new();
@@ -155,6 +164,54 @@ fn bits_are_durable_after_their_bytes_and_not_before() {
 }
 
 #[test]
+fn regression_what_a_shortened_file_has_lost_is_not_present() {
+    let scratch = tempfile::tempdir().unwrap();
+    let sample = sample();
+    let path = make(scratch.path(), &sample).unwrap();
+    let open = || LayerDir::open(&path, sample.digest()).unwrap();
+    let present = |dir: &LayerDir| -> Vec<u64> {
+        let all = dir.chunks().overlapping(0, u64::MAX);
+        all.filter(|chunk| dir.present().contains(*chunk))
+            .map(|chunk| dir.chunks().get(chunk).data_end())
+            .collect()
+    };
+    for by_store in [false, true] {
+        let dir = open();
+        fill(&dir, &sample, usize::MAX);
+        dir.persist().unwrap();
+        assert!(dir.is_complete());
+        // In the middle of a chunk, which goes with the end.
+        let middle: Vec<ChunkId> = dir.chunks().overlapping(0, u64::MAX).collect();
+        let middle = dir.chunks().get(middle[middle.len() / 2]);
+        let left = middle.data_offset + 5;
+        let file = File::options().write(true).open(dir.data_path()).unwrap();
+        file.set_len(left).unwrap();
+        let mut byte = [0];
+        let error = dir.read_at(&mut byte, left).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        if by_store {
+            // The first unit's chunks are there; writing them again finds out.
+            fill(&dir, &sample, 1);
+        } else {
+            dir.restore().unwrap();
+        }
+        let kept = present(&dir);
+        assert!(
+            !kept.is_empty() && kept.iter().all(|end| *end <= left),
+            "{kept:?}"
+        );
+        assert!(!dir.is_complete());
+        assert_eq!(
+            fs::metadata(dir.data_path()).unwrap().len(),
+            dir.identity().data_size
+        );
+        // The machine may crash now.
+        drop(dir);
+        assert_eq!(present(&open()), kept);
+    }
+}
+
+#[test]
 fn damage_is_found_when_the_directory_is_opened() {
     let scratch = tempfile::tempdir().unwrap();
     let sample = sample();
@@ -167,12 +224,14 @@ fn damage_is_found_when_the_directory_is_opened() {
         (CHUNKS, "remove", "No such file"),
         (META, "cut", "bytes instead of"),
         (META, "remove", "No such file"),
-        (DATA, "cut", "bytes instead of"),
-        (DATA, "remove", "No such file"),
+        (META, "flip 5000", "its checksum does not match"),
+        (META, "flip 1100", "its checksum does not match"),
     ] {
         let path = make(scratch.path(), &sample).unwrap();
         damage(&path.join(file), change);
-        let error = LayerDir::open(&path, sample.digest()).unwrap_err();
+        let error = LayerDir::open(&path, sample.digest())
+            .and_then(|dir| dir.check_meta())
+            .unwrap_err();
         assert!(error.is_damage(), "{file} {change}: {error}");
         let text = error.to_string();
         assert!(text.contains(expected), "{file} {change}: {text}");
@@ -196,6 +255,132 @@ fn a_damaged_presence_map_counts_as_empty() {
         assert_eq!(dir.present().count(), 0, "{change}");
         fs::remove_dir_all(&path).unwrap();
     }
+}
+
+#[test]
+fn content_of_another_size_counts_as_none() {
+    let scratch = tempfile::tempdir().unwrap();
+    let sample = sample();
+    for change in ["cut", "empty", "remove"] {
+        let path = make(scratch.path(), &sample).unwrap();
+        let dir = LayerDir::open(&path, sample.digest()).unwrap();
+        fill(&dir, &sample, usize::MAX);
+        dir.persist().unwrap();
+        damage(&path.join(DATA), change);
+        let again = LayerDir::open(&path, sample.digest()).unwrap();
+        assert_eq!(again.present().count(), 0, "{change}");
+        assert_eq!(LayerDir::content_size(&path).unwrap(), 0, "{change}");
+        // Whoever still has the old file says nothing of the new one.
+        dir.take_back(ChunkId(0));
+        fill(&again, &sample, usize::MAX);
+        again.persist().unwrap();
+        assert!(
+            LayerDir::open(&path, sample.digest())
+                .unwrap()
+                .is_complete()
+        );
+        fs::remove_dir_all(&path).unwrap();
+    }
+}
+
+#[test]
+fn wrong_content_is_found_and_taken_back() {
+    let scratch = tempfile::tempdir().unwrap();
+    let sample = sample();
+    let path = make(scratch.path(), &sample).unwrap();
+    let dir = LayerDir::open(&path, sample.digest()).unwrap();
+    let wrong = ChunkId(3);
+    assert!(matches!(dir.verify(wrong, true), Verdict::Absent));
+    fill(&dir, &sample, usize::MAX);
+    dir.persist().unwrap();
+    damage(
+        &path.join(DATA),
+        &format!("flip {}", dir.chunks().get(wrong).data_end() - 1),
+    );
+    let count = dir.present().count();
+    let all: Vec<_> = dir.present().iter().collect();
+    for chunk in all {
+        match dir.verify(chunk, true) {
+            Verdict::Good => assert_ne!(chunk, wrong),
+            Verdict::Wrong => assert_eq!(chunk, wrong),
+            other => panic!("{chunk:?}: {other:?}"),
+        }
+    }
+    assert_eq!(dir.present().count(), count - 1);
+    assert!(!dir.has(dir.chunks().get(wrong).data_offset, 1));
+    assert!(dir.persist().unwrap());
+    let again = LayerDir::open(&path, sample.digest()).unwrap();
+    assert_eq!(again.present().count(), count - 1);
+    fill(&again, &sample, usize::MAX);
+    assert!(matches!(again.verify(wrong, true), Verdict::Good));
+}
+
+#[test]
+fn what_is_doubted_is_present_once_it_was_verified() {
+    let scratch = tempfile::tempdir().unwrap();
+    let sample = sample();
+    let path = make(scratch.path(), &sample).unwrap();
+    let dir = LayerDir::open(&path, sample.digest()).unwrap();
+    fill(&dir, &sample, usize::MAX);
+    dir.persist().unwrap();
+    let (good, wrong) = (ChunkId(1), ChunkId(3));
+    let at = dir.chunks().get(wrong).data_offset;
+    damage(&path.join(DATA), &format!("flip {at}"));
+    let open = || LayerDir::open(&path, sample.digest()).unwrap();
+    let dir = open().doubted();
+    let count = dir.claimed().count();
+    assert_eq!((count, dir.present().count()), (45, 0));
+    assert!(matches!(dir.verify(good, false), Verdict::Good));
+    assert!(matches!(dir.verify(wrong, false), Verdict::Wrong));
+    assert!(dir.present().contains(good) && !dir.present().contains(wrong));
+    assert_eq!(dir.claimed().count(), count - 2);
+    // Claims outlive the process, as claims; what is wrong does not.
+    dir.persist().unwrap();
+    let again = open().doubted();
+    assert_eq!(again.claimed().count(), count - 1);
+    assert!(!again.claimed().contains(wrong));
+}
+
+#[test]
+fn what_describes_a_layer_is_mended_in_place() {
+    use std::os::unix::fs::MetadataExt as _;
+    let scratch = tempfile::tempdir().unwrap();
+    let sample = sample();
+    let path = make(scratch.path(), &sample).unwrap();
+    let elsewhere = tempfile::tempdir().unwrap();
+    let whole = make(elsewhere.path(), &sample).unwrap();
+    let dir = LayerDir::open(&path, sample.digest()).unwrap();
+    fill(&dir, &sample, 4);
+    dir.persist().unwrap();
+    let count = dir.present().count();
+    for (file, change) in [
+        (META, "flip 5000"),
+        (META, "empty"),
+        (META, "remove"),
+        (CHUNKS, "flip 5000"),
+        (CHUNKS, "cut"),
+    ] {
+        let inode = fs::metadata(path.join(file)).unwrap().ino();
+        damage(&path.join(file), change);
+        if file == META {
+            assert!(dir.check_meta().unwrap_err().is_damage(), "{change}");
+        } else {
+            assert!(dir.check_chunks().unwrap_err().is_damage(), "{change}");
+        }
+        assert!(mend(&path, &whole).unwrap(), "{file} {change}");
+        let again = LayerDir::open(&path, sample.digest()).unwrap();
+        again.check_meta().unwrap();
+        dir.check_chunks().unwrap();
+        assert_eq!(again.present().count(), count);
+        if change != "remove" {
+            assert_eq!(fs::metadata(path.join(file)).unwrap().ino(), inode);
+        }
+    }
+    // Not by the files of another layer, or where the header itself is lost.
+    damage(&path.join(CHUNKS), "flip 33");
+    let before = fs::read(path.join(CHUNKS)).unwrap();
+    assert!(!mend(&path, &whole).unwrap());
+    assert_eq!(fs::read(path.join(CHUNKS)).unwrap(), before);
 }
 
 #[test]

@@ -56,8 +56,14 @@ pub fn mount(meta: &Path, data: &Path, target: &Path, options: Options) -> Resul
 }
 
 fn mount_with(meta: &Path, target: &Path, options: Vec<u8>) -> Result<(), Errno> {
-    let options = CString::new(options).map_err(|_| Errno::INVAL)?;
-    rustix::mount::mount(meta, target, "erofs", MountFlags::RDONLY, &*options)
+    let path = |path: &Path| CString::new(path.as_os_str().as_bytes());
+    let (Ok(meta), Ok(target), Ok(options)) = (path(meta), path(target), CString::new(options))
+    else {
+        return Err(Errno::INVAL);
+    };
+    // mount(2) opens the file of contents, and the one who answers that is
+    // perhaps this very process.
+    super::apart::mount(&meta, &target, c"erofs", MountFlags::RDONLY, &options)
 }
 
 /// Why layers cannot be mounted in `erofs` mode.
@@ -96,32 +102,57 @@ pub enum Unsupported {
 const PROBE_IMAGE: &[u8] = include_bytes!("probe.erofs");
 const PROBE_CONTENT: &str = "read through EROFS\n";
 
+/// Where the attempt is made, below a node's root. Always the same place, so
+/// that the next start finds what a process left that died in between.
+pub const PROBE: &str = "probe";
+
 /// Finds out whether the kernel mounts layers in `erofs` mode, by mounting a
-/// small image in a temporary directory below `scratch` and reading a file.
-pub fn probe(scratch: &Path) -> Result<(), Unsupported> {
+/// small image below `root` and reading a file.
+pub fn probe(root: &Path) -> Result<(), Unsupported> {
     File::options()
         .read(true)
         .write(true)
         .open("/dev/fuse")
         .map_err(Unsupported::NoFuse)?;
+    let directory = root.join(PROBE);
     let failed = |source| Unsupported::Failed {
-        directory: scratch.display().to_string(),
+        directory: directory.display().to_string(),
         source,
     };
-    let directory = tempfile::Builder::new()
-        .prefix("probe-")
-        .tempdir_in(scratch)
-        .map_err(failed)?;
+    clear_probe(root).map_err(failed)?;
+    let outcome = attempt(&directory);
+    clear_probe(root).map_err(failed)?;
+    outcome
+}
+
+/// Unmounts and removes what an attempt has left.
+pub fn clear_probe(root: &Path) -> io::Result<()> {
+    let directory = root.join(PROBE);
+    for mount in super::mounts_below(&directory).map_err(io::Error::other)? {
+        super::detach(&mount.target).map_err(io::Error::other)?;
+        crash_point!("probe.unmounted");
+    }
+    match std::fs::remove_dir_all(&directory) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+fn attempt(directory: &Path) -> Result<(), Unsupported> {
+    let failed = |source| Unsupported::Failed {
+        directory: directory.display().to_string(),
+        source,
+    };
     let (meta, data, target) = (
-        directory.path().join("meta.erofs"),
-        directory.path().join("data"),
-        directory.path().join("mnt"),
+        directory.join("meta.erofs"),
+        directory.join("data"),
+        directory.join("mnt"),
     );
     let mut content = PROBE_CONTENT.as_bytes().to_vec();
     content.resize(4096, 0);
+    std::fs::create_dir_all(&target).map_err(failed)?;
     std::fs::write(&meta, PROBE_IMAGE).map_err(failed)?;
     std::fs::write(&data, content).map_err(failed)?;
-    std::fs::create_dir(&target).map_err(failed)?;
     mount(&meta, &data, &target, Options::default()).map_err(|error| match error {
         Error::Mount { source, .. } => match Errno::from_io_error(&source) {
             Some(Errno::NODEV) => Unsupported::NoErofs,
@@ -131,9 +162,8 @@ pub fn probe(scratch: &Path) -> Result<(), Unsupported> {
         },
         other => failed(io::Error::other(other)),
     })?;
-    let read = std::fs::read_to_string(target.join("probe"));
-    super::detach(&target).map_err(|error| failed(io::Error::other(error)))?;
-    match read.map_err(failed)? {
+    crash_point!("probe.mounted");
+    match std::fs::read_to_string(target.join("probe")).map_err(failed)? {
         content if content == PROBE_CONTENT => Ok(()),
         content => Err(Unsupported::Wrong(content)),
     }
@@ -154,6 +184,21 @@ mod tests {
                 .unwrap()
                 .is_empty()
         );
+    }
+
+    #[test]
+    fn regression_what_a_killed_probe_left_is_cleared() {
+        let root = tempfile::tempdir().unwrap();
+        // Twice: as a process leaves it that died right after mounting.
+        for _ in 0..2 {
+            let directory = root.path().join(PROBE);
+            attempt(&directory).unwrap();
+            let left = crate::mount::mounts_below(root.path()).unwrap();
+            assert_eq!(left[0].target, directory.join("mnt"));
+            probe(root.path()).unwrap();
+            assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 0);
+            assert!(crate::mount::mounts_below(root.path()).unwrap().is_empty());
+        }
     }
 
     #[test]

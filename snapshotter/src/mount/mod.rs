@@ -1,5 +1,6 @@
 //! Mounting and unmounting layers, and what is mounted.
 
+mod apart;
 pub mod erofs;
 mod table;
 pub mod users;
@@ -43,6 +44,16 @@ pub enum Error {
     /// The table of mounts could not be read.
     #[error("cannot read /proc/self/mountinfo: {0}; is /proc mounted?")]
     Table(#[source] io::Error),
+}
+
+impl Error {
+    /// Whether something uses the mount.
+    pub fn is_busy(&self) -> bool {
+        match self {
+            Self::Unmount { source, .. } => Errno::from_io_error(source) == Some(Errno::BUSY),
+            _ => false,
+        }
+    }
 }
 
 /// Unmounts the topmost mount on `target`. That nothing is mounted there is

@@ -11,6 +11,11 @@ use super::Error;
 pub struct Mount {
     /// The mount's number.
     pub id: u64,
+    /// The file system's device number, `<major>:<minor>`: the same for all
+    /// mounts of one file system.
+    pub device: String,
+    /// Which directory of the file system is mounted: `/`, but for bind mounts.
+    pub root: PathBuf,
     /// Where it is mounted.
     pub target: PathBuf,
     /// The file system's type, `erofs` or `fuse.sluice` for example.
@@ -56,13 +61,17 @@ fn parse_line(line: &[u8]) -> Option<Mount> {
     let text = |field: &[u8]| String::from_utf8_lossy(field).into_owned();
     let mut fields = line.split(|byte| *byte == b' ');
     let id = std::str::from_utf8(fields.next()?).ok()?.parse().ok()?;
-    let target = unescape(fields.nth(3)?);
+    let device = text(fields.nth(1)?);
+    let root = unescape(fields.next()?);
+    let target = unescape(fields.next()?);
     let options = text(fields.next()?);
     fields.find(|field| *field == b"-")?;
     let kind = text(fields.next()?);
     let source = unescape(fields.next()?);
     Some(Mount {
         id,
+        device,
+        root: root.into(),
         target: target.into(),
         kind,
         source,
@@ -103,6 +112,8 @@ mod tests {
         let mounts = parse(table);
         assert_eq!(mounts.len(), 2);
         assert_eq!(mounts[0].id, 36);
+        assert_eq!(mounts[0].device, "98:0");
+        assert_eq!(mounts[0].root, Path::new("/mnt1"));
         assert_eq!(mounts[0].target, Path::new("/a b"));
         assert_eq!(mounts[0].kind, "erofs");
         assert_eq!(mounts[0].source, "/x/meta.erofs");

@@ -13,6 +13,8 @@ pub struct Overlay {
     pub target: PathBuf,
     /// Those of its lower directories that are below.
     pub lower: Vec<PathBuf>,
+    /// Its upper directory, if it can be written to.
+    pub upper: Option<PathBuf>,
     /// Processes that see it, when it is in another mount namespace.
     pub processes: Vec<Process>,
 }
@@ -78,6 +80,7 @@ pub fn overlays_on(root: &Path) -> Result<Vec<Overlay>, Error> {
             found.insert(
                 key,
                 Overlay {
+                    upper: upper(&mount),
                     target: mount.target,
                     lower,
                     processes: members.clone(),
@@ -86,6 +89,24 @@ pub fn overlays_on(root: &Path) -> Result<Vec<Overlay>, Error> {
         }
     }
     Ok(found.into_values().collect())
+}
+
+/// Directories of the mount at `place` that overlays and bind mounts stand on,
+/// as far as this process's mount namespace shows: containers' root file
+/// systems are mounted in containerd's, which is the daemon's.
+pub fn directories_in_use(place: &Path) -> Result<BTreeSet<PathBuf>, Error> {
+    let mounts = table::mounts()?;
+    let own = mounts.iter().find(|mount| mount.target == place);
+    let device = own.map(|mount| mount.device.as_str());
+    let mut used = BTreeSet::new();
+    for mount in &mounts {
+        used.extend(lower_below(mount, place));
+        if Some(mount.device.as_str()) == device && mount.target != place {
+            let inside = mount.root.strip_prefix("/").unwrap_or(&mount.root);
+            used.insert(place.join(inside));
+        }
+    }
+    Ok(used)
 }
 
 /// The processes that have files open, run or stand below `directory`.
@@ -156,6 +177,11 @@ fn lower_below(mount: &Mount, root: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
+fn upper(mount: &Mount) -> Option<PathBuf> {
+    let mut options = mount.super_options.split(',');
+    options.find_map(|option| Some(option.strip_prefix("upperdir=")?.into()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -163,6 +189,8 @@ mod tests {
     fn overlay(options: &str) -> Mount {
         Mount {
             id: 1,
+            device: "0:1".into(),
+            root: "/".into(),
             target: "/merged".into(),
             kind: "overlay".into(),
             source: "overlay".into(),
@@ -182,6 +210,9 @@ mod tests {
         }
         let none = lower_below(&overlay("lowerdir=/rest/m"), Path::new("/r"));
         assert!(none.is_empty());
+        let writable = overlay("ro,lowerdir=/r/m/1,upperdir=/r/u");
+        assert_eq!(upper(&writable), Some("/r/u".into()));
+        assert_eq!(upper(&overlay("ro,lowerdir=/r/m/1:/r/m/2")), None);
     }
 
     #[test]
@@ -217,7 +248,13 @@ mod tests {
         )
         .unwrap();
         let found = overlays_on(root).unwrap();
+        let used = directories_in_use(root).unwrap();
+        assert!(
+            used.iter().eq(&[root.join("a"), root.join("b")]),
+            "{used:?}"
+        );
         super::super::unmount(&merged).unwrap();
+        assert!(directories_in_use(root).unwrap().is_empty());
         assert!(overlays_on(root).unwrap().is_empty());
         let own: Vec<_> = found.iter().filter(|o| o.processes.is_empty()).collect();
         assert_eq!(own.len(), 1, "{found:?}");

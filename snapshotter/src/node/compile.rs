@@ -1,15 +1,18 @@
 //! From a fetched TOC to a layer directory.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use sluice_layer::Toc;
 use sluice_oci::{Digest, Reference};
+use tokio::task::spawn_blocking;
 
-use super::memory;
+use super::Node;
+use super::memory::give_back;
 use crate::erofs::{XattrNamespace, write_image};
 use crate::layer_dir::{self, NewLayer, Problem};
-use crate::remote::{self, FetchedToc, Remote};
+use crate::remote::{self, FetchedToc, Remote, Taken};
 
 /// Why a TOC did not become a directory.
 #[derive(Debug, thiserror::Error)]
@@ -18,20 +21,67 @@ pub(super) enum Error {
     Toc(#[from] remote::Error),
     #[error("{0}")]
     Directory(#[from] layer_dir::Error),
+    #[error("cannot note its number: {0}")]
+    Number(#[source] io::Error),
+    #[error("compiling its table of contents failed; see the log")]
+    Panicked,
 }
 
-/// Verifies and parses the TOC and makes the layer's directory. Blocks, and
-/// takes memory that it gives back to the system afterwards.
-pub(super) fn compile(
+impl Error {
+    /// Whether it would not have come with more memory.
+    pub(super) fn needs_more_memory(&self) -> bool {
+        matches!(self, Self::Toc(error) if error.needs_more_memory())
+    }
+}
+
+impl Node {
+    /// Verifies and parses the TOC and makes the layer's directory in `layers`,
+    /// within the node's budget of memory.
+    pub(super) async fn compile(
+        &self,
+        layers: PathBuf,
+        fetched: FetchedToc,
+        digest: Digest,
+        reference: &Reference,
+        number: u64,
+    ) -> Result<(), Error> {
+        let fetched = Arc::new(fetched);
+        let budget = self.0.remote.budget();
+        let mut wanted = fetched.likely_memory();
+        loop {
+            let memory = budget.read(wanted).await?;
+            let whole = memory.is_whole();
+            let (node, fetched) = (self.clone(), Arc::clone(&fetched));
+            let (layers, reference) = (layers.clone(), reference.clone());
+            let compiled = spawn_blocking(move || {
+                // Held to the end, also when nobody waits for it any more.
+                let memory = memory;
+                let remote = &node.0.remote;
+                compile(
+                    &layers, remote, &fetched, &memory, digest, &reference, number,
+                )
+            });
+            match compiled.await.unwrap_or(Err(Error::Panicked)) {
+                Err(error) if error.needs_more_memory() && !whole => wanted = u64::MAX,
+                done => return done,
+            }
+        }
+    }
+}
+
+/// Blocks, and takes up to `memory`, which it gives back to the system
+/// afterwards.
+fn compile(
     layers: &Path,
     remote: &Remote,
-    fetched: FetchedToc,
+    fetched: &FetchedToc,
+    memory: &Taken,
     digest: Digest,
     reference: &Reference,
     number: u64,
 ) -> Result<(), Error> {
     let made = (|| {
-        let toc = fetched.read(remote)?;
+        let toc = fetched.read(remote, memory)?;
         let new = NewLayer {
             toc: &toc,
             digest,
@@ -59,7 +109,6 @@ pub(super) fn compile(
         })?;
         Ok(())
     })();
-    drop(fetched);
-    memory::give_back();
+    give_back();
     made
 }

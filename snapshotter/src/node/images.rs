@@ -3,8 +3,19 @@
 use futures_util::future::join_all;
 
 use super::Node;
+use crate::profiles::ImageId;
 use crate::remote::{Error, Known};
 use crate::service::LayerRequest;
+
+impl From<&LayerRequest> for ImageId {
+    fn from(request: &LayerRequest) -> Self {
+        Self {
+            reference: Some(request.reference.to_string()),
+            manifest: request.manifest_digest,
+            layers: request.image_layers.clone(),
+        }
+    }
+}
 
 impl Node {
     /// What vouches for the layer's TOC: the labels when they carry it, and
@@ -35,6 +46,7 @@ impl Node {
             .remote
             .layers(&request.reference, request.manifest_digest, request.digest)
             .await;
+        let image = &ImageId::from(request);
         let layers = match known {
             Ok(layers) => layers,
             Err(error) => {
@@ -53,7 +65,7 @@ impl Node {
             let Ok(_turn) = self.0.opening.acquire().await else {
                 return;
             };
-            let opened = self.open_layer(&request.reference, layer.digest, &layer.known);
+            let opened = self.open_layer(&request.reference, image, layer.digest, &layer.known);
             if let Err(error) = opened.await {
                 tracing::debug!("not opened ahead: {error}");
             }

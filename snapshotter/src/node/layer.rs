@@ -5,34 +5,54 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
+use futures_util::future::BoxFuture;
 use sluice_oci::{Digest, Reference};
+use sluice_registry::Senders;
 use tokio::task::spawn_blocking;
 
-use super::compile::compile;
+use super::compile;
 use super::paths::path_of;
+use super::plans::ProfileSource;
 use super::start::{BLOBS, MOUNTS, TREES};
+use super::status::LayerStatus;
 use super::{Mode, Node, source};
+use crate::descriptors::Seat;
 use crate::erofs::Image;
-use crate::fetch::{Handle, LazyLayer};
+use crate::fetch::{Handle, LazyLayer, Plan};
 use crate::fuse::blobs::BlobTable;
 use crate::fuse::{Content, Tree, TreeTable};
-use crate::layer_dir::{LayerDir, TEMPORARY};
+use crate::layer_dir::{self, LayerDir, META, TEMPORARY};
 use crate::mount;
-use crate::remote::Known;
-use crate::service::{MountError, NotLazy, Usage};
+use crate::profiles::ImageId;
+use crate::remote::{FetchedToc, Known};
+use crate::service::{MountError, NotLazy, Owner, Usage};
 
 /// The place of a layer, whether it is there or not. The lock is held while
 /// the layer is being opened, mounted or removed.
 #[derive(Default)]
-pub(super) struct Slot(tokio::sync::Mutex<Option<Open>>);
+pub(super) struct Slot(pub(super) tokio::sync::Mutex<Option<Open>>);
+
+/// A layer that somebody holds for longer than this is being opened.
+const BUSY: std::time::Duration = std::time::Duration::from_secs(2);
 
 /// A layer that is open.
 pub(super) struct Open {
-    layer: Arc<LazyLayer>,
-    mounted: Option<PathBuf>,
-    prefetch: Option<Handle>,
+    pub(super) layer: Arc<LazyLayer>,
+    pub(super) mounted: Option<PathBuf>,
+    /// Who says what is fetched ahead, once that was looked for, and its
+    /// fetching.
+    pub(super) prefetch: Option<(Option<ProfileSource>, Option<Handle>)>,
     download: Option<Handle>,
+    /// Whether a snapshot was mounted from it, and nobody noted that yet.
+    pub(super) used: bool,
+    /// A former process mounted it: what was read before is not known.
+    resumed: bool,
+    /// Whether the kernel reads its content without asking.
+    pub(super) direct: bool,
+    _seat: Seat,
 }
 
 impl Node {
@@ -42,6 +62,7 @@ impl Node {
     pub(super) async fn open_layer(
         &self,
         reference: &Reference,
+        image: &ImageId,
         digest: Digest,
         known: &Known,
     ) -> Result<(), NotLazy> {
@@ -51,14 +72,12 @@ impl Node {
         if place.is_none() {
             *place = self.load(digest).await.map_err(not_lazy)?;
         }
-        if place.is_none() {
-            self.make(reference, digest, known)
-                .await
-                .map_err(not_lazy)?;
-            *place = self.load(digest).await.map_err(not_lazy)?;
-        }
-        let Some(open) = place.as_mut() else {
-            return Err(not_lazy("its directory is gone again".to_owned()));
+        let open = match place.take() {
+            Some(open) => place.insert(open),
+            None => {
+                let made = self.make_and_load(reference, digest, known).await;
+                place.insert(made.map_err(not_lazy)?)
+            }
         };
         let identity = open.layer.dir().identity();
         if !known.vouches_for(identity.trust, identity.compressed_toc) {
@@ -67,60 +86,143 @@ impl Node {
                     .to_owned(),
             ));
         }
-        if self.0.config.prefetch && open.prefetch.is_none() && !open.layer.dir().is_complete() {
-            open.prefetch = open.layer.prefetch();
-        }
+        self.prefetch(open, image);
         Ok(())
     }
 
+    async fn make_and_load(
+        &self,
+        reference: &Reference,
+        digest: Digest,
+        known: &Known,
+    ) -> Result<Open, String> {
+        self.make(reference, digest, known).await?;
+        let reason = match self.load(digest).await {
+            Ok(Some(open)) => return Ok(open),
+            Ok(None) => "its directory is gone again".to_owned(),
+            Err(error) => error,
+        };
+        // No snapshot refers to it, so that nothing else would remove it.
+        let path = self.layer_path(digest);
+        let deleted = spawn_blocking(move || delete(&path)).await;
+        if let Err(error) = deleted.map_err(io::Error::other).flatten() {
+            tracing::warn!(layer = %digest, "its directory stays until the next start: {error}");
+        }
+        Err(reason)
+    }
+
+    /// Makes the layer's directory. A table of contents that is not where the
+    /// image's annotations say is looked for by the footer.
     async fn make(
         &self,
         reference: &Reference,
         digest: Digest,
         known: &Known,
     ) -> Result<(), String> {
-        let fetched = self
-            .0
-            .remote
-            .fetch_toc(reference, digest, known)
-            .await
-            .map_err(|error| error.to_string())?;
-        let number = self
-            .0
-            .numbers
-            .take()
-            .map_err(|error| format!("cannot note its number: {error}"))?;
-        let node = self.clone();
-        let reference = reference.clone();
-        let compiled = spawn_blocking(move || {
-            let layers = node.layers_dir();
-            compile(&layers, &node.0.remote, fetched, digest, &reference, number)
-        });
-        match compiled.await {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) => Err(error.to_string()),
-            Err(_) => Err("compiling its table of contents failed; see the log".to_owned()),
+        let made = match self.make_once(reference, digest, known).await {
+            Err(compile::Error::Toc(error)) if error.is_misplaced() => {
+                match known.without_position() {
+                    Some(known) => {
+                        tracing::debug!(layer = %digest, "looked for by the footer: {error}");
+                        self.make_once(reference, digest, &known).await
+                    }
+                    None => Err(error.into()),
+                }
+            }
+            made => made,
+        };
+        made.map_err(|error| match error.needs_more_memory() {
+            true => format!("{error}; raise toc_memory_mib in section [fetch]"),
+            false => error.to_string(),
+        })
+    }
+
+    /// One that is not what the image promises is fetched once more if another
+    /// host has the blob.
+    async fn make_once(
+        &self,
+        reference: &Reference,
+        digest: Digest,
+        known: &Known,
+    ) -> Result<(), compile::Error> {
+        let fetch = || self.0.remote.fetch_toc(reference, digest, known);
+        let fetched = fetch().await?;
+        let senders = fetched.senders();
+        match self.make_of(fetched, reference, digest).await {
+            Err(compile::Error::Toc(error)) => {
+                // The annotation may be what is wrong.
+                let elsewhere = error.is_misplaced() && known.without_position().is_some();
+                if elsewhere || !distrust(&senders) {
+                    return Err(error.into());
+                }
+                self.make_of(fetch().await?, reference, digest).await
+            }
+            made => made,
         }
     }
 
-    /// Opens the layer's directory, if there is one. A damaged one is removed,
-    /// to be made again.
-    async fn load(&self, digest: Digest) -> Result<Option<Open>, String> {
-        let path = self.layer_path(digest);
-        let opened = spawn_blocking(move || match LayerDir::open(&path, digest) {
-            Ok(dir) => Ok(Some(dir)),
-            Err(_) if !path.exists() => Ok(None),
-            Err(error) if error.is_damage() => {
-                tracing::warn!(layer = %digest, "{error}; it is removed");
-                delete(&path).map(|()| None).map_err(|e| e.to_string())
-            }
-            Err(error) => Err(error.to_string()),
-        });
-        let dir = opened.await.map_err(|error| error.to_string())??;
-        Ok(dir.map(|dir| self.adopt(dir)))
+    async fn make_of(
+        &self,
+        fetched: FetchedToc,
+        reference: &Reference,
+        digest: Digest,
+    ) -> Result<(), compile::Error> {
+        let number = self.0.numbers.take().map_err(compile::Error::Number)?;
+        let layers = self.layers_dir();
+        self.compile(layers, fetched, digest, reference, number)
+            .await
     }
 
-    fn adopt(&self, dir: LayerDir) -> Open {
+    /// Opens the layer's directory, if there is one, and checks all of it but
+    /// the content. A damaged one is mended; one that cannot be is removed, to
+    /// be made again.
+    pub(super) async fn load(&self, digest: Digest) -> Result<Option<Open>, String> {
+        // Also before a layer is made that could then not be opened.
+        let seat = self.0.seats.take().map_err(|full| full.to_string())?;
+        let error = match self.open_checked(digest).await? {
+            Ok(dir) => return Ok(dir.map(|dir| self.adopt(dir, seat))),
+            Err(error) if error.is_damage() => error,
+            Err(error) => return Err(error.to_string()),
+        };
+        let mended = self.mend(digest).await;
+        if !mended.map_err(|why| format!("{error}; it cannot be mended now: {why}"))? {
+            tracing::warn!(layer = %digest, "{error}; it is removed, to be made again");
+            let path = self.layer_path(digest);
+            let deleted = spawn_blocking(move || delete(&path)).await;
+            deleted
+                .map_err(io::Error::other)
+                .flatten()
+                .map_err(|error| error.to_string())?;
+            return Ok(None);
+        }
+        tracing::warn!(layer = %digest, "{error}; it has been mended");
+        let dir = self.open_checked(digest).await?;
+        let dir = dir.map_err(|error| error.to_string())?;
+        let open = dir.map(|dir| self.adopt(dir, seat));
+        Ok(open.inspect(|open| open.layer.was_mended(error.to_string())))
+    }
+
+    async fn open_checked(
+        &self,
+        digest: Digest,
+    ) -> Result<Result<Option<LayerDir>, layer_dir::Error>, String> {
+        let path = self.layer_path(digest);
+        let doubted = self.0.doubted.load(Ordering::Relaxed);
+        let opened = spawn_blocking(move || {
+            let opened = LayerDir::open(&path, digest).and_then(|dir| {
+                dir.check_meta()?;
+                Ok(if doubted { dir.doubted() } else { dir })
+            });
+            match opened {
+                Ok(dir) => Ok(Some(dir)),
+                Err(_) if !path.exists() => Ok(None),
+                Err(error) => Err(error),
+            }
+        });
+        opened.await.map_err(|error| error.to_string())
+    }
+
+    fn adopt(&self, dir: LayerDir, seat: Seat) -> Open {
         let identity = dir.identity().clone();
         let source = source(&self.0.remote, &identity.reference, identity.digest);
         let meta = dir.meta_path();
@@ -137,6 +239,10 @@ impl Node {
             mounted: None,
             prefetch: None,
             download: None,
+            used: false,
+            resumed: false,
+            direct: false,
+            _seat: seat,
         }
     }
 
@@ -155,28 +261,85 @@ impl Node {
             self.forget(digest, &slot);
             return Err(MountError::Unknown(digest));
         };
+        open.used = true;
         if let Some(path) = &open.mounted {
             return Ok(path.clone());
         }
+        let direct = self.0.mode == Mode::Erofs && open.layer.dir().is_complete();
         let path = match self.0.mode {
-            Mode::Erofs => self.mount_erofs(&open.layer).await,
+            Mode::Erofs => self.mount_erofs(&open.layer, direct).await,
             Mode::Fuse => self.show_tree(&open.layer).await,
         }
         .map_err(|error| MountError::failed(digest, error))?;
         open.mounted = Some(path.clone());
-        self.fetch_ahead(open);
+        open.direct = direct;
+        self.download(open);
         Ok(path)
     }
 
-    /// Starts to fetch what a mounted layer lacks.
-    fn fetch_ahead(&self, open: &mut Open) {
-        if !open.layer.dir().is_complete() {
-            if self.0.config.prefetch && open.prefetch.is_none() {
-                open.prefetch = open.layer.prefetch();
-            }
-            if let (Some(delay), None) = (self.0.config.background, &open.download) {
-                open.download = Some(open.layer.download(delay));
-            }
+    /// Starts to fetch what `image` will need of the layer, if anything says
+    /// what that is and it was not started before.
+    fn prefetch(&self, open: &mut Open, image: &ImageId) {
+        if !self.0.config.prefetch || open.prefetch.is_some() || open.layer.dir().is_complete() {
+            return;
+        }
+        open.prefetch = Some((None, None));
+        let (node, image) = (self.clone(), image.clone());
+        let layer = Arc::clone(&open.layer);
+        // It may have to ask the registry, and nobody waits for that.
+        let ahead: BoxFuture<'static, ()> =
+            Box::pin(async move { node.fetch_ahead(layer, &image).await });
+        tokio::spawn(ahead);
+    }
+
+    /// Notes who says what is fetched ahead of the layer, and the fetching,
+    /// which ends with the layer.
+    pub(super) async fn follows(
+        &self,
+        digest: Digest,
+        source: ProfileSource,
+        fetching: Option<Handle>,
+    ) {
+        let slot = self.0.slots.lock().get(&digest).cloned();
+        let Some(slot) = slot else { return };
+        if let Some(open) = slot.0.lock().await.as_mut() {
+            open.prefetch = Some((Some(source), fetching));
+        }
+    }
+
+    /// A container of `image` is about to start. Returns its layers, and
+    /// whether nothing was read of them before that was not seen.
+    pub(super) async fn starting(&self, image: &ImageId) -> (Vec<Arc<LazyLayer>>, bool) {
+        let mut layers = Vec::new();
+        let mut whole = true;
+        for &digest in &image.layers {
+            let slot = self.0.slots.lock().get(&digest).cloned();
+            let Some(slot) = slot else {
+                whole = false;
+                continue;
+            };
+            let mut place = slot.0.lock().await;
+            let Some(open) = place.as_mut() else {
+                whole = false;
+                continue;
+            };
+            // Of a layer whose content is all here, the kernel reads it alone.
+            let dir = open.layer.dir();
+            let activity = open.layer.activity();
+            let unread = activity.reads == 0 && activity.waited == 0;
+            whole &= dir.chunks().is_empty() || (unread && !open.resumed && !dir.is_complete());
+            self.prefetch(open, image);
+            layers.push(Arc::clone(&open.layer));
+        }
+        (layers, whole)
+    }
+
+    /// Starts to download what a mounted layer lacks.
+    fn download(&self, open: &mut Open) {
+        if let (Some(delay), None) = (self.0.config.background, &open.download)
+            && !open.layer.dir().is_complete()
+        {
+            open.download = Some(open.layer.download(delay));
         }
     }
 
@@ -187,17 +350,15 @@ impl Node {
         dir: LayerDir,
         mounted: Option<PathBuf>,
         tree: bool,
-    ) -> Result<(), crate::erofs::Error> {
+    ) -> Result<(), Box<dyn std::error::Error>> {
+        let seat = self.0.seats.take()?;
         let digest = dir.identity().digest;
         let meta = dir.meta_path();
-        let mut open = self.adopt(dir);
+        let mut open = self.adopt(dir, seat);
         if tree {
             self.insert_tree(&open.layer, Image::open(&meta)?);
         }
-        if mounted.is_some() {
-            open.mounted = mounted;
-            self.fetch_ahead(&mut open);
-        }
+        self.resume_mount(&mut open, mounted);
         // Nobody else knows the slot yet.
         if let Ok(mut place) = self.slot(digest).0.try_lock() {
             *place = Some(open);
@@ -205,14 +366,30 @@ impl Node {
         Ok(())
     }
 
+    /// Goes on with the mount of a former process.
+    pub(super) fn resume_mount(&self, open: &mut Open, mounted: Option<PathBuf>) {
+        open.resumed = true;
+        if mounted.is_some() {
+            open.mounted = mounted;
+            // Perhaps; it had to be complete for that.
+            open.direct = self.0.mode == Mode::Erofs && open.layer.dir().is_complete();
+            if self.0.config.prefetch {
+                let landmark = open.layer.prefetch(Plan::Landmark);
+                open.prefetch =
+                    landmark.map(|fetching| (Some(ProfileSource::Image), Some(fetching)));
+            }
+            self.download(open);
+        }
+    }
+
     async fn mount_erofs(
         &self,
         layer: &LazyLayer,
+        complete: bool,
     ) -> Result<PathBuf, Box<dyn std::error::Error + Send + Sync>> {
         let number = layer.dir().identity().number;
         let root = &self.0.config.root;
         let target = root.join(MOUNTS).join(number.to_string());
-        let complete = layer.dir().is_complete();
         let options = mount::erofs::Options {
             // What comes through FUSE is cached once, by EROFS; and a reader
             // that waits for missing bytes can be killed, which it could not
@@ -229,18 +406,24 @@ impl Node {
         let meta = layer.dir().meta_path();
         spawn_blocking(move || {
             match fs::create_dir(&target) {
+                Ok(()) => {}
                 Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
                     return Err(error.into());
                 }
-                _ => {}
+                // A former process mounted a layer that could not be opened
+                // when this one started: its mount works again.
+                Err(_) if is_mounted(&target)? => return Ok(target),
+                Err(_) => {}
             }
+            crash_point!("mount.target-made");
             mount::erofs::mount(&meta, &data, &target, options)?;
+            crash_point!("mount.mounted");
             Ok(target)
         })
         .await?
     }
 
-    async fn show_tree(
+    pub(super) async fn show_tree(
         &self,
         layer: &Arc<LazyLayer>,
     ) -> Result<PathBuf, Box<dyn std::error::Error + Send + Sync>> {
@@ -248,6 +431,7 @@ impl Node {
         let meta = layer.dir().meta_path();
         let image = spawn_blocking(move || Image::open(&meta)).await??;
         self.insert_tree(layer, image);
+        crash_point!("mount.shown");
         let name = TreeTable::directory_name(number);
         Ok(self.0.config.root.join(TREES).join(name))
     }
@@ -260,12 +444,15 @@ impl Node {
 
     /// Unmounts and deletes the layer.
     pub(super) async fn remove_layer(&self, digest: Digest) -> Result<(), MountError> {
+        // Their files could not be named later.
+        self.end_recordings(|recording| recording.of(digest)).await;
         let slot = self.slot(digest);
         let mut place = slot.0.lock().await;
         let failed = |error: io::Error| MountError::failed(digest, error);
         if let Some(open) = place.take() {
             open.close(self, false).await;
         }
+        crash_point!("release.closed");
         let path = self.layer_path(digest);
         let deleted = spawn_blocking(move || delete(&path)).await;
         deleted
@@ -273,17 +460,46 @@ impl Node {
             .flatten()
             .map_err(failed)?;
         drop(place);
+        self.0.unpersisted.lock().remove(&digest);
         self.forget(digest, &slot);
         Ok(())
     }
 
+    /// The layers that snapshots were mounted from since this was last asked.
+    pub(super) fn recently_used(&self) -> Vec<Digest> {
+        let slots: Vec<_> = self.0.slots.lock().clone().into_iter().collect();
+        let used = slots.into_iter().filter_map(|(digest, slot)| {
+            let mut place = slot.0.try_lock().ok()?;
+            let open = place.as_mut()?;
+            std::mem::take(&mut open.used).then_some(digest)
+        });
+        used.collect()
+    }
+
     /// Takes an empty slot out of the table, unless somebody else waits for it.
-    fn forget(&self, digest: Digest, slot: &Arc<Slot>) {
+    pub(super) fn forget(&self, digest: Digest, slot: &Arc<Slot>) {
         let mut slots = self.0.slots.lock();
         // One for the table and one for the caller.
         if Arc::strong_count(slot) == 2 && slot.0.try_lock().is_ok_and(|place| place.is_none()) {
             slots.remove(&digest);
         }
+    }
+
+    /// Who owns the layer's root directory.
+    pub(super) async fn layer_owner(&self, digest: Digest) -> Result<Owner, MountError> {
+        let meta = self.layer_path(digest).join(META);
+        let read = spawn_blocking(move || {
+            let image = Image::open(&meta)?;
+            image.attributes(image.root())
+        });
+        let failed =
+            |error: Box<dyn std::error::Error + Send + Sync>| MountError::failed(digest, error);
+        let root = read.await.map_err(|e| failed(e.into()))?;
+        let root = root.map_err(|e| failed(e.into()))?;
+        Ok(Owner {
+            uid: root.uid,
+            gid: root.gid,
+        })
     }
 
     /// What the layer takes on disk.
@@ -313,7 +529,10 @@ impl Node {
             if known.contains(&digest) {
                 continue;
             }
-            let busy = self.slot(digest).0.try_lock().is_err();
+            // What verifies a layer at the start holds it for a moment only.
+            let slot = self.slot(digest);
+            let busy = tokio::time::timeout(BUSY, slot.0.lock()).await.is_err();
+            drop(slot);
             if busy {
                 continue;
             }
@@ -326,6 +545,18 @@ impl Node {
         first_failure
     }
 
+    /// What each open layer is and does, by digest.
+    pub(super) fn layer_statuses(&self) -> Vec<LayerStatus> {
+        let slots: Vec<Arc<Slot>> = self.0.slots.lock().values().cloned().collect();
+        let mut statuses: Vec<LayerStatus> = slots
+            .iter()
+            // One that is being opened or removed is not there.
+            .filter_map(|slot| Some(slot.0.try_lock().ok()?.as_ref()?.status()))
+            .collect();
+        statuses.sort_by_key(|status| status.digest);
+        statuses
+    }
+
     /// Makes what has become present durable.
     pub(super) async fn persist(&self) {
         let slots: Vec<Arc<Slot>> = self.0.slots.lock().values().cloned().collect();
@@ -335,17 +566,42 @@ impl Node {
                 Err(_) => None,
             };
             if let Some(layer) = layer {
-                persist(layer).await;
+                self.persist_layer(layer).await;
+            }
+        }
+    }
+
+    async fn persist_layer(&self, layer: Arc<LazyLayer>) {
+        let digest = layer.digest();
+        let persisted = spawn_blocking(move || layer.dir().persist()).await;
+        let failure = match persisted {
+            Ok(Ok(_)) => None,
+            Ok(Err(error)) => Some(error.to_string()),
+            Err(error) => Some(error.to_string()),
+        };
+        let mut failures = self.0.unpersisted.lock();
+        match failure {
+            None => {
+                failures.remove(&digest);
+            }
+            // Told once for each cause: it is tried again and again.
+            Some(error) => {
+                if failures.insert(digest, error.clone()).as_ref() != Some(&error) {
+                    tracing::warn!(
+                        layer = %digest,
+                        "{error}; what is not durable is fetched again after a restart"
+                    );
+                }
             }
         }
     }
 }
 
-async fn persist(layer: Arc<LazyLayer>) {
-    let persisted = spawn_blocking(move || (layer.dir().persist(), layer.digest())).await;
-    if let Ok((Err(error), digest)) = persisted {
-        tracing::warn!(layer = %digest, "{error}");
-    }
+/// Tells that what these sent is wrong. Whether there is another host to ask.
+fn distrust(senders: &[Senders]) -> bool {
+    // All of them, not up to the first that says so.
+    let told: Vec<bool> = senders.iter().map(Senders::distrust).collect();
+    told.contains(&true)
 }
 
 impl Slot {
@@ -358,7 +614,27 @@ impl Slot {
 }
 
 impl Open {
-    async fn close(self, node: &Node, keep: bool) {
+    /// Ends all fetches, and leaves the layer to the caller.
+    pub(super) fn end(self) -> Arc<LazyLayer> {
+        self.layer.close();
+        self.layer
+    }
+
+    fn status(&self) -> LayerStatus {
+        let dir = self.layer.dir();
+        LayerStatus {
+            digest: self.layer.digest(),
+            image: dir.identity().reference.to_string(),
+            mounted: self.mounted.is_some(),
+            blob_size: dir.identity().blob_size,
+            chunks: dir.chunks().len(),
+            present: dir.present().count(),
+            activity: self.layer.activity(),
+            profile: self.prefetch.as_ref().and_then(|(source, _)| *source),
+        }
+    }
+
+    pub(super) async fn close(self, node: &Node, keep: bool) {
         self.layer.close();
         let number = self.layer.dir().identity().number;
         let mounts = node.0.config.root.join(MOUNTS);
@@ -372,19 +648,56 @@ impl Open {
         node.0.trees.remove(number);
         drop((self.prefetch, self.download));
         if keep {
-            persist(self.layer).await;
+            node.persist_layer(self.layer).await;
         }
     }
 }
 
+fn is_mounted(target: &Path) -> Result<bool, mount::Error> {
+    let mounts = mount::mounts_below(target)?;
+    Ok(mounts.iter().any(|mount| mount.target == target))
+}
+
+/// How long a mount may be busy with users that are going: an overlay that
+/// was unmounted lets go of its layers a moment later.
+const LET_GO: Duration = Duration::from_secs(1);
+
 /// Unmounts a layer's mount point and removes it. A mount that something
 /// still uses is taken out of sight, and ends with its last user.
 fn unmount(target: &Path) -> io::Result<()> {
-    if mount::unmount(target).is_err() {
-        mount::detach(target).map_err(io::Error::other)?;
-        tracing::warn!("{} was still in use", target.display());
+    let since = Instant::now();
+    let mut pause = Duration::from_millis(1);
+    while let Err(error) = mount::unmount(target) {
+        if !error.is_busy() || since.elapsed() >= LET_GO {
+            mount::detach(target).map_err(io::Error::other)?;
+            tracing::warn!("{error}; it ends with its last user");
+            break;
+        }
+        std::thread::sleep(pause);
+        pause *= 2;
     }
-    fs::remove_dir(target)
+    crash_point!("release.unmounted");
+    fs::remove_dir(target)?;
+    crash_point!("release.target-removed");
+    Ok(())
+}
+
+/// The same, unless something uses it: says whether it is unmounted.
+pub(super) fn unmount_unused(target: &Path) -> io::Result<bool> {
+    match mount::unmount(target) {
+        Ok(()) => {
+            crash_point!("evict.unmounted");
+            fs::remove_dir(target)?;
+            crash_point!("evict.target-removed");
+            Ok(true)
+        }
+        Err(mount::Error::Unmount { source, .. })
+            if source.kind() == io::ErrorKind::ResourceBusy =>
+        {
+            Ok(false)
+        }
+        Err(error) => Err(io::Error::other(error)),
+    }
 }
 
 /// Deletes a layer's directory, which has no name any more when that begins.
@@ -393,14 +706,19 @@ fn delete(path: &Path) -> io::Result<()> {
     let doomed = path.with_file_name(format!("{TEMPORARY}{name}.deleted"));
     let _ = fs::remove_dir_all(&doomed);
     match fs::rename(path, &doomed) {
-        Ok(()) => fs::remove_dir_all(&doomed),
+        Ok(()) => {
+            crash_point!("release.renamed");
+            fs::remove_dir_all(&doomed)?;
+            crash_point!("release.deleted");
+            Ok(())
+        }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),
     }
 }
 
 /// The layers on disk.
-fn list(layers: &Path) -> io::Result<Vec<Digest>> {
+pub(super) fn list(layers: &Path) -> io::Result<Vec<Digest>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(layers)? {
         let name = entry?.file_name();

@@ -1,41 +1,21 @@
 //! Which file an offset of `data` belongs to, for messages.
 
 use std::ffi::OsStr;
+use std::ops::ControlFlow;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
-use crate::erofs::{FileType, Image, Ino};
-
-/// Directories deeper than this are not searched.
-const DEPTH: usize = 256;
+use crate::erofs::Image;
 
 /// Searches the layer's tree. Slow, but asked only when something is wrong.
 pub(super) fn path_of(meta: &Path, offset: u64) -> Option<PathBuf> {
-    let image = Image::open(meta).ok()?;
-    let mut open: Vec<(Ino, PathBuf, usize)> = vec![(image.root(), PathBuf::from("/"), 0)];
-    while let Some((directory, path, depth)) = open.pop() {
-        for entry in image.entries(directory, 0).ok()? {
-            let entry = entry.ok()?;
-            if matches!(entry.name, b"." | b"..") {
-                continue;
-            }
-            match entry.kind {
-                FileType::Directory if depth < DEPTH => {
-                    open.push((
-                        entry.ino,
-                        path.join(OsStr::from_bytes(entry.name)),
-                        depth + 1,
-                    ));
-                }
-                FileType::Regular => {
-                    let extent = image.data_extent(entry.ino).ok().flatten();
-                    if extent.is_some_and(|e| (e.offset..e.offset + e.size).contains(&offset)) {
-                        return Some(path.join(OsStr::from_bytes(entry.name)));
-                    }
-                }
-                _ => {}
-            }
+    let mut found = None;
+    let searched = Image::open(meta).ok()?.files(|path, extent| {
+        if !(extent.offset..extent.offset + extent.size).contains(&offset) {
+            return ControlFlow::Continue(());
         }
-    }
-    None
+        found = Some(Path::new("/").join(OsStr::from_bytes(path)));
+        ControlFlow::Break(())
+    });
+    searched.ok().and(found)
 }

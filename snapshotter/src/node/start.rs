@@ -5,21 +5,28 @@ use std::fs;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use parking_lot::Mutex;
 use sluice_registry::Client;
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
+use super::attached::Attachments;
 use super::left::{self, Left, Numbers, clear, tidy};
+use super::marker::{Before, Marker};
+use super::recording::Recordings;
 use super::{Config, Inner, Mode, Node, StartError, memory};
+use crate::descriptors::Seats;
 use crate::fetch::Engine;
 use crate::fuse::blobs::{BlobTable, Blobs};
 use crate::fuse::tree::Trees;
 use crate::fuse::{Kept, Reader, Session, SessionError, TreeTable};
 use crate::mount;
-use crate::remote::Remote;
+use crate::profiles::Profiles;
+use crate::remote::{Remote, TocBudget};
 
 /// The layers' directories.
 pub(super) const LAYERS: &str = "layers";
@@ -30,8 +37,15 @@ pub(super) const MOUNTS: &str = "m";
 /// Where trees are mounted.
 pub(super) const TREES: &str = "t";
 
+/// What images read while they start.
+pub(super) const PROFILES: &str = "profiles";
+
 /// How often what has become present is made durable.
 const PERSIST: Duration = Duration::from_secs(30);
+
+/// A manifest or a TOC that takes longer is not waited for: containerd waits
+/// for the answer, and unpacking the layer is one, too.
+const UNPACK_INSTEAD: Duration = Duration::from_secs(60);
 
 impl Node {
     /// Starts the node below `config.root`: goes on with the mounts that were
@@ -45,7 +59,8 @@ impl Node {
         // The kernel lists mounts by their real paths.
         config.root = fs::canonicalize(&config.root).map_err(failed(&config.root))?;
         let root = &config.root;
-        let left = Left::take_over(root, &config.keeper)?;
+        let mut left = Left::take_over(root, &config.keeper)?;
+        crash_point!("start.taken-over");
         for name in [LAYERS, MOUNTS, BLOBS, TREES] {
             let path = root.join(name);
             // Looking at a mount that nobody serves yet would wait for ever.
@@ -53,6 +68,8 @@ impl Node {
                 make_directory(&path)?;
             }
         }
+        // Also where no attempt follows.
+        mount::erofs::clear_probe(root).map_err(failed(&root.join(mount::erofs::PROBE)))?;
         let mode = match config.mode {
             Some(Mode::Fuse) => Mode::Fuse,
             wanted => match mount::erofs::probe(root) {
@@ -66,23 +83,57 @@ impl Node {
                 }
             },
         };
+        crash_point!("start.probed");
+        let (marker, before) = Marker::set(root)?;
         let layers = tidy(&root.join(LAYERS))?;
         clear(root)?;
+        let profiles = Profiles::open(root.join(PROFILES), config.profiles.images)?;
         let runtime = Handle::current();
         let node = Self(Arc::new(Inner {
             engine: Engine::new(config.fetch.clone(), runtime.clone()),
-            remote: Remote::new(client),
+            remote: Remote::new(
+                client,
+                TocBudget::new(config.toc_memory),
+                config.fetch.deadline.min(UNPACK_INSTEAD),
+            ),
             slots: Mutex::new(HashMap::new()),
             sessions: Mutex::default(),
             numbers: Numbers::load(root, &layers)?,
+            seats: Seats::new(config.fetch.connections),
+            lost: Mutex::default(),
+            affected: std::mem::take(&mut left.lost.overlays),
             opening: Semaphore::new(config.opening.max(1)),
+            profiles: Arc::new(profiles),
+            attachments: Attachments::new(),
+            recordings: Recordings::default(),
             mode,
             blobs: BlobTable::new(),
             trees: TreeTable::new(),
+            overfull: AtomicBool::new(false),
+            marker,
+            doubted: AtomicBool::new(before == Before::PowerLoss),
+            unpersisted: Mutex::default(),
+            scrubbing: tokio::sync::Mutex::default(),
             config,
         }));
-        node.go_on(layers, &left)?;
+        node.go_on(layers, &left, before)?;
         node.serve(left)?;
+        crash_point!("start.served");
+        if before != Before::InOrder {
+            tracing::warn!(
+                "the last process did not end in order{}: what it left is verified",
+                match before {
+                    Before::PowerLoss => ", nor did the machine",
+                    _ => "",
+                }
+            );
+            let inner = Arc::downgrade(&node.0);
+            runtime.spawn(async move {
+                if let Some(inner) = inner.upgrade() {
+                    Self(inner).verify_all().await;
+                }
+            });
+        }
         let inner = Arc::downgrade(&node.0);
         runtime.spawn(async move {
             loop {
@@ -127,17 +178,30 @@ impl Node {
     /// Ends all fetches, makes what is present durable, and unmounts. What
     /// something still uses is detached, and fails when its bytes are missing.
     pub async fn stop(&self) {
+        self.0.attachments.end();
+        self.end_recordings(|_| true).await;
         let slots: Vec<_> = self.0.slots.lock().drain().collect();
-        for (_, slot) in slots {
-            slot.close(self).await;
-        }
+        // All at once, for each may wait a moment for its users to go.
+        join_all(slots.iter().map(|(_, slot)| slot.close(self))).await;
+        crash_point!("end.layers-closed");
         let sessions = std::mem::take(&mut *self.0.sessions.lock());
         for (mode, session) in sessions {
             self.0.config.keeper.forget(left::name_of(mode));
+            crash_point!("end.forgotten");
             let unmounted = tokio::task::spawn_blocking(move || session.unmount()).await;
             if let Err(error) = unmounted {
                 tracing::warn!("unmounting: {error}");
             }
+            crash_point!("end.unmounted");
+        }
+        self.end_in_order();
+    }
+
+    /// The next process need not verify what was made durable.
+    fn end_in_order(&self) {
+        let durable = self.0.unpersisted.lock().is_empty();
+        if durable && !self.0.doubted.load(Ordering::Relaxed) {
+            self.0.marker.clear();
         }
     }
 
@@ -148,10 +212,14 @@ impl Node {
         if !self.0.config.keeper.keeps() {
             return self.stop().await;
         }
+        self.end_recordings(|_| true).await;
         self.persist().await;
+        crash_point!("leave.persisted");
         for (_, session) in std::mem::take(&mut *self.0.sessions.lock()) {
             session.leave();
         }
+        crash_point!("leave.left");
+        self.end_in_order();
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use lru::LruCache;
 use parking_lot::Mutex;
-use sluice_oci::{Descriptor, Digest, Index, Manifest, Reference};
+use sluice_oci::{Descriptor, Digest, Index, Manifest, Platform, Reference};
 use sluice_registry::{Client, Document};
 use tokio::sync::OnceCell;
 
@@ -102,8 +102,9 @@ async fn fetch(
     }
     let index: Index = document.index()?;
     let mut manifests = index.manifests;
+    let machine = Platform::of_this_machine();
     let here = |descriptor: &Descriptor| match &descriptor.platform {
-        Some(platform) => platform.architecture == go_architecture(),
+        Some(platform) => machine.is_met_by(platform),
         None => false,
     };
     manifests.sort_by_key(|descriptor| !here(descriptor));
@@ -120,15 +121,4 @@ async fn fetch(
         }
     }
     Err(Error::NotInImage(reference.clone()))
-}
-
-/// This machine's architecture, as manifests name it.
-fn go_architecture() -> &'static str {
-    match std::env::consts::ARCH {
-        "x86_64" => "amd64",
-        "aarch64" => "arm64",
-        "x86" => "386",
-        "powerpc64" => "ppc64le",
-        other => other,
-    }
 }

@@ -1,15 +1,20 @@
 //! From what containerd says of a layer to its verified TOC.
 
+mod attached;
+mod budget;
 mod images;
 mod toc;
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use sluice_layer::annotations::AnnotationError;
 use sluice_layer::{FooterError, LayerAnnotations, Limits, TocError, TocTrust};
 use sluice_oci::{Digest, Reference};
-use sluice_registry::Client;
+use sluice_registry::{Client, ErrorKind};
 
+pub use attached::AttachedProfile;
+pub use budget::{Taken, TocBudget};
 pub use images::{ImageLayer, Images};
 pub use toc::FetchedToc;
 
@@ -37,9 +42,63 @@ pub enum Error {
     /// The TOC is refused.
     #[error("{0}")]
     Toc(#[from] TocError),
+    /// An attached profile cannot be used.
+    #[error("{0}")]
+    Profile(String),
+    /// The registry took too long.
+    #[error(
+        "the registry did not deliver it within {} s",
+        .0.as_secs_f32()
+    )]
+    Late(Duration),
     /// The registry told no size.
     #[error("the registry does not tell the blob's size")]
     NoSize,
+    /// It is larger than the memory for all.
+    #[error(
+        "its table of contents has {needed} bytes, compressed, and at most {limit} are taken in; \
+         raise toc_memory_mib in section [fetch]"
+    )]
+    TocMemory {
+        /// Bytes.
+        needed: u64,
+        /// Bytes.
+        limit: u64,
+    },
+    /// Other TOCs hold the memory.
+    #[error(
+        "the tables of contents of other layers have taken all memory that is set aside for them \
+         for {0:?}; raise toc_memory_mib in section [fetch]"
+    )]
+    TocsInTheWay(Duration),
+}
+
+impl Error {
+    /// Whether the TOC could be read with more memory.
+    pub fn needs_more_memory(&self) -> bool {
+        matches!(self, Self::Toc(error) if error.needs_more_memory())
+    }
+}
+
+impl Error {
+    /// Whether this is what comes of an annotation that says where the TOC is
+    /// and is wrong.
+    pub fn is_misplaced(&self) -> bool {
+        match self {
+            Self::Registry(error) => matches!(
+                error.kind(),
+                ErrorKind::RangeNotSatisfiable | ErrorKind::Protocol
+            ),
+            Self::Toc(error) => matches!(
+                error,
+                TocError::Digest { .. }
+                    | TocError::Size { .. }
+                    | TocError::Compression { .. }
+                    | TocError::TooLarge { .. }
+            ),
+            _ => false,
+        }
+    }
 }
 
 /// The registry side of the node: manifests and TOCs.
@@ -47,6 +106,8 @@ pub struct Remote {
     client: Client,
     images: Images,
     limits: Limits,
+    budget: TocBudget,
+    patience: Duration,
 }
 
 /// What is known of a layer before any of it was fetched.
@@ -66,6 +127,24 @@ impl Known {
         Ok(Self {
             annotations: LayerAnnotations::parse(annotations)?,
             size,
+        })
+    }
+
+    /// Of a layer whose TOC was verified against `trust` before.
+    pub fn trusted(trust: TocTrust) -> Self {
+        Self {
+            annotations: LayerAnnotations::trusting(trust),
+            size: None,
+        }
+    }
+
+    /// The same without anything that says where the TOC is, so that the
+    /// footer is read; none if nothing says.
+    pub fn without_position(&self) -> Option<Self> {
+        let annotations = self.annotations.without_position();
+        (annotations != self.annotations).then_some(Self {
+            annotations,
+            size: self.size,
         })
     }
 
@@ -89,13 +168,22 @@ impl Known {
 }
 
 impl Remote {
-    /// All requests go through `client`.
-    pub fn new(client: Client) -> Self {
+    /// All requests go through `client`, and all TOCs together take no more
+    /// memory than `budget`. A manifest, and a TOC, may take as long as
+    /// `patience` to arrive: who asks for them can do without.
+    pub fn new(client: Client, budget: TocBudget, patience: Duration) -> Self {
         Self {
             client,
+            patience,
             images: Images::new(),
             limits: Limits::default(),
+            budget,
         }
+    }
+
+    /// The memory for TOCs.
+    pub fn budget(&self) -> &TocBudget {
+        &self.budget
     }
 
     /// The client.
@@ -111,8 +199,13 @@ impl Remote {
         manifest: Option<Digest>,
         layer: Digest,
     ) -> Result<Vec<ImageLayer>, Error> {
-        self.images
-            .layers(&self.client, reference, manifest, layer)
+        let layers = (self.images).layers(&self.client, reference, manifest, layer);
+        self.in_time(layers).await
+    }
+
+    async fn in_time<T>(&self, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+        tokio::time::timeout(self.patience, work)
             .await
+            .unwrap_or(Err(Error::Late(self.patience)))
     }
 }

@@ -1,11 +1,13 @@
 //! Fetching a TOC in as few requests as can be.
 
 use bytes::{Bytes, BytesMut};
-use sluice_layer::{FOOTER_MAX, LayerAnnotations, TocLocation, TocTrust, locate_toc, read_toc};
+use sluice_layer::{
+    FOOTER_MAX, LayerAnnotations, Limits, TocLocation, TocTrust, locate_toc, read_toc,
+};
 use sluice_oci::{Digest, Reference};
-use sluice_registry::{Blob, ByteRange};
+use sluice_registry::{Blob, ByteRange, Senders};
 
-use super::{Error, Known, Remote};
+use super::{Error, Known, Remote, Taken};
 
 /// The end of a blob that is asked for when nothing is known of its size.
 const TAIL: u64 = 256 << 10;
@@ -13,6 +15,8 @@ const TAIL: u64 = 256 << 10;
 const TAIL_MIN: u64 = 64 << 10;
 const TAIL_MAX: u64 = 1 << 20;
 const TAIL_PART: u64 = 64;
+/// Memory that reading any TOC takes.
+const LEAST_MEMORY: u64 = 4 << 20;
 
 /// A TOC as it arrived, not yet checked.
 #[derive(Debug)]
@@ -21,11 +25,23 @@ pub struct FetchedToc {
     compressed: Bytes,
     trust: TocTrust,
     blob_size: u64,
+    senders: Vec<Senders>,
+    /// The memory that it is in.
+    _memory: Taken,
+}
+
+/// A part of a blob as it arrived.
+struct Part {
+    offset: u64,
+    blob_size: Option<u64>,
+    bytes: Bytes,
+    senders: Senders,
 }
 
 impl Remote {
     /// Fetches the layer's TOC: with one request when the annotations say
-    /// where it is or the guess was long enough, and otherwise with two.
+    /// where it is or the guess was long enough, and otherwise with two. What
+    /// they say may be wrong: see [`Error::is_misplaced`].
     pub async fn fetch_toc(
         &self,
         reference: &Reference,
@@ -34,9 +50,10 @@ impl Remote {
     ) -> Result<FetchedToc, Error> {
         let trust = known.trust().ok_or(Error::NoTrust)?;
         let blob = self.client().blob(reference, digest);
-        match known.annotations.toc_location() {
+        let annotations = &known.annotations;
+        match annotations.toc_location().or(annotations.toc_hint()) {
             Some(location) => self.at(&blob, location, trust, known.size).await,
-            None => self.in_tail(&blob, trust, known).await,
+            None => self.in_tail(&blob, trust, known, false).await,
         }
     }
 
@@ -48,19 +65,35 @@ impl Remote {
         size: Option<u64>,
     ) -> Result<FetchedToc, Error> {
         location.check(&self.limits)?;
+        let memory = self.budget.arrive(location.compressed_size).await?;
         let range = ByteRange::From {
             offset: location.offset,
             len: location.compressed_size,
         };
-        let body = blob.range(range).await?;
-        let blob_size = body.blob_size.or(size).ok_or(Error::NoSize)?;
         let limit = location.compressed_size as usize;
+        let part = self.part(blob, range, limit).await?;
         Ok(FetchedToc {
-            compressed: body.collect(limit).await?,
+            senders: vec![part.senders],
+            compressed: part.bytes,
             location,
             trust,
-            blob_size,
+            blob_size: part.blob_size.or(size).ok_or(Error::NoSize)?,
+            _memory: memory,
         })
+    }
+
+    /// A part of the blob, within the time that it may take.
+    async fn part(&self, blob: &Blob, range: ByteRange, limit: usize) -> Result<Part, Error> {
+        self.in_time(async {
+            let body = blob.range(range).await?;
+            Ok(Part {
+                offset: body.offset,
+                blob_size: body.blob_size,
+                senders: body.senders(),
+                bytes: body.collect(limit).await?,
+            })
+        })
+        .await
     }
 
     async fn in_tail(
@@ -68,16 +101,27 @@ impl Remote {
         blob: &Blob,
         trust: TocTrust,
         known: &Known,
+        again: bool,
     ) -> Result<FetchedToc, Error> {
         let guess = guess(&known.annotations, known.size);
-        let body = blob.range(ByteRange::Suffix(guess)).await?;
-        let blob_size = body.blob_size.unwrap_or(body.offset + body.len);
-        let tail = body.collect(guess as usize).await?;
+        let part = self
+            .part(blob, ByteRange::Suffix(guess), guess as usize)
+            .await?;
+        let tail = part.bytes;
+        let blob_size = part.blob_size.unwrap_or(part.offset + tail.len() as u64);
+        let mut senders = vec![part.senders];
         let start = blob_size
             .checked_sub(tail.len() as u64)
             .ok_or(Error::NoSize)?;
-        let location = locate_toc(&tail, blob_size)?;
+        let location = match locate_toc(&tail, blob_size) {
+            // Another host may have the right end.
+            Err(_) if !again && senders[0].distrust() => {
+                return Box::pin(self.in_tail(blob, trust, known, true)).await;
+            }
+            location => location?,
+        };
         location.check(&self.limits)?;
+        let memory = self.budget.arrive(location.compressed_size).await?;
         let compressed = match location.slice_of(&tail, blob_size) {
             Some(compressed) => tail.slice_ref(compressed),
             None => {
@@ -87,11 +131,11 @@ impl Remote {
                     offset: wanted.start,
                     len: wanted.end.min(start).saturating_sub(wanted.start),
                 };
-                let mut body = blob.range(range).await?;
-                let mut whole = BytesMut::with_capacity(location.compressed_size as usize);
-                while let Some(bytes) = body.next().await? {
-                    whole.extend_from_slice(&bytes);
-                }
+                let limit = location.compressed_size as usize;
+                let part = self.part(blob, range, limit).await?;
+                senders.push(part.senders);
+                let mut whole = BytesMut::with_capacity(limit);
+                whole.extend_from_slice(&part.bytes);
                 let rest = (wanted.end.saturating_sub(start) as usize).min(tail.len());
                 whole.extend_from_slice(&tail[..rest]);
                 whole.freeze()
@@ -102,6 +146,8 @@ impl Remote {
             compressed,
             trust,
             blob_size,
+            senders,
+            _memory: memory,
         })
     }
 }
@@ -122,6 +168,11 @@ impl FetchedToc {
         self.blob_size
     }
 
+    /// The hosts that sent it.
+    pub fn senders(&self) -> Vec<Senders> {
+        self.senders.clone()
+    }
+
     /// What the TOC is to match.
     pub fn trust(&self) -> TocTrust {
         self.trust
@@ -132,14 +183,33 @@ impl FetchedToc {
         Digest::of(&self.compressed)
     }
 
-    /// Checks, decompresses and parses it. Takes a core for a while.
-    pub fn read(&self, remote: &Remote) -> Result<sluice_layer::Toc, Error> {
-        let toc = read_toc(
+    /// How much memory reading it takes, going by what an honest one takes.
+    pub fn likely_memory(&self) -> u64 {
+        let stated = match (
+            self.location.uncompressed_size,
+            self.compressed.last_chunk(),
+        ) {
+            (Some(size), _) => size,
+            // A gzip member ends in its size.
+            (None, Some(size)) => u64::from(u32::from_le_bytes(*size)),
+            (None, None) => 0,
+        };
+        // The JSON, the tree and its files; names of one letter take more.
+        stated.saturating_mul(3).max(LEAST_MEMORY)
+    }
+
+    /// Checks, decompresses and parses it within `memory`. Takes a core for a
+    /// while.
+    pub fn read(&self, remote: &Remote, memory: &Taken) -> Result<sluice_layer::Toc, Error> {
+        let limits = Limits {
+            max_memory: memory.for_tree(),
+            ..remote.limits.clone()
+        };
+        Ok(read_toc(
             &self.location,
             &self.compressed,
             &self.trust,
-            &remote.limits,
-        )?;
-        Ok(toc)
+            &limits,
+        )?)
     }
 }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::error::Error;
-use super::lazy_layers::Usage;
+use super::lazy_layers::{Owner, Usage};
 use super::snapshot::{Kind, SnapshotId};
 
 /// Modes as containerd's overlayfs snapshotter gives them.
@@ -25,13 +25,6 @@ pub(crate) struct Directories {
     path: PathBuf,
     /// Directories that no record in the database refers to yet.
     pending: Mutex<HashSet<SnapshotId>>,
-}
-
-/// User and group of a directory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Owner {
-    uid: u32,
-    gid: u32,
 }
 
 /// A new directory. It goes when this value is dropped before `keep`.
@@ -66,6 +59,13 @@ impl Directories {
         self.directory(id).join("work")
     }
 
+    /// Whose [`Self::upper`] this is.
+    pub(crate) fn id_of(&self, upper: &Path) -> Option<SnapshotId> {
+        let inside = upper.strip_prefix(&self.path).ok()?;
+        let id = inside.iter().next()?.to_str()?.parse().ok()?;
+        Some(SnapshotId(id))
+    }
+
     fn directory(&self, id: SnapshotId) -> PathBuf {
         self.path.join(id.to_string())
     }
@@ -92,16 +92,31 @@ impl Directories {
             make(path, mode).map_err(|error| Error::directory("create", path, error))
         };
         create(&self.directory(id), 0o700)?;
+        crash_point!("prepare.directory-made");
         let upper = self.upper(id);
         create(&upper, FS_MODE)?;
+        crash_point!("prepare.upper-made");
         if let Some(Owner { uid, gid }) = owner {
             std::os::unix::fs::chown(&upper, Some(uid), Some(gid))
                 .map_err(|error| Error::directory("set the owner of", &upper, error))?;
+            crash_point!("prepare.upper-owned");
         }
         if kind == Kind::Active {
             create(&self.work(id), WORK_MODE)?;
         }
+        crash_point!("prepare.directories-made");
         Ok(())
+    }
+
+    /// Who owns what a snapshot shows.
+    pub(crate) fn owner(&self, id: SnapshotId) -> Result<Owner, Error> {
+        let upper = self.upper(id);
+        let metadata = fs::metadata(&upper)
+            .map_err(|error| Error::directory("look at the parent's", &upper, error))?;
+        Ok(Owner {
+            uid: metadata.uid(),
+            gid: metadata.gid(),
+        })
     }
 
     /// Deletes the directories of a snapshot, if they are there.
@@ -122,6 +137,48 @@ impl Directories {
         &self,
         known: impl FnOnce() -> Result<HashSet<SnapshotId>, Error>,
     ) -> Result<usize, Error> {
+        let mut removed = 0;
+        for path in self.orphans(known)? {
+            // One that resists must not keep the others.
+            match remove_all(&path) {
+                Ok(()) => removed += 1,
+                Err(error) => tracing::warn!(%error, "a leftover of a removed snapshot stays"),
+            }
+        }
+        Ok(removed)
+    }
+
+    /// Moves every directory that has no record into the directory `lost`
+    /// beside them, for records may be lost as well. What is mounted from them
+    /// goes on.
+    pub(crate) fn set_aside_orphans(
+        &self,
+        known: impl FnOnce() -> Result<HashSet<SnapshotId>, Error>,
+    ) -> Result<Vec<PathBuf>, Error> {
+        let lost = self.path.with_file_name("lost");
+        let mut moved = Vec::new();
+        for path in self.orphans(known)? {
+            make(&lost, 0o700)
+                .or_else(|error| match error.kind() {
+                    io::ErrorKind::AlreadyExists => Ok(()),
+                    _ => Err(error),
+                })
+                .map_err(|error| Error::directory("create", &lost, error))?;
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let to = (0u32..)
+                .map(|number| lost.join(format!("{name}-{number}")))
+                .find(|to| !to.exists())
+                .unwrap_or_else(|| lost.join(&*name));
+            fs::rename(&path, &to).map_err(|error| Error::directory("move", &path, error))?;
+            moved.push(to);
+        }
+        Ok(moved)
+    }
+
+    fn orphans(
+        &self,
+        known: impl FnOnce() -> Result<HashSet<SnapshotId>, Error>,
+    ) -> Result<Vec<PathBuf>, Error> {
         let list = |error| Error::directory("list", &self.path, error);
         let names: Vec<OsString> = fs::read_dir(&self.path)
             .map_err(list)?
@@ -130,19 +187,11 @@ impl Directories {
             .map_err(list)?;
         let pending = self.pending.lock().clone();
         let known = known()?;
-        let mut removed = 0;
-        for name in names {
+        let orphans = names.into_iter().filter(|name| {
             let id = name.to_str().and_then(|n| n.parse().ok()).map(SnapshotId);
-            if id.is_some_and(|id| known.contains(&id) || pending.contains(&id)) {
-                continue;
-            }
-            // One that resists must not keep the others.
-            match remove_all(&self.path.join(&name)) {
-                Ok(()) => removed += 1,
-                Err(error) => tracing::warn!(%error, "a leftover of a removed snapshot stays"),
-            }
-        }
-        Ok(removed)
+            !id.is_some_and(|id| known.contains(&id) || pending.contains(&id))
+        });
+        Ok(orphans.map(|name| self.path.join(name)).collect())
     }
 
     /// Whether everything that a record needs is on the disk. After a power
@@ -192,18 +241,6 @@ impl Drop for NewDirectory {
             tracing::warn!(%error, "a directory of a snapshot that was not made stays");
         }
         self.directories.pending.lock().remove(&self.id);
-    }
-}
-
-impl Owner {
-    /// Of what is at `path`.
-    pub(crate) fn of(path: &Path) -> Result<Self, Error> {
-        let metadata = fs::metadata(path)
-            .map_err(|error| Error::directory("look at the parent's", path, error))?;
-        Ok(Self {
-            uid: metadata.uid(),
-            gid: metadata.gid(),
-        })
     }
 }
 

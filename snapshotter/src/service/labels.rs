@@ -2,7 +2,7 @@
 
 use sluice_oci::{Digest, Reference};
 
-use super::lazy_layers::LayerRequest;
+use super::lazy_layers::{ImageUse, LayerRequest};
 use super::snapshot::{Key, Labels};
 
 /// Names the snapshot that is wanted, on a `Prepare` that may be answered
@@ -29,6 +29,8 @@ const IMAGE_LAYERS: [&str; 2] = [
 const NOT_LAZY: &str = "containerd.io/snapshot/sluice.not-lazy";
 /// Characters; well below containerd's bound of 4096 bytes on a label.
 const MAX_REASON: usize = 500;
+/// Asks for a recording of what the snapshot's container reads, by a name.
+const RECORD: &str = "containerd.io/snapshot/sluice.record";
 const MANIFEST: &str = "containerd.io/snapshot/cri.manifest-digest";
 
 /// The snapshot that the labels ask for by name, if they do.
@@ -92,6 +94,21 @@ pub(crate) fn layer_request(labels: &Labels) -> Result<LayerRequest, String> {
         annotations,
         image_layers,
     })
+}
+
+/// The image of `layers`, lowest first, from the labels of its topmost
+/// snapshot and of the one that is made over it.
+pub(crate) fn image_use(top: &Labels, new: &Labels, layers: Vec<Digest>) -> ImageUse {
+    let reference = REFERENCE.iter().find_map(|name| top.get(*name));
+    ImageUse {
+        reference: reference.map(|text| match text.parse::<Reference>() {
+            Ok(reference) => reference.to_string(),
+            Err(_) => text.clone(),
+        }),
+        manifest_digest: top.get(MANIFEST).and_then(|text| text.parse().ok()),
+        layers,
+        recording: new.get(RECORD).cloned(),
+    }
 }
 
 /// The annotation behind a label. A client puts the prefix before those of

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::error::Error as StdError;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use sluice_oci::{Digest, Reference};
 
@@ -26,6 +27,19 @@ pub struct LayerRequest {
     pub image_layers: Vec<Digest>,
 }
 
+/// An image from which a container is about to run.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ImageUse {
+    /// The image through which its topmost layer was first asked for.
+    pub reference: Option<String>,
+    /// Digest of that image's manifest, when containerd told it.
+    pub manifest_digest: Option<Digest>,
+    /// Its lazily mounted layers, lowest first.
+    pub layers: Vec<Digest>,
+    /// By what name somebody asks for a recording of what is read.
+    pub recording: Option<String>,
+}
+
 /// What a layer takes on this node.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Usage {
@@ -34,6 +48,19 @@ pub struct Usage {
     /// Inodes.
     pub inodes: u64,
 }
+
+/// User and group of a directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Owner {
+    /// The user's number.
+    pub uid: u32,
+    /// The group's number.
+    pub gid: u32,
+}
+
+/// Asks which layers some snapshot is mounted from now, or is about to be.
+/// Blocks. None when that cannot be told.
+pub type InUse = Arc<dyn Fn() -> Option<HashSet<Digest>> + Send + Sync>;
 
 /// Why a layer cannot be mounted lazily. The image still works: containerd is
 /// told to unpack the layer as usual.
@@ -108,6 +135,14 @@ pub trait LazyLayers: Send + Sync + 'static {
     /// one page of mount options.
     fn mount(&self, layer: Digest) -> impl Future<Output = Result<PathBuf, MountError>> + Send;
 
+    /// Who owns the layer's root directory. Told without a look at where it is
+    /// mounted: a daemon that waits for its own answer cannot be killed.
+    fn owner(&self, layer: Digest) -> impl Future<Output = Result<Owner, MountError>> + Send;
+
+    /// A writable snapshot of an image was made, whose layers are mounted: a
+    /// container is about to read them. A hint, which cannot fail.
+    fn starts(&self, image: ImageUse) -> impl Future<Output = ()> + Send;
+
     /// Unmounts and deletes a layer that no snapshot refers to any more. A
     /// layer that is not there is no error.
     fn remove(&self, layer: Digest) -> impl Future<Output = Result<(), MountError>> + Send;
@@ -119,4 +154,10 @@ pub trait LazyLayers: Send + Sync + 'static {
     /// being opened now.
     fn retain(&self, known: HashSet<Digest>)
     -> impl Future<Output = Result<(), MountError>> + Send;
+
+    /// Drops content of layers that are not in use, the one that was used
+    /// longest ago first, while there is more than there may be. The layers
+    /// stay: what is dropped is fetched again when it is read. `in_use` is
+    /// asked again right before each, while nobody can mount it.
+    fn make_room(&self, in_use: InUse) -> impl Future<Output = ()> + Send;
 }

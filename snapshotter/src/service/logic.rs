@@ -11,12 +11,13 @@ use parking_lot::Mutex;
 use sluice_oci::Digest;
 use tokio::sync::OwnedMutexGuard;
 
-use super::directories::{Directories, Found, Owner};
+use super::directories::{Directories, Found};
 use super::error::Error;
 use super::filter::Filter;
 use super::labels;
-use super::lazy_layers::{LayerRequest, LazyLayers, Usage};
+use super::lazy_layers::{ImageUse, LayerRequest, LazyLayers, MountError, Owner, Usage};
 use super::mounts::{Mount, OverlayOptions, mounts};
+use super::pins::{Pinned, Pins};
 use super::snapshot::{Content, Info, Key, Kind, Labels, SnapshotId};
 use super::store::{LabelChange, NewSnapshot, Store, UsageSource};
 
@@ -28,6 +29,7 @@ pub struct Snapshots<L> {
     layers: Arc<L>,
     overlay: OverlayOptions,
     locks: Arc<LayerLocks>,
+    pins: Pins,
     /// Layers that nothing refers to and that could not be removed.
     leftovers: Mutex<HashSet<Digest>>,
 }
@@ -47,10 +49,18 @@ impl<L: LazyLayers> Snapshots<L> {
             layers,
             overlay,
             locks: Arc::default(),
+            pins: Pins::default(),
             leftovers: Mutex::default(),
         };
         snapshots.restore_directories().await?;
+        crash_point!("start.directories-restored");
+        if snapshots.store.was_rebuilt() {
+            // What has no record may only have lost it.
+            snapshots.set_aside_orphans().await?;
+            return Ok(snapshots);
+        }
         let removed = snapshots.remove_orphans().await?;
+        crash_point!("start.orphans-removed");
         if removed > 0 {
             tracing::info!(removed, "directories without a snapshot removed");
         }
@@ -59,6 +69,7 @@ impl<L: LazyLayers> Snapshots<L> {
         if let Err(error) = snapshots.layers.retain(known).await {
             tracing::warn!(%error, "layers without a snapshot stay");
         }
+        crash_point!("start.layers-retained");
         Ok(snapshots)
     }
 
@@ -101,20 +112,25 @@ impl<L: LazyLayers> Snapshots<L> {
     pub async fn commit(&self, name: Key, key: Key, labels: Labels) -> Result<(), Error> {
         let id = self.store.would_commit(key.clone(), name.clone()).await?;
         let usage = self.measure(id).await?;
+        crash_point!("commit.measured");
         self.store
             .commit(key, name, labels, usage, SystemTime::now())
-            .await
+            .await?;
+        crash_point!("commit.recorded");
+        Ok(())
     }
 
     /// Deletes a snapshot, and its layer if it was the last one of it.
     pub async fn remove(&self, key: Key) -> Result<(), Error> {
         let removed = self.store.remove(key).await?;
+        crash_point!("remove.recorded");
         // The record is gone: what fails from here on is a leftover, which
         // `cleanup` tries again, and not a failed removal.
         let directories = Arc::clone(&self.directories);
         if let Err(error) = blocking(move || directories.remove(removed.id)).await {
             tracing::warn!(%error, "the directory of a removed snapshot stays until the next cleanup");
         }
+        crash_point!("remove.directory-removed");
         if let Some(layer) = removed.unused_layer
             && let Err(error) = self.release(layer).await
         {
@@ -160,6 +176,12 @@ impl<L: LazyLayers> Snapshots<L> {
         self.store.update(key, change, SystemTime::now()).await
     }
 
+    /// The key of the snapshot whose changes are in the directory `upper`.
+    pub async fn key_of(&self, upper: &Path) -> Option<Key> {
+        let id = self.directories.id_of(upper)?;
+        self.store.key_of(id).await.ok().flatten()
+    }
+
     /// Every snapshot that one of the filters matches; all, if there is none.
     pub async fn list(&self, filters: Vec<Filter>) -> Result<Vec<Info>, Error> {
         self.store.list(filters).await
@@ -172,6 +194,25 @@ impl<L: LazyLayers> Snapshots<L> {
             UsageSource::Directory(id) => self.measure(id).await,
             UsageSource::Layer(layer) => Ok(self.layers.usage(layer).await?),
         }
+    }
+
+    /// Drops content that no snapshot is mounted from, as far as there is more
+    /// on disk than there may be.
+    pub async fn make_room(&self) {
+        let (store, pins) = (Arc::clone(&self.store), self.pins.clone());
+        let in_use = move || {
+            // In this order: a pin goes when its record is there.
+            let mut in_use = pins.held();
+            match store.mounted_layers() {
+                Ok(mounted) => in_use.extend(mounted),
+                Err(error) => {
+                    tracing::warn!(%error, "nothing is evicted while it is not known what is in use");
+                    return None;
+                }
+            }
+            Some(in_use)
+        };
+        self.layers.make_room(Arc::new(in_use)).await;
     }
 
     /// Removes what earlier removals have left behind.
@@ -227,6 +268,7 @@ impl<L: LazyLayers> Snapshots<L> {
             tracing::warn!(image, reason = %reason, "unpacked as usual");
             return Ok(Lazily::Not(reason.reason().to_owned()));
         }
+        crash_point!("open.opened");
         let new = NewSnapshot {
             id: self.store.new_id(),
             key: target.clone(),
@@ -236,6 +278,7 @@ impl<L: LazyLayers> Snapshots<L> {
         };
         match self.store.create_remote(new, layer).await {
             Ok(()) => {
+                crash_point!("open.recorded");
                 tracing::info!(image, %layer, snapshot = %target, "served lazily");
                 Ok(Lazily::Served)
             }
@@ -257,7 +300,16 @@ impl<L: LazyLayers> Snapshots<L> {
         labels: Labels,
     ) -> Result<Vec<Mount>, Error> {
         let below = self.store.would_create(key.clone(), parent.clone()).await?;
+        // Until it is recorded that something is mounted from them.
+        let _pinned = self.pin(&below);
         let lower = self.lower(&below).await?;
+        crash_point!("prepare.lower-mounted");
+        // What containerd unpacks a layer into is nobody's start.
+        let starts = kind == Kind::Active && labels::target(&labels).is_none();
+        let starting = match &parent {
+            Some(parent) if starts => self.image_use(parent, &labels, &below).await?,
+            _ => None,
+        };
         let id = self.store.new_id();
         let new = NewSnapshot {
             id,
@@ -266,16 +318,47 @@ impl<L: LazyLayers> Snapshots<L> {
             labels,
             now: SystemTime::now(),
         };
-        let nearest = lower.first().cloned();
+        let owner = match below.first() {
+            Some(nearest) => Some(self.owner(nearest).await?),
+            None => None,
+        };
         let directories = Arc::clone(&self.directories);
-        let directory = blocking(move || {
-            let owner = nearest.as_deref().map(Owner::of).transpose()?;
-            directories.create(id, kind, owner)
-        })
-        .await?;
+        let directory = blocking(move || directories.create(id, kind, owner)).await?;
         self.store.create(kind, new).await?;
+        crash_point!("prepare.recorded");
         directory.keep();
+        if let Some(image) = starting {
+            self.layers.starts(image).await;
+        }
         Ok(self.overlay(kind, id, &lower))
+    }
+
+    /// What the data plane is told of an image from which a container is about
+    /// to run, if it holds any of it.
+    async fn image_use(
+        &self,
+        parent: &Key,
+        labels: &Labels,
+        below: &[Content],
+    ) -> Result<Option<ImageUse>, Error> {
+        let layers = lazy(below);
+        if layers.is_empty() {
+            return Ok(None);
+        }
+        let top = self.store.stat(parent.clone()).await?;
+        Ok(Some(labels::image_use(&top.labels, labels, layers)))
+    }
+
+    /// The images from which active snapshots and views are made, each with
+    /// how many there are.
+    pub async fn images(&self) -> Result<Vec<(ImageUse, usize)>, Error> {
+        let in_use = self.store.in_use().await?;
+        let images = in_use.into_iter().filter_map(|(labels, below, users)| {
+            let layers = lazy(&below);
+            let known = !layers.is_empty();
+            known.then(|| (labels::image_use(&labels, &Labels::new(), layers), users))
+        });
+        Ok(images.collect())
     }
 
     /// The directories of what lies below a snapshot. Layers are mounted all
@@ -284,10 +367,57 @@ impl<L: LazyLayers> Snapshots<L> {
         try_join_all(below.iter().map(|content| async move {
             match *content {
                 Content::Directory(id) => Ok(self.directories.upper(id)),
-                Content::Lazy(layer) => Ok(self.layers.mount(layer).await?),
+                Content::Lazy(layer) => self.mount_layer(layer).await,
             }
         }))
         .await
+    }
+
+    /// Who owns the root directory of what lies below a snapshot.
+    async fn owner(&self, below: &Content) -> Result<Owner, Error> {
+        match *below {
+            Content::Directory(id) => {
+                let directories = Arc::clone(&self.directories);
+                blocking(move || directories.owner(id)).await
+            }
+            Content::Lazy(layer) => Ok(self.layers.owner(layer).await?),
+        }
+    }
+
+    /// Mounts a layer. One that the disk has lost is made again as the labels
+    /// of its snapshots say.
+    async fn mount_layer(&self, layer: Digest) -> Result<PathBuf, Error> {
+        match self.layers.mount(layer).await {
+            Err(MountError::Unknown(_)) => {}
+            mounted => return Ok(mounted?),
+        }
+        let _lock = self.locks.lock(layer).await;
+        let mut why = None;
+        for labels in self.store.labels_of_layer(layer).await? {
+            let Ok(request) = labels::layer_request(&labels) else {
+                continue;
+            };
+            match self.layers.open(request).await {
+                Ok(()) => {
+                    tracing::warn!(%layer, "it was not on this node any more, and is made again");
+                    return Ok(self.layers.mount(layer).await?);
+                }
+                Err(error) => why = Some(error),
+            }
+        }
+        Err(match why {
+            Some(error) => MountError::failed(layer, error),
+            None => MountError::Unknown(layer),
+        }
+        .into())
+    }
+
+    fn pin(&self, below: &[Content]) -> Pinned {
+        self.pins
+            .hold(below.iter().filter_map(|content| match content {
+                Content::Lazy(layer) => Some(*layer),
+                Content::Directory(_) => None,
+            }))
     }
 
     fn overlay(&self, kind: Kind, id: SnapshotId, lower: &[PathBuf]) -> Vec<Mount> {
@@ -322,6 +452,19 @@ impl<L: LazyLayers> Snapshots<L> {
         blocking(move || directories.remove_orphans(|| store.known_ids())).await
     }
 
+    async fn set_aside_orphans(&self) -> Result<(), Error> {
+        let (store, directories) = (Arc::clone(&self.store), Arc::clone(&self.directories));
+        let moved = blocking(move || directories.set_aside_orphans(|| store.known_ids())).await?;
+        for path in moved {
+            tracing::error!(
+                "a snapshot's directory has no record any more; it is kept as {}, remove it when \
+                 nothing needs it",
+                path.display()
+            );
+        }
+        Ok(())
+    }
+
     async fn restore_directories(&self) -> Result<(), Error> {
         let recorded = self.store.directories().await?;
         let directories = Arc::clone(&self.directories);
@@ -341,6 +484,20 @@ impl<L: LazyLayers> Snapshots<L> {
         })
         .await
     }
+}
+
+/// The lazily mounted layers of a chain that is given nearest first, lowest
+/// first, each once.
+fn lazy(below: &[Content]) -> Vec<Digest> {
+    let mut layers = Vec::new();
+    for content in below.iter().rev() {
+        if let Content::Lazy(layer) = content
+            && !layers.contains(layer)
+        {
+            layers.push(*layer);
+        }
+    }
+    layers
 }
 
 /// Whether a snapshot that was asked for by name is there.

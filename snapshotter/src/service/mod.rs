@@ -9,6 +9,7 @@ mod labels;
 mod lazy_layers;
 mod logic;
 mod mounts;
+mod pins;
 mod snapshot;
 mod store;
 #[cfg(test)]
@@ -17,7 +18,11 @@ mod tests;
 pub use error::{Error, ErrorKind};
 pub use filter::{Filter, FilterError};
 pub use grpc::{Adapter, server};
-pub use lazy_layers::{LayerRequest, LazyLayers, MountError, NotLazy, Usage};
+#[cfg(any(test, fuzzing))]
+pub(crate) use labels::{layer_request, target};
+pub use lazy_layers::{
+    ImageUse, InUse, LayerRequest, LazyLayers, MountError, NotLazy, Owner, Usage,
+};
 pub use logic::Snapshots;
 pub use mounts::{Mount, OverlayOptions};
 pub use snapshot::{Chain, Content, EmptyKey, Info, Key, Kind, Labels, SnapshotId};

@@ -26,6 +26,19 @@ impl Key {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// Namespace and key as containerd's clients know them: containerd puts
+    /// namespace and a number of its own before, `<namespace>/<number>/<key>`.
+    /// Of any other key, the key alone.
+    pub fn in_containerd(&self) -> (Option<&str>, &str) {
+        let mut parts = self.0.splitn(3, '/');
+        match (parts.next(), parts.next(), parts.next()) {
+            (Some(namespace), Some(number), Some(key)) if number.parse::<u64>().is_ok() => {
+                (Some(namespace), key)
+            }
+            _ => (None, &self.0),
+        }
+    }
 }
 
 impl TryFrom<String> for Key {

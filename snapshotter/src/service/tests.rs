@@ -1,18 +1,19 @@
 //! The service over a strict fake of the data plane.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
-use proptest::prelude::*;
 use sluice_oci::Digest;
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
 use super::*;
+
+mod model;
 
 /// Remembers what it was asked and objects to what the trait forbids.
 #[derive(Debug, Default)]
@@ -30,6 +31,9 @@ struct FakeState {
     not_lazy: HashSet<Digest>,
     broken: HashSet<Digest>,
     requests: Vec<LayerRequest>,
+    /// What the last call to make room was told.
+    in_use: Option<HashSet<Digest>>,
+    starts: Vec<ImageUse>,
 }
 
 impl Fake {
@@ -94,6 +98,20 @@ impl LazyLayers for Fake {
         Ok(directory)
     }
 
+    async fn owner(&self, layer: Digest) -> Result<Owner, MountError> {
+        let metadata = fs::metadata(self.mount(layer).await?);
+        let metadata = metadata.map_err(|error| MountError::failed(layer, error))?;
+        use std::os::unix::fs::MetadataExt as _;
+        Ok(Owner {
+            uid: metadata.uid(),
+            gid: metadata.gid(),
+        })
+    }
+
+    async fn starts(&self, image: ImageUse) {
+        self.state.lock().starts.push(image);
+    }
+
     async fn remove(&self, layer: Digest) -> Result<(), MountError> {
         self.begin(layer);
         tokio::task::yield_now().await;
@@ -121,6 +139,11 @@ impl LazyLayers for Fake {
     async fn retain(&self, known: HashSet<Digest>) -> Result<(), MountError> {
         self.state.lock().on_disk.retain(|l| known.contains(l));
         Ok(())
+    }
+
+    async fn make_room(&self, in_use: InUse) {
+        let in_use = tokio::task::spawn_blocking(move || in_use()).await;
+        self.state.lock().in_use = in_use.unwrap();
     }
 }
 
@@ -397,6 +420,44 @@ fn one_bad_layer_fails_alone() {
 }
 
 #[test]
+fn the_data_plane_is_told_of_what_is_about_to_run() {
+    let rig = Rig::new();
+    let manifest = Digest::of(b"manifest");
+    let mut top = lazy("chain-2", layer(2));
+    let label = "containerd.io/snapshot/cri.manifest-digest";
+    top.insert(label.to_owned(), manifest.to_string());
+    let _ = rig.prepare("x", "", lazy("chain-1", layer(1)));
+    let _ = rig.prepare("x", "chain-1", top);
+    // An upper layer that is unpacked runs nothing, nor does who only looks.
+    rig.fake.state.lock().not_lazy.insert(layer(3));
+    rig.prepare("x", "chain-2", lazy("chain-3", layer(3)))
+        .unwrap();
+    rig.view("look", "chain-2").unwrap();
+    rig.prepare("nothing-lazy", "", Labels::new()).unwrap();
+    assert!(rig.fake.state.lock().starts.is_empty());
+
+    let asked = [("containerd.io/snapshot/sluice.record", "ci")];
+    let asked = asked.map(|(k, v)| (k.to_owned(), v.to_owned())).into();
+    rig.prepare("one", "chain-2", Labels::new()).unwrap();
+    rig.prepare("two", "chain-2", asked).unwrap();
+    let image = ImageUse {
+        reference: Some("r.io/app:1".to_owned()),
+        manifest_digest: Some(manifest),
+        layers: vec![layer(1), layer(2)],
+        recording: None,
+    };
+    let named = ImageUse {
+        recording: Some("ci".to_owned()),
+        ..image.clone()
+    };
+    assert_eq!(rig.fake.state.lock().starts, [image.clone(), named]);
+    // And whoever asks, of what is in use: two containers, the view, and the
+    // snapshot into which the third layer is unpacked.
+    let used = rig.run(async |s| s.images().await).unwrap();
+    assert_eq!(used, [(image, 4)]);
+}
+
+#[test]
 fn a_snapshot_that_is_not_made_leaves_nothing() {
     let rig = Rig::new();
     rig.prepare("a", "", Labels::new()).unwrap();
@@ -460,222 +521,81 @@ fn many_at_once_agree() {
     assert_eq!(rig.directories(), 0);
 }
 
-/// A call, over few names so that they meet.
-#[derive(Debug, Clone)]
-enum Op {
-    Prepare(u8, u8),
-    Lazy(u8, u8, u8),
-    View(u8, u8),
-    Commit(u8, u8),
-    Remove(u8),
-    Label(u8, u8),
-    Cleanup,
-    Restart,
-}
-
-fn op() -> impl Strategy<Value = Op> {
-    let name = 0..6u8;
-    prop_oneof![
-        4 => (name.clone(), name.clone()).prop_map(|(a, b)| Op::Prepare(a, b)),
-        4 => (name.clone(), name.clone(), 0..3u8).prop_map(|(a, b, c)| Op::Lazy(a, b, c)),
-        2 => (name.clone(), name.clone()).prop_map(|(a, b)| Op::View(a, b)),
-        4 => (name.clone(), name.clone()).prop_map(|(a, b)| Op::Commit(a, b)),
-        3 => name.clone().prop_map(Op::Remove),
-        1 => (name, 0..2u8).prop_map(|(a, b)| Op::Label(a, b)),
-        1 => Just(Op::Cleanup),
-        1 => Just(Op::Restart),
-    ]
-}
-
-#[derive(Debug, Clone, PartialEq)]
-struct Model {
-    kind: Kind,
-    parent: Option<String>,
-    layer: Option<u8>,
-    labelled: bool,
-}
-
-type World = BTreeMap<String, Model>;
-
-/// What the interface says must happen, in as few words as possible.
-fn expect(world: &mut World, op: &Op) -> Option<ErrorKind> {
-    use ErrorKind::{AlreadyExists, FailedPrecondition, InvalidArgument, NotFound};
-    let parent_of = |world: &World, n: u8| -> Result<Option<String>, ErrorKind> {
-        let Some(parent) = parent_name(n) else {
-            return Ok(None);
-        };
-        match world.get(&parent) {
-            None => Err(NotFound),
-            Some(model) if model.kind != Kind::Committed => Err(InvalidArgument),
-            Some(_) => Ok(Some(parent)),
-        }
+#[test]
+fn what_is_mounted_is_told_before_anything_is_evicted() {
+    let rig = Rig::new();
+    let told = || {
+        rig.run(async |s| s.make_room().await);
+        rig.fake.state.lock().in_use.take().unwrap()
     };
-    let name = |n: u8| format!("n{n}");
-    let result = match *op {
-        Op::Prepare(a, b) | Op::View(a, b) => parent_of(world, b).and_then(|parent| {
-            if world.contains_key(&name(a)) {
-                return Err(AlreadyExists);
-            }
-            let kind = match op {
-                Op::View(..) => Kind::View,
-                _ => Kind::Active,
-            };
-            let model = Model {
-                kind,
-                parent,
-                layer: None,
-                labelled: false,
-            };
-            world.insert(name(a), model);
-            Ok(())
-        }),
-        Op::Lazy(a, b, layer) => parent_of(world, b).and_then(|parent| {
-            let serving = world.iter().any(|(n, m)| {
-                m.kind == Kind::Committed
-                    && m.parent == parent
-                    && (*n == name(a) || n.starts_with(&format!("{}@", name(a))))
-            });
-            if !serving {
-                // Only its beginning is fixed when the name itself is taken.
-                let mut at = name(a);
-                if world.contains_key(&at) {
-                    at = format!("{}@{}", at, world.len() + 1000);
-                }
-                let model = Model {
-                    kind: Kind::Committed,
-                    parent,
-                    layer: Some(layer),
-                    labelled: false,
-                };
-                world.insert(at, model);
-            }
-            Err(AlreadyExists)
-        }),
-        Op::Commit(a, b) => match world.get(&name(b)) {
-            None => Err(NotFound),
-            Some(_) if world.contains_key(&name(a)) => Err(AlreadyExists),
-            Some(model) if model.kind != Kind::Active => Err(FailedPrecondition),
-            Some(_) => {
-                let mut model = world.remove(&name(b)).unwrap();
-                model.kind = Kind::Committed;
-                model.labelled = false;
-                world.insert(name(a), model);
-                Ok(())
-            }
-        },
-        Op::Remove(a) => match world.get(&name(a)) {
-            None => Err(NotFound),
-            Some(_) if world.values().any(|m| m.parent == Some(name(a))) => Err(FailedPrecondition),
-            Some(_) => {
-                world.remove(&name(a));
-                Ok(())
-            }
-        },
-        Op::Label(a, on) => match world.get_mut(&name(a)) {
-            None => Err(NotFound),
-            Some(model) => {
-                model.labelled = on == 1;
-                Ok(())
-            }
-        },
-        Op::Cleanup | Op::Restart => Ok(()),
-    };
-    result.err()
-}
-
-/// Name 0 as a parent means none.
-fn parent_name(n: u8) -> Option<String> {
-    (n > 0).then(|| format!("n{n}"))
-}
-
-fn apply(rig: &mut Rig, op: &Op) -> Option<ErrorKind> {
-    let name = |n: u8| format!("n{n}");
-    let parent = |n: u8| parent_name(n).unwrap_or_default();
-    let result = match *op {
-        Op::Prepare(a, b) => rig.prepare(&name(a), &parent(b), Labels::new()).map(drop),
-        Op::View(a, b) => rig.view(&name(a), &parent(b)).map(drop),
-        Op::Lazy(a, b, n) => rig
-            .prepare("extract", &parent(b), lazy(&name(a), layer(n)))
-            .map(drop),
-        Op::Commit(a, b) => rig.commit(&name(a), &name(b)),
-        Op::Remove(a) => rig.remove(&name(a)),
-        Op::Label(a, on) => rig.run(async |s| {
-            let value = if on == 1 { "yes" } else { "" };
-            let labels = Labels::from([("x".to_owned(), value.to_owned())]);
-            s.update(key(&name(a)), labels, &["labels.x".to_owned()])
-                .await
-                .map(drop)
-        }),
-        Op::Cleanup => rig.run(async |s| s.cleanup().await),
-        Op::Restart => {
-            rig.restart();
-            Ok(())
-        }
-    };
-    result.err().map(|error| error.kind())
-}
-
-/// A snapshot's name without the number that a second one of a target has.
-fn plain(name: &str) -> String {
-    name.split('@').next().unwrap_or_default().to_owned()
-}
-
-type Seen = (String, Kind, Option<String>, bool);
-
-fn seen(world: &World) -> Vec<Seen> {
-    let mut all: Vec<Seen> = world
-        .iter()
-        .map(|(n, m)| (plain(n), m.kind, m.parent.clone(), m.labelled))
-        .collect();
-    all.sort_by_key(|s| format!("{s:?}"));
-    all
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 40, ..ProptestConfig::default() })]
-
-    #[test]
-    fn behaves_as_the_model(ops in prop::collection::vec(op(), 1..40)) {
-        let mut rig = Rig::new();
-        let mut world = World::new();
-        for op in &ops {
-            let expected = expect(&mut world, op);
-            prop_assert_eq!(apply(&mut rig, op), expected, "{:?}", op);
-        }
-        let list = rig.list();
-        let mut found: Vec<Seen> = list
-            .iter()
-            .map(|i| {
-                let parent = i.parent.as_ref().map(|p| p.to_string());
-                (plain(i.name.as_str()), i.kind, parent, i.labels.contains_key("x"))
-            })
-            .collect();
-        found.sort_by_key(|s| format!("{s:?}"));
-        prop_assert_eq!(found, seen(&world));
-        // Nothing more on disk than the records need, and nothing less.
-        let layers: HashSet<Digest> = world.values().filter_map(|m| m.layer).map(layer).collect();
-        prop_assert_eq!(rig.fake.on_disk(), layers);
-        let directories = world.values().filter(|m| m.layer.is_none()).count();
-        prop_assert_eq!(rig.directories(), directories);
-        let by_name: HashMap<_, _> = list.iter().map(|i| (i.name.clone(), i)).collect();
-        for info in &list {
-            let mounts = rig.mounts(info.name.as_str());
-            if info.kind == Kind::Committed {
-                prop_assert_eq!(mounts.unwrap_err().kind(), ErrorKind::FailedPrecondition);
-                continue;
-            }
-            let mut depth = 0;
-            let mut next = info.parent.as_ref();
-            while let Some(parent) = next {
-                depth += 1;
-                next = by_name[parent].parent.as_ref();
-            }
-            let mount = mounts.unwrap().remove(0);
-            let lower = mount.options.last().unwrap();
-            match (info.kind, depth) {
-                (_, 0) | (Kind::View, 1) => prop_assert_eq!(mount.fs_type, "bind"),
-                _ => prop_assert_eq!(lower.split(':').count(), depth),
-            }
-        }
+    for (n, (chain, parent)) in (1..).zip([("a", ""), ("b", "a"), ("c", "b"), ("x", "")]) {
+        assert_kind(
+            rig.prepare("tmp", parent, lazy(chain, layer(n))),
+            ErrorKind::AlreadyExists,
+        );
     }
+    assert_eq!(
+        told(),
+        HashSet::new(),
+        "nothing is mounted from committed ones"
+    );
+    rig.prepare("container", "b", Labels::new()).unwrap();
+    assert_eq!(told(), [layer(1), layer(2)].into());
+    rig.view("view", "x").unwrap();
+    assert_eq!(told(), [layer(1), layer(2), layer(4)].into());
+    rig.remove("container").unwrap();
+    assert_eq!(told(), [layer(4)].into());
+}
+
+#[test]
+fn a_layer_that_the_disk_has_lost_is_made_again() {
+    let rig = Rig::new();
+    assert_kind(
+        rig.prepare("tmp", "", lazy("chain", layer(1))),
+        ErrorKind::AlreadyExists,
+    );
+    rig.prepare("c", "chain", Labels::new()).unwrap();
+    rig.fake.state.lock().on_disk.clear();
+    let mounts = rig.mounts("c").unwrap();
+    assert_eq!(mounts[0].options.len(), 3);
+    let requests = rig.fake.state.lock().requests.clone();
+    assert_eq!(requests.len(), 2);
+    assert_eq!(requests[0], requests[1]);
+    // Where that fails, the reason is told and nothing is forgotten.
+    let mut state = rig.fake.state.lock();
+    state.on_disk.clear();
+    state.not_lazy.insert(layer(1));
+    drop(state);
+    let error = rig.mounts("c").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable);
+    assert!(
+        error.to_string().contains("no table of contents"),
+        "{error}"
+    );
+    rig.stat("c").unwrap();
+}
+
+#[test]
+fn what_a_rebuilt_database_does_not_know_is_set_aside() {
+    let mut rig = Rig::new();
+    assert_kind(
+        rig.prepare("tmp", "", lazy("chain", layer(1))),
+        ErrorKind::AlreadyExists,
+    );
+    rig.prepare("c", "chain", Labels::new()).unwrap();
+    rig.stop();
+    let root = rig.root.path();
+    let upper = root.join("snapshots/2/fs");
+    fs::write(upper.join("precious"), "written").unwrap();
+    // Both copies of the records are gone.
+    fs::write(root.join("state.redb"), "rubbish").unwrap();
+    fs::remove_file(root.join("state.journal")).unwrap();
+    rig.restart();
+    assert_eq!(rig.list(), []);
+    let kept = rig.root.path().join("lost/2-0/fs/precious");
+    assert_eq!(fs::read(kept).unwrap(), b"written");
+    assert_eq!(rig.fake.on_disk(), [layer(1)].into(), "not this time");
+    // Numbers are not given out again.
+    rig.prepare("new", "", Labels::new()).unwrap();
+    assert!(rig.root.path().join("snapshots/3").is_dir());
 }

@@ -138,7 +138,11 @@ impl Content for Slow {
         Ok(true)
     }
 
-    fn make_present(self: Arc<Self>, offset: u64, len: u64) -> BoxFuture<'static, io::Result<()>> {
+    fn read_missing(
+        self: Arc<Self>,
+        offset: u64,
+        len: usize,
+    ) -> BoxFuture<'static, io::Result<Vec<u8>>> {
         Box::pin(async move {
             if self.hold.exists() {
                 self.events.say("held")?;
@@ -148,8 +152,10 @@ impl Content for Slow {
             }
             tokio::time::sleep(Duration::from_millis(1 + offset / BLOCK % 13)).await;
             let mut present = self.present.lock().unwrap_or_else(PoisonError::into_inner);
-            present.extend(blocks(offset, len));
-            Ok(())
+            present.extend(blocks(offset, len as u64));
+            let mut bytes = vec![0; len];
+            self.data.read_exact_at(&mut bytes, offset)?;
+            Ok(bytes)
         })
     }
 }

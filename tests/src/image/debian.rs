@@ -216,7 +216,10 @@ pub(super) fn tar_of(root: &Path) -> Command {
 
 /// Runs it.
 pub(super) fn pack_with(mut tar: Command, root: &Path, to: &mut dyn std::io::Write) -> Result<()> {
-    let mut tar = tar.stdout(Stdio::piped()).spawn().context("cannot run tar")?;
+    let mut tar = tar
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot run tar")?;
     let mut output = tar.stdout.take().context("tar has no output")?;
     std::io::copy(&mut output, to)?;
     to.flush()?;

@@ -1,12 +1,13 @@
 //! Writing OCI layouts.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 use serde_json::json;
-use sluice_oci::{Descriptor, Digest, Hasher, Index, Manifest, media_type};
+use sluice_oci::{Descriptor, Digest, Hasher, Index, Manifest, Platform, media_type};
 
 use super::Image;
 
@@ -50,7 +51,8 @@ impl LayoutWriter {
             writer.layers.push(layer);
         }
         let config = read_manifest(base.layout())?.config.digest;
-        let config: serde_json::Value = serde_json::from_slice(&fs::read(from.join(config.hex()))?)?;
+        let config: serde_json::Value =
+            serde_json::from_slice(&fs::read(from.join(config.hex()))?)?;
         writer.diff_ids = serde_json::from_value(config["rootfs"]["diff_ids"].clone())?;
         Ok(writer)
     }
@@ -92,20 +94,33 @@ impl LayoutWriter {
         Ok(())
     }
 
+    /// Adds a layer on top whose blob is what it is: neither bytes nor claims
+    /// are looked at.
+    pub fn raw_layer(
+        &mut self,
+        media: &str,
+        blob: &[u8],
+        diff_id: Digest,
+        annotations: BTreeMap<String, String>,
+    ) -> Result<Digest> {
+        let mut layer = self.document(media, blob)?;
+        layer.annotations = annotations;
+        let digest = layer.digest;
+        self.layers.push(layer);
+        self.diff_ids.push(diff_id);
+        Ok(digest)
+    }
+
     /// Writes configuration, manifest and index under a tag.
     pub fn finish(self, tag: &str, command: &[&str]) -> Result<()> {
-        let architecture = match std::env::consts::ARCH {
-            "x86_64" => "amd64",
-            "aarch64" => "arm64",
-            other => other,
-        };
+        let platform = Platform::of_this_machine();
         let history: Vec<_> = (self.layers.iter())
             .map(|_| json!({"created": "2020-01-01T00:00:00Z", "created_by": "test harness"}))
             .collect();
         let config = json!({
             "created": "2020-01-01T00:00:00Z",
-            "architecture": architecture,
-            "os": "linux",
+            "architecture": platform.architecture,
+            "os": platform.os,
             "config": {
                 "Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
                 "Cmd": command,

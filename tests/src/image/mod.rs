@@ -1,6 +1,7 @@
 //! Images to test with, as OCI layouts that are kept between runs.
 
 mod debian;
+mod host;
 mod layout;
 mod packages;
 mod synthetic;
@@ -14,8 +15,9 @@ use anyhow::{Context as _, Result};
 use crate::scratch::Scratch;
 
 pub use debian::{base, scientific};
-pub use packages::{model, MODEL_SIZE, with_packages};
+pub use host::add_programs;
 pub use layout::{Compression, LayoutWriter, append_layer, read_manifest};
+pub use packages::{MODEL_SIZE, model, with_packages};
 pub use synthetic::{MANY_FILES, Noise, SPARSE_SIZE, many, odd, synthetic};
 pub use tarball::{Meta, Tarball};
 

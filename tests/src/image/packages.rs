@@ -29,7 +29,9 @@ pub fn with_packages(name: &str, packages: &[&str], prepare: &str) -> Result<Ima
         let scratch = Scratch::new()?;
         let root = scratch.path().join("root");
         source.bootstrap(&root, packages)?;
-        run(Command::new("chroot").arg(&root).args(["sh", "-ec", prepare]))?;
+        run(Command::new("chroot")
+            .arg(&root)
+            .args(["sh", "-ec", prepare]))?;
         let list = scratch.path().join("list");
         write_list(&root, &below(&base)?, &list)?;
         let mut layout = LayoutWriter::on(&base, dir)?;

@@ -14,7 +14,7 @@ use crate::fuse::{Content, Session, Tree};
 use crate::layer_dir::placement::Placement;
 use crate::testing::{self, Inode, Kind, assert_same, of_directory};
 
-/// A layer's content in a file, all there once `make_present` was called.
+/// A layer's content in a file, all there once `read_missing` was called.
 struct Lazy {
     data: File,
     present: AtomicBool,
@@ -34,12 +34,18 @@ impl Content for Lazy {
         Ok(false)
     }
 
-    fn make_present(self: Arc<Self>, _: u64, _: u64) -> BoxFuture<'static, io::Result<()>> {
+    fn read_missing(
+        self: Arc<Self>,
+        offset: u64,
+        len: usize,
+    ) -> BoxFuture<'static, io::Result<Vec<u8>>> {
         Box::pin(async move {
             self.made.fetch_add(1, Ordering::SeqCst);
             tokio::time::sleep(Duration::from_millis(5)).await;
             self.present.store(true, Ordering::SeqCst);
-            Ok(())
+            let mut bytes = vec![0; len];
+            self.data.read_exact_at(&mut bytes, offset)?;
+            Ok(bytes)
         })
     }
 }

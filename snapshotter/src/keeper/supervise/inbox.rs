@@ -174,6 +174,17 @@ fn parse(message: &[u8], fds: Vec<OwnedFd>) -> Vec<Told> {
     told
 }
 
+/// The names that a message wants to be forgotten.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn forgotten(message: &[u8]) -> Vec<String> {
+    let told = parse(message, Vec::new()).into_iter();
+    told.filter_map(|told| match told {
+        Told::Forget(name) => Some(name),
+        Told::Ready | Told::Store(..) => None,
+    })
+    .collect()
+}
+
 /// Descriptors by name, in the order in which they came.
 #[derive(Debug, Default)]
 pub(super) struct Kept(VecDeque<(String, OwnedFd)>);

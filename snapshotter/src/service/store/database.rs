@@ -4,9 +4,10 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
+use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use redb::ReadableDatabase;
 
+use super::journal::{Entry, Journal};
 use super::tables::{CHILDREN, LAYERS, META, Read, SNAPSHOTS, Tables, VERSION, Write};
 use super::{Error, ROOT_VERSION, StoreError};
 
@@ -17,6 +18,8 @@ use super::{Error, ROOT_VERSION, StoreError};
 pub(super) struct Database {
     path: PathBuf,
     state: RwLock<State>,
+    journal: Mutex<Journal>,
+    rebuilt: bool,
 }
 
 #[derive(Debug)]
@@ -37,11 +40,46 @@ impl State {
 
 impl Database {
     pub(super) fn open(path: PathBuf) -> Result<Self, StoreError> {
-        let database = open_file(&path)?;
-        Ok(Self {
+        let (database, rebuilt) = match open_checked(&path) {
+            Ok(database) => (database, false),
+            Err(error) if error.is_damage() => (rebuild(&path, &error)?, true),
+            Err(error) => return Err(error),
+        };
+        let database = Self {
+            journal: Mutex::new(Journal::new(path.with_extension("journal"))),
             path,
             state: RwLock::new(State::Open(database)),
-        })
+            rebuilt,
+        };
+        database.write_journal(Vec::new());
+        Ok(database)
+    }
+
+    /// Whether it was damaged and had to be made anew from its copy, which may
+    /// lack something.
+    pub(super) fn was_rebuilt(&self) -> bool {
+        self.rebuilt
+    }
+
+    fn write_journal(&self, changes: Vec<Entry>) {
+        let mut journal = self.journal.lock();
+        if !journal.is_stale() {
+            return journal.append(&changes);
+        }
+        let records = self.read(|tables| {
+            let mut records = Vec::new();
+            tables.each(|key, record| {
+                records.push(Entry {
+                    key,
+                    record: Some(record),
+                });
+            })?;
+            Ok(records)
+        });
+        match records {
+            Ok(records) => journal.rewrite(records),
+            Err(error) => tracing::warn!(%error, "the database's copy is not up to date"),
+        }
     }
 
     /// Refuses everything from now on.
@@ -70,23 +108,35 @@ impl Database {
         let guard = self.opened()?;
         let result = self.transaction(guard.database()?, write);
         drop(guard);
-        if let Err(error) = &result {
-            self.note(error);
+        match result {
+            Ok((value, changes)) => {
+                self.write_journal(changes);
+                Ok(value)
+            }
+            Err(error) => {
+                self.note(&error);
+                Err(error)
+            }
         }
-        result
     }
 
     fn transaction<T>(
         &self,
         database: &redb::Database,
         write: impl FnOnce(&mut Write<'_>) -> Result<T, StoreError>,
-    ) -> Result<T, StoreError> {
+    ) -> Result<(T, Vec<Entry>), StoreError> {
         let transaction = begin_write(database, &self.path)?;
-        let value = write(&mut write_tables(&transaction, &self.path)?)?;
+        crash_point!("database.begun");
+        let mut tables = write_tables(&transaction, &self.path)?;
+        let value = write(&mut tables)?;
+        let changes = std::mem::take(&mut tables.changes);
+        drop(tables);
+        crash_point!("database.changed");
         transaction
             .commit()
             .map_err(|e| StoreError::new(&self.path, e))?;
-        Ok(value)
+        crash_point!("database.committed");
+        Ok((value, changes))
     }
 
     fn note(&self, error: &StoreError) {
@@ -129,6 +179,7 @@ fn read_tables<'p>(database: &redb::Database, path: &'p Path) -> Result<Read<'p>
         snapshots: transaction.open_table(SNAPSHOTS).map_err(fail)?,
         children: transaction.open_table(CHILDREN).map_err(fail)?,
         layers: transaction.open_table(LAYERS).map_err(fail)?,
+        changes: Vec::new(),
     })
 }
 
@@ -143,7 +194,62 @@ fn write_tables<'t>(
         snapshots: transaction.open_table(SNAPSHOTS).map_err(fail)?,
         children: transaction.open_table(CHILDREN).map_err(fail)?,
         layers: transaction.open_table(LAYERS).map_err(fail)?,
+        changes: Vec::new(),
     })
+}
+
+/// Opens the file, and checks all of it.
+fn open_checked(path: &Path) -> Result<redb::Database, StoreError> {
+    let damaged = |what: &str| StoreError::new(path, redb::Error::Corrupted(what.to_owned()));
+    // redb is not made for bytes that are none of its own, and may panic.
+    let opened = std::panic::catch_unwind(|| {
+        let mut database = open_file(path)?;
+        match database.check_integrity() {
+            Ok(true) => Ok(database),
+            Ok(false) => Err(damaged("its checksums do not match")),
+            Err(error) => Err(StoreError::new(path, error)),
+        }
+    });
+    opened.unwrap_or_else(|_| Err(damaged("it is no database")))
+}
+
+/// Sets the damaged file aside, and makes another from the journal.
+fn rebuild(path: &Path, error: &StoreError) -> Result<redb::Database, StoreError> {
+    let fail = |error: io::Error| StoreError::new(path, redb::Error::Io(error));
+    let aside = (0u32..)
+        .map(|number| path.with_extension(format!("redb.damaged-{number}")))
+        .find(|aside| !aside.exists())
+        .unwrap_or_else(|| path.with_extension("redb.damaged"));
+    let journal = path.with_extension("journal");
+    let (records, unreadable) = Journal::read(&journal).map_err(fail)?;
+    fs::rename(path, &aside).map_err(fail)?;
+    tracing::error!(
+        "{error}; it is kept as {}, and made anew from {}: {} snapshots, {unreadable} lines \
+         unreadable",
+        aside.display(),
+        journal.display(),
+        records.len()
+    );
+    let directories = path.with_file_name("snapshots");
+    let used = fs::read_dir(directories).into_iter().flatten().flatten();
+    let used = used.filter_map(|entry| entry.file_name().to_str()?.parse::<u64>().ok());
+    let recorded = records.values().map(|record| record.id.0);
+    let next_id = used.chain(recorded).max().map_or(1, |id| id + 1);
+    let database = open_file(path)?;
+    let transaction = begin_write(&database, path)?;
+    let restored = write_tables(&transaction, path)?.restore(&records, next_id);
+    match restored {
+        Ok(()) => {}
+        Err(Error::Store(error)) => return Err(error),
+        Err(error) => {
+            return Err(StoreError::new(
+                path,
+                redb::Error::Corrupted(error.to_string()),
+            ));
+        }
+    }
+    transaction.commit().map_err(|e| StoreError::new(path, e))?;
+    Ok(database)
 }
 
 fn open_file(path: &Path) -> Result<redb::Database, StoreError> {
@@ -180,12 +286,19 @@ fn create_file(path: &Path) -> Result<(), StoreError> {
     let made = builder()
         .create(&draft)
         .map_err(|e| StoreError::new(path, e))
-        .and_then(|database| initialise(&database, path))
-        .and_then(|()| fs::rename(&draft, path).map_err(fail));
+        .and_then(|database| {
+            crash_point!("database.drafted");
+            initialise(&database, path)
+        })
+        .and_then(|()| {
+            crash_point!("database.initialised");
+            fs::rename(&draft, path).map_err(fail)
+        });
     if made.is_err() {
         let _ = fs::remove_file(&draft);
         return made;
     }
+    crash_point!("database.named");
     let directory = path.parent().unwrap_or(Path::new("."));
     File::open(directory)
         .and_then(|directory| directory.sync_all())

@@ -8,12 +8,13 @@
 //! share the next one (see `writer`).
 
 mod database;
+mod journal;
 mod tables;
 #[cfg(test)]
 mod tests;
 mod writer;
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -26,7 +27,7 @@ use super::filter::Filter;
 use super::lazy_layers::Usage;
 use super::snapshot::{Chain, Content, Info, Key, Kind, Labels, SnapshotId};
 use database::Database;
-use tables::{Read, Record};
+use tables::{Read, Record, other_names};
 use writer::Writer;
 
 /// The version of everything under the root directory. It grows when an older
@@ -91,6 +92,27 @@ impl StoreError {
     /// Whether redb itself failed, so that its transaction is lost.
     fn is_fatal(&self) -> bool {
         !matches!(self, Self::Record { .. })
+    }
+
+    /// Whether the file is not what was written, or the disk does not give it
+    /// back.
+    fn is_damage(&self) -> bool {
+        let Self::Database { source, .. } = self else {
+            return false;
+        };
+        match &**source {
+            redb::Error::Corrupted(_)
+            | redb::Error::TableDoesNotExist(_)
+            | redb::Error::TableTypeMismatch { .. } => true,
+            redb::Error::Io(error) => {
+                error.raw_os_error() == Some(libc::EIO)
+                    || matches!(
+                        error.kind(),
+                        io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof
+                    )
+            }
+            _ => false,
+        }
     }
 
     fn new(path: &Path, source: impl Into<redb::Error>) -> Self {
@@ -167,6 +189,11 @@ impl Store {
         })
     }
 
+    /// Whether the database was damaged and made anew from its copy.
+    pub(crate) fn was_rebuilt(&self) -> bool {
+        self.database.was_rebuilt()
+    }
+
     /// A number for a new snapshot. It is burnt when the snapshot is not made.
     pub(crate) fn new_id(&self) -> SnapshotId {
         SnapshotId(
@@ -219,7 +246,7 @@ impl Store {
                     return Err(Error::AlreadyExists(new.key));
                 }
                 if tables.get(&new.key)?.is_some() {
-                    new.key = Key::try_from(format!("{}@{}", new.key, new.id))?;
+                    new.key = Key::try_from(format!("{}{}", other_names(&new.key), new.id))?;
                     if tables.get(&new.key)?.is_some() {
                         return Err(Error::AlreadyExists(new.key));
                     }
@@ -232,7 +259,8 @@ impl Store {
     }
 
     /// Turns the active snapshot `key` into the committed snapshot `name`.
-    /// Labels are replaced, not inherited.
+    /// Labels are replaced, not inherited. A commit that was made, and whose
+    /// answer was lost, succeeds again.
     pub(crate) async fn commit(
         &self,
         key: Key,
@@ -243,9 +271,12 @@ impl Store {
     ) -> Result<(), Error> {
         self.writer
             .write(move |tables| {
-                let mut record = tables.committable(&key, &name)?;
-                record.committed(labels, usage, now);
-                tables.remove(&key, &record)?;
+                let (before, mut record) = match tables.committed_before(&key, &name)? {
+                    Some(before) => (before.clone(), tables.need(&before)?),
+                    None => (key.clone(), tables.committable(&key, &name)?),
+                };
+                record.committed(key, labels, usage, now);
+                tables.remove(&before, &record)?;
                 tables.insert(&name, &record)
             })
             .await
@@ -289,6 +320,20 @@ impl Store {
             .await
     }
 
+    /// The key or name of the snapshot with this number.
+    pub(crate) async fn key_of(&self, id: SnapshotId) -> Result<Option<Key>, Error> {
+        self.read(move |tables| {
+            let mut found = None;
+            tables.each(|key, record| {
+                if record.id == id {
+                    found = Some(key);
+                }
+            })?;
+            Ok(found)
+        })
+        .await
+    }
+
     /// What is known of one snapshot.
     pub(crate) async fn stat(&self, key: Key) -> Result<Info, Error> {
         self.read(move |tables| Ok(tables.need(&key)?.info(key)))
@@ -307,6 +352,25 @@ impl Store {
                 kind: record.kind,
                 parents: tables.contents(record.parent)?,
             })
+        })
+        .await
+    }
+
+    /// The committed snapshots over which there are active ones or views: their
+    /// labels, what they are mounted from, and how many stand on them.
+    pub(crate) async fn in_use(&self) -> Result<Vec<(Labels, Vec<Content>, usize)>, Error> {
+        self.read(|tables| {
+            let mut users: BTreeMap<Key, usize> = BTreeMap::new();
+            tables.each(|_, record| {
+                if let (Kind::Active | Kind::View, Some(parent)) = (record.kind, record.parent) {
+                    *users.entry(parent).or_default() += 1;
+                }
+            })?;
+            let found = users.into_iter().map(|(key, users)| {
+                let labels = tables.need(&key)?.info(key.clone()).labels;
+                Ok((labels, tables.contents(Some(key))?, users))
+            });
+            found.collect()
         })
         .await
     }
@@ -340,8 +404,13 @@ impl Store {
 
     /// The number of the active snapshot `key`. Fails as `commit` would.
     pub(crate) async fn would_commit(&self, key: Key, name: Key) -> Result<SnapshotId, Error> {
-        self.read(move |tables| Ok(tables.committable(&key, &name)?.id))
-            .await
+        self.read(move |tables| {
+            Ok(match tables.committed_before(&key, &name)? {
+                Some(before) => tables.need(&before)?.id,
+                None => tables.committable(&key, &name)?.id,
+            })
+        })
+        .await
     }
 
     /// Where the usage of a snapshot is known.
@@ -403,6 +472,44 @@ impl Store {
     /// Every layer that a snapshot refers to.
     pub(crate) async fn layers(&self) -> Result<HashSet<Digest>, Error> {
         self.read(|tables| tables.layers()).await
+    }
+
+    /// Every layer below an active snapshot or a view, to be asked from a
+    /// thread that may block.
+    pub(crate) fn mounted_layers(&self) -> Result<HashSet<Digest>, Error> {
+        self.database.read(|tables| {
+            let mut all = HashMap::new();
+            tables.each(|key, record| {
+                all.insert(key, (record.kind, record.parent, record.layer));
+            })?;
+            let mut mounted = HashSet::new();
+            let mut seen = HashSet::new();
+            for (key, (kind, ..)) in &all {
+                let mut next = (*kind != Kind::Committed).then_some(key);
+                while let Some(key) = next.filter(|&key| seen.insert(key)) {
+                    let Some((_, parent, layer)) = all.get(key) else {
+                        break;
+                    };
+                    mounted.extend(layer);
+                    next = parent.as_ref();
+                }
+            }
+            Ok(mounted)
+        })
+    }
+
+    /// The labels of every snapshot of a layer.
+    pub(crate) async fn labels_of_layer(&self, layer: Digest) -> Result<Vec<Labels>, Error> {
+        self.read(move |tables| {
+            let mut all = Vec::new();
+            tables.each(|key, record| {
+                if record.layer == Some(layer) {
+                    all.push(record.info(key).labels);
+                }
+            })?;
+            Ok(all)
+        })
+        .await
     }
 
     /// Whether a snapshot refers to the layer.

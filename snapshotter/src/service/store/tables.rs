@@ -10,7 +10,7 @@
 //! An operation checks first and writes then: one that refuses has written
 //! nothing, so that it can share a transaction with others.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -19,6 +19,7 @@ use redb::{ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
 use sluice_oci::Digest;
 
+use super::journal::Entry;
 use super::{Error, LabelChange, NewSnapshot, StoreError};
 use crate::service::labels;
 use crate::service::lazy_layers::Usage;
@@ -52,6 +53,9 @@ pub(super) struct Record {
     /// Bytes and inodes, measured at the commit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     usage: Option<(u64, u64)>,
+    /// The key that it had before the commit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    was: Option<Key>,
 }
 
 impl Record {
@@ -66,11 +70,14 @@ impl Record {
             labels: without_empty(new.labels.clone()),
             layer: None,
             usage: None,
+            was: None,
         }
     }
 
-    pub(super) fn committed(&mut self, labels: Labels, usage: Usage, now: SystemTime) {
+    /// Of the active snapshot `key`.
+    pub(super) fn committed(&mut self, key: Key, labels: Labels, usage: Usage, now: SystemTime) {
         self.kind = Kind::Committed;
+        self.was = Some(key);
         self.created = nanoseconds(now);
         self.updated = self.created;
         self.labels = without_empty(labels);
@@ -130,6 +137,8 @@ pub(super) struct Tables<'p, M, S, C, L> {
     pub(super) snapshots: S,
     pub(super) children: C,
     pub(super) layers: L,
+    /// What was written, for the journal.
+    pub(super) changes: Vec<Entry>,
 }
 
 pub(super) type Read<'p> = Tables<
@@ -201,6 +210,34 @@ where
         Ok(record)
     }
 
+    /// The snapshot that a commit of `key` as `name` has made before, when the
+    /// client never heard of it: its name, which may have another number of
+    /// containerd's than this time.
+    pub(super) fn committed_before(&self, key: &Key, name: &Key) -> Result<Option<Key>, Error> {
+        if self.get(key)?.is_some() {
+            return Ok(None);
+        }
+        let is_it = |found: &Key, record: &Record| {
+            record.kind == Kind::Committed
+                && record.was.as_ref() == Some(key)
+                && found.in_containerd() == name.in_containerd()
+        };
+        if let Some(record) = self.get(name)? {
+            return Ok(is_it(name, &record).then(|| name.clone()));
+        }
+        // Rare: containerd has given out numbers since.
+        let mut before = None;
+        self.each(|found, record| {
+            if is_it(&found, &record) {
+                before = Some((found, record.id));
+            }
+        })?;
+        match before {
+            Some((before, id)) if !self.has_children(id)? => Ok(Some(before)),
+            _ => Ok(None),
+        }
+    }
+
     /// The parent's number. It must be committed.
     pub(super) fn parent_id(&self, parent: Option<&Key>) -> Result<Option<SnapshotId>, Error> {
         let Some(parent) = parent else {
@@ -246,20 +283,25 @@ where
     /// Whether there is a committed snapshot that serves as `target` over
     /// `parent`: one of that name, or one that is labelled so.
     pub(super) fn serving(&self, target: &Key, parent: Option<&Key>) -> Result<bool, Error> {
-        let Some(record) = self.get(target)? else {
-            return Ok(false);
-        };
-        if record.kind == Kind::Committed && record.parent.as_ref() == parent {
+        let over =
+            |record: &Record| record.kind == Kind::Committed && record.parent.as_ref() == parent;
+        if self.get(target)?.as_ref().is_some_and(over) {
             return Ok(true);
         }
-        // Rare: the name is taken by a snapshot over another parent.
-        let mut found = false;
-        self.each(|_, record| {
-            found |= record.kind == Kind::Committed
-                && record.parent.as_ref() == parent
-                && labels::serves(&record.labels, target);
-        })?;
-        Ok(found)
+        // Rare: the name was taken by a snapshot over another parent.
+        let others = other_names(target);
+        let range = self.snapshots.range(others.as_str()..);
+        for entry in range.map_err(|e| self.fail(e))? {
+            let (key, value) = entry.map_err(|e| self.fail(e))?;
+            if !key.value().starts_with(&others) {
+                break;
+            }
+            let record = self.parse(key.value(), value.value())?;
+            if over(&record) && labels::serves(&record.labels, target) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     pub(super) fn layer_in_use(&self, layer: Digest) -> Result<bool, Error> {
@@ -296,6 +338,12 @@ where
     }
 }
 
+/// How the names begin of snapshots that serve as `target` when that name was
+/// taken.
+pub(super) fn other_names(target: &Key) -> String {
+    format!("{target}@")
+}
+
 impl Write<'_> {
     /// Adds a record with its links. The parent is checked, and its number
     /// looked up, before anything is written.
@@ -317,6 +365,33 @@ impl Write<'_> {
         Ok(())
     }
 
+    /// Writes records that were lost. One whose parent is not among them stays,
+    /// and says so when it is used.
+    pub(super) fn restore(
+        &mut self,
+        records: &BTreeMap<Key, Record>,
+        next_id: u64,
+    ) -> Result<(), Error> {
+        let path = self.path;
+        let fail = |error| StoreError::new(path, error);
+        for (key, record) in records {
+            self.replace(key, record)?;
+            let SnapshotId(id) = record.id;
+            let parent = record
+                .parent
+                .as_ref()
+                .and_then(|parent| records.get(parent));
+            if let Some(parent) = parent {
+                self.children.insert((parent.id.0, id), ()).map_err(fail)?;
+            }
+            if let Some(layer) = record.layer {
+                self.layers.insert((layer.as_raw(), id), ()).map_err(fail)?;
+            }
+        }
+        self.meta.insert(NEXT_ID, next_id).map_err(fail)?;
+        Ok(())
+    }
+
     /// Deletes a record with its links.
     pub(super) fn remove(&mut self, key: &Key, record: &Record) -> Result<(), Error> {
         let parent = self.parent_id(record.parent.as_ref())?;
@@ -330,6 +405,10 @@ impl Write<'_> {
         if let Some(layer) = record.layer {
             self.layers.remove((layer.as_raw(), id)).map_err(fail)?;
         }
+        self.changes.push(Entry {
+            key: key.clone(),
+            record: None,
+        });
         Ok(())
     }
 
@@ -343,6 +422,10 @@ impl Write<'_> {
         self.snapshots
             .insert(key.as_str(), value.as_slice())
             .map_err(|e| StoreError::new(self.path, e))?;
+        self.changes.push(Entry {
+            key: key.clone(),
+            record: Some(record.clone()),
+        });
         Ok(())
     }
 }

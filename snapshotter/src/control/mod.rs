@@ -1,0 +1,153 @@
+//! Sluice's own service: looking at the daemon, and its profiles.
+
+mod grpc;
+
+use std::sync::Arc;
+
+use sluice_layer::Profile;
+use sluice_oci::Digest;
+
+use crate::node::{Node, NodeStatus, ProfileSource, Recorded};
+use crate::profiles::{ImageId, Stored};
+use crate::service::Snapshots;
+
+pub use grpc::{Adapter, MAX_MESSAGE, server};
+
+/// Why a call fails.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// There is no such thing.
+    #[error("{0}")]
+    NotFound(String),
+    /// The caller's mistake.
+    #[error("{0}")]
+    Invalid(String),
+    /// Something here does not work.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// An image that is in use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UsedImage {
+    /// Which.
+    pub image: ImageId,
+    /// Snapshots that stand on it.
+    pub users: usize,
+    /// Who said what to fetch of it before it is read.
+    pub profile: Option<ProfileSource>,
+    /// Whether what it reads is being recorded.
+    pub recording: bool,
+}
+
+/// Answers what the daemon is asked about itself.
+#[derive(Clone)]
+pub struct Control {
+    snapshots: Arc<Snapshots<Node>>,
+    node: Node,
+}
+
+impl Control {
+    /// Of this node and the snapshots on it.
+    pub fn new(snapshots: Arc<Snapshots<Node>>, node: Node) -> Self {
+        Self { snapshots, node }
+    }
+
+    /// The node.
+    pub fn node(&self) -> &Node {
+        &self.node
+    }
+
+    /// What the node holds and does, and the images that are in use.
+    pub async fn status(&self) -> Result<(NodeStatus, Vec<UsedImage>), ControlError> {
+        let used = self.snapshots.images().await;
+        let used = used.map_err(|error| ControlError::Failed(error.to_string()))?;
+        let node = self.node.status();
+        let images = used.into_iter().map(|(image, users)| {
+            let profile = node
+                .layers
+                .iter()
+                .filter(|layer| image.layers.contains(&layer.digest))
+                .find_map(|layer| layer.profile);
+            let same = |other: &ImageId| other.layers == image.layers;
+            UsedImage {
+                recording: node.recording.iter().any(same),
+                image: ImageId {
+                    reference: image.reference,
+                    manifest: image.manifest_digest,
+                    layers: image.layers,
+                },
+                users,
+                profile,
+            }
+        });
+        let images = images.collect();
+        Ok((node, images))
+    }
+
+    /// All stored profiles, those least recently used first.
+    pub fn profiles(&self) -> Vec<Stored> {
+        self.node.profiles().list()
+    }
+
+    /// The profile that was last used of those of an image.
+    pub fn profile(&self, image: &str) -> Result<(Stored, Profile), ControlError> {
+        let stored = self.stored(image)?;
+        let loaded = self.node.profiles().load(&stored);
+        let profile = loaded.map_err(|error| ControlError::Failed(error.to_string()))?;
+        Ok((stored, profile))
+    }
+
+    /// Replaces the profile of an image.
+    pub fn put_profile(
+        &self,
+        reference: Option<String>,
+        manifest: Option<Digest>,
+        document: &[u8],
+    ) -> Result<(), ControlError> {
+        let profile = Profile::parse(document);
+        let profile = profile.map_err(|error| ControlError::Invalid(error.to_string()))?;
+        let image = ImageId {
+            reference,
+            manifest,
+            layers: profile.layers().to_vec(),
+        };
+        if manifest.is_none() && image.layers.is_empty() {
+            let why = "neither a manifest nor the profile's layers name the image";
+            return Err(ControlError::Invalid(why.to_owned()));
+        }
+        let put = self.node.profiles().put(&image, profile);
+        put.map_err(|error| ControlError::Failed(error.to_string()))
+    }
+
+    /// Forgets the profile of an image.
+    pub fn clear_profile(&self, image: &str) -> Result<(), ControlError> {
+        let stored = self.stored(image)?;
+        let removed = self.node.profiles().remove(&stored);
+        removed.map_err(|error| ControlError::Failed(error.to_string()))
+    }
+
+    /// Ends a recording that was asked for by a name.
+    pub async fn finish_recording(&self, name: &str) -> Result<Recorded, ControlError> {
+        self.node.finish_recording(name).await.ok_or_else(|| {
+            ControlError::NotFound(format!(
+                "there is no recording '{name}': its snapshot is of no lazily mounted image, or \
+                 the daemon was started anew"
+            ))
+        })
+    }
+
+    fn stored(&self, image: &str) -> Result<Stored, ControlError> {
+        let named = |stored: &&Stored| {
+            let manifest = stored.image.manifest.map(|digest| digest.to_string());
+            stored.image.reference.as_deref() == Some(image) || manifest.as_deref() == Some(image)
+        };
+        let stored = self.profiles();
+        stored.iter().rev().find(named).cloned().ok_or_else(|| {
+            ControlError::NotFound(format!(
+                "there is no profile of '{image}' on this node; 'sluice profile show' lists those \
+                 there are"
+            ))
+        })
+    }
+}

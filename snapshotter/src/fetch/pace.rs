@@ -1,0 +1,148 @@
+//! How fast prefetches ask one host: just so that it is never idle.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+/// What prefetches, of any layer, have asked one host for and do not have yet,
+/// and who asks next. Clones are the same.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Pace(Arc<Mutex<Queue>>);
+
+#[derive(Debug, Default)]
+struct Queue {
+    outstanding: u64,
+    limit: u64,
+    arrivals: u64,
+    /// By when they are due, and in order of arrival where that is the same.
+    waiting: BTreeMap<(Instant, u64), Waiting>,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    bytes: u64,
+    turn: oneshot::Sender<Turn>,
+}
+
+/// The right to ask for a range. Dropping it, or its bytes' arrival, lets the
+/// next one ask.
+#[derive(Debug)]
+pub(super) struct Turn {
+    pace: Pace,
+    left: u64,
+}
+
+impl Pace {
+    /// Waits until fewer than `limit` bytes are outstanding and nobody has
+    /// anything that is due earlier than `due`. `bytes` is what will be asked
+    /// for, about.
+    pub(super) async fn turn(&self, due: Instant, bytes: u64, limit: u64) -> Turn {
+        let (turn, receiver) = oneshot::channel();
+        {
+            let mut queue = self.0.lock();
+            queue.limit = limit;
+            queue.arrivals += 1;
+            let key = (due, queue.arrivals);
+            queue.waiting.insert(key, Waiting { bytes, turn });
+        }
+        self.grant();
+        match receiver.await {
+            Ok(turn) => turn,
+            Err(_) => unreachable!("the queue lives as long as its waiters"),
+        }
+    }
+
+    fn grant(&self) {
+        // A turn whose waiter has gone comes back and is dropped, which grants
+        // anew, so not under the lock.
+        let mut returned = Vec::new();
+        {
+            let mut queue = self.0.lock();
+            while queue.outstanding < queue.limit {
+                let Some((_, first)) = queue.waiting.pop_first() else {
+                    break;
+                };
+                if first.turn.is_closed() {
+                    continue;
+                }
+                queue.outstanding += first.bytes;
+                let turn = Turn {
+                    pace: self.clone(),
+                    left: first.bytes,
+                };
+                if let Err(turn) = first.turn.send(turn) {
+                    returned.push(turn);
+                }
+            }
+        }
+        drop(returned);
+    }
+
+    fn arrived(&self, bytes: u64) {
+        self.0.lock().outstanding -= bytes;
+        self.grant();
+    }
+}
+
+impl Turn {
+    /// So many bytes will be asked for in fact.
+    pub(super) fn resize(&mut self, bytes: u64) {
+        let mut queue = self.pace.0.lock();
+        queue.outstanding = queue.outstanding - self.left + bytes;
+        self.left = bytes;
+        drop(queue);
+        self.pace.grant();
+    }
+
+    /// So many of them have come.
+    pub(super) fn arrived(&mut self, bytes: u64) {
+        let bytes = bytes.min(self.left);
+        self.left -= bytes;
+        self.pace.arrived(bytes);
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.pace.arrived(self.left);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use futures_util::FutureExt as _;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_is_due_first_goes_first_and_the_rest_waits() {
+        let pace = Pace::default();
+        let now = Instant::now();
+        let turn = |seconds| pace.turn(now + Duration::from_secs(seconds), 60, 100);
+        let mut first = turn(5).await;
+        let second = turn(9).await;
+        let mut late = Box::pin(turn(8));
+        let mut early = Box::pin(turn(2));
+        let mut gone = Box::pin(turn(1));
+        for waiting in [&mut late, &mut early, &mut gone] {
+            assert!(waiting.now_or_never().is_none(), "120 are outstanding");
+        }
+        drop(gone);
+        first.arrived(30);
+        assert!((&mut late).now_or_never().is_none());
+        let early = (&mut early).now_or_never().expect("90 are outstanding");
+        drop(first);
+        assert!((&mut late).now_or_never().is_none(), "120 again");
+        drop(early);
+        let mut late = (&mut late).now_or_never().expect("60 are left");
+        late.resize(10);
+        drop(late);
+        drop(second);
+        assert_eq!(pace.0.lock().outstanding, 0);
+    }
+}

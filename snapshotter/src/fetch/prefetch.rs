@@ -1,0 +1,248 @@
+//! Fetching what a plan names, in its order, ahead of the readers.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::FutureExt as _;
+use sluice_layer::Unit;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use super::ahead::Handle;
+use super::inflight::Claim;
+use super::layer::LazyLayer;
+use super::reads::Planned;
+use super::stream::{Terms, courtesy, fetch_claimed, window};
+use super::{Priority, SourceError};
+use crate::layer_dir::{ChunkId, Present};
+
+/// What to fetch before it is read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Plan {
+    /// The prioritized files of the layer itself, in the order of the blob.
+    Landmark,
+    /// These chunks, in the order in which they are expected to be read.
+    Order(Arc<[ChunkId]>),
+    /// The same, with the time of each from the start of the container, so
+    /// that what several layers need comes in the order of need.
+    Timed(Arc<[(ChunkId, Duration)]>),
+}
+
+/// Neighbours in the blob are fetched together, and so out of order, when they
+/// are needed within so many pieces.
+const LOOK_AHEAD: u64 = 2;
+/// A gap costs its bytes, and saves a request, of which many are under way: so
+/// it is worth this part of what it is worth where a reader waits.
+const GAP_SHARE: u64 = 16;
+const SMALLEST_GAP: u64 = 16 << 10;
+/// The share of a range that may come before the unit that it is fetched for.
+const BEFORE_SHARE: u64 = 4;
+/// Where a plan names no times, it is taken to be needed at this rate, in bytes
+/// a second: only that all layers are treated alike matters.
+const ASSUMED_NEED: f64 = 12.5e6;
+
+impl LazyLayer {
+    /// Streams what `plan` names while the container runs already. None where
+    /// that is nothing: a layer without prioritized files, an empty order.
+    pub fn prefetch(self: &Arc<Self>, plan: Plan) -> Option<Handle> {
+        let nothing = match &plan {
+            Plan::Landmark => self.dir().identity().prefetch_end.is_none(),
+            Plan::Order(order) => order.is_empty(),
+            Plan::Timed(order) => order.is_empty(),
+        };
+        if nothing {
+            return None;
+        }
+        let layer = Arc::clone(self);
+        Some(self.go(async move {
+            if let Err(error) = layer.follow(plan).await {
+                tracing::warn!(
+                    layer = %layer.digest(),
+                    "what is not read yet is no longer fetched ahead: {error}"
+                );
+            }
+        }))
+    }
+
+    /// Several ranges are under way: as many as keep the link busy.
+    async fn follow(self: &Arc<Self>, plan: Plan) -> Result<(), SourceError> {
+        let mut queue = Queue::new(self, plan);
+        self.reads().plan(queue.planned());
+        let mut flights = JoinSet::new();
+        let started = Instant::now();
+        let mut asked = 0u64;
+        loop {
+            let piece = self.link().piece();
+            queue.fill(piece * LOOK_AHEAD);
+            let Some((first, at)) = queue.first() else {
+                break;
+            };
+            self.reads().pays().await;
+            let assumed = || Duration::from_secs_f64(asked as f64 / ASSUMED_NEED);
+            let due = started + at.unwrap_or_else(assumed);
+            let largest = piece.max(first.size);
+            let limit = self.link().outstanding();
+            let mut turn = self.link().pace().turn(due, largest, limit).await;
+            let (quiet, longest) = courtesy(self);
+            self.engine().give_way(quiet, longest, || false).await;
+            let bytes = window(largest, first.size);
+            let admission = self.engine().admission();
+            let permit = admission.admit(Priority::Prefetch, bytes).await;
+            // Only now, so that a reader that came before did not wait for it.
+            let claims = queue.take(piece);
+            if let (Some(first), Some(last)) = (claims.first(), claims.last()) {
+                let range = last.unit().offset + last.unit().size - first.unit().offset;
+                turn.resize(range);
+                asked += range;
+                let layer = Arc::clone(self);
+                let terms = Terms {
+                    priority: Priority::Prefetch,
+                    permit: Some(permit),
+                    turn: Some(turn),
+                };
+                flights.spawn(async move { fetch_claimed(&layer, claims, terms).await });
+            }
+            while let Some(done) = flights.join_next().now_or_never().flatten() {
+                done.unwrap_or(Ok(()))?;
+            }
+        }
+        while let Some(done) = flights.join_next().await {
+            done.unwrap_or(Ok(()))?;
+        }
+        Ok(())
+    }
+}
+
+/// The units of a plan that are missing, in its order.
+struct Queue<'a> {
+    layer: &'a LazyLayer,
+    plan: Plan,
+    /// How far the plan was looked at: a position in the order, or an offset
+    /// of the blob.
+    next: u64,
+    /// What comes soon, in order; some of it may be taken already.
+    order: VecDeque<(Unit, Option<Duration>)>,
+    /// What of that is not taken, by its place in the blob.
+    soon: BTreeMap<u64, Unit>,
+    bytes: u64,
+}
+
+impl<'a> Queue<'a> {
+    fn new(layer: &'a LazyLayer, plan: Plan) -> Self {
+        Self {
+            layer,
+            plan,
+            next: 0,
+            order: VecDeque::new(),
+            soon: BTreeMap::new(),
+            bytes: 0,
+        }
+    }
+
+    fn planned(&self) -> Planned {
+        let all = Present::empty(self.layer.dir().chunks().len());
+        match &self.plan {
+            Plan::Landmark => {
+                return Planned::Before(self.layer.dir().identity().prefetch_end.unwrap_or(0));
+            }
+            Plan::Order(order) => order.iter().for_each(|&chunk| {
+                all.insert(chunk);
+            }),
+            Plan::Timed(order) => order.iter().for_each(|&(chunk, _)| {
+                all.insert(chunk);
+            }),
+        }
+        Planned::Chunks(all)
+    }
+
+    fn next(&mut self) -> Option<(Unit, Option<Duration>)> {
+        let table = self.layer.dir().chunks();
+        let at = self.next as usize;
+        match &self.plan {
+            Plan::Landmark => {
+                let end = self.layer.dir().identity().prefetch_end?;
+                let unit = table.units_from(self.next).next()?;
+                self.next = unit.offset + 1;
+                (unit.offset < end).then_some((unit, None))
+            }
+            Plan::Order(order) => {
+                self.next += 1;
+                let chunk = *order.get(at)?;
+                Some((table.get(chunk).unit, None))
+            }
+            Plan::Timed(order) => {
+                self.next += 1;
+                let (chunk, at) = *order.get(at)?;
+                Some((table.get(chunk).unit, Some(at)))
+            }
+        }
+    }
+
+    /// Looks ahead until so many bytes are in sight.
+    fn fill(&mut self, bytes: u64) {
+        while self.bytes < bytes || self.soon.is_empty() {
+            let Some((unit, at)) = self.next() else {
+                return;
+            };
+            if !self.layer.has_unit(unit) && self.soon.insert(unit.offset, unit).is_none() {
+                self.bytes += unit.size;
+                self.order.push_back((unit, at));
+            }
+        }
+    }
+
+    /// The first unit that is in sight.
+    fn first(&mut self) -> Option<(Unit, Option<Duration>)> {
+        while let Some(&first) = self.order.front() {
+            if self.soon.contains_key(&first.0.offset) {
+                return Some(first);
+            }
+            self.order.pop_front();
+        }
+        None
+    }
+
+    fn remove(&mut self, unit: Unit) -> Option<Claim> {
+        self.soon.remove(&unit.offset)?;
+        self.bytes -= unit.size;
+        self.layer.claim(unit)
+    }
+
+    /// Claims the first unit in sight and what can share its request, sorted.
+    /// Nothing where all in sight has come by other ways.
+    fn take(&mut self, piece: u64) -> Vec<Claim> {
+        let mut claims = Vec::new();
+        while claims.is_empty() {
+            let Some((unit, _)) = self.first() else {
+                return claims;
+            };
+            claims.extend(self.remove(unit));
+        }
+        let Some(seed) = claims.first().map(Claim::unit) else {
+            return claims;
+        };
+        let gap = (self.layer.link().product() / GAP_SHARE).max(SMALLEST_GAP);
+        let (mut start, mut end) = (seed.offset, seed.offset + seed.size);
+        loop {
+            let after = self.soon.range(end..).next().map(|(_, &unit)| unit);
+            let after = after.filter(|unit| {
+                unit.offset - end <= gap && unit.offset + unit.size - start <= piece
+            });
+            let before = self.soon.range(..start).next_back().map(|(_, &unit)| unit);
+            let before = before.filter(|unit| {
+                start.saturating_sub(unit.offset + unit.size) <= gap
+                    && end - unit.offset <= piece
+                    && seed.offset - unit.offset <= piece / BEFORE_SHARE
+            });
+            let Some(unit) = after.or(before) else { break };
+            if let Some(claim) = self.remove(unit) {
+                start = start.min(unit.offset);
+                end = end.max(unit.offset + unit.size);
+                claims.push(claim);
+            }
+        }
+        claims.sort_by_key(|claim| claim.unit().offset);
+        claims
+    }
+}

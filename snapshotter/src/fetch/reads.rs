@@ -1,0 +1,133 @@
+//! What has been read of a layer, and whether what was fetched ahead was worth
+//! it.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use tokio::sync::Notify;
+
+use crate::layer_dir::{ChunkId, Present, Record};
+
+/// So many chunks more may be read beside a plan than within it before
+/// following the plan is given up for the time being.
+const PATIENCE: u32 = 32;
+/// What one read within the plan makes up for.
+const WORTH: u32 = 2;
+/// Guesses may be wrong by so many bytes, and by as many as were read, so that
+/// no more than twice what is read is fetched, and this.
+const FREE_GUESSES: u64 = 2 << 20;
+
+/// The reads of one layer since it was opened.
+#[derive(Debug)]
+pub(super) struct Reads {
+    read: Present,
+    guessed: Present,
+    planned: OnceLock<Planned>,
+    read_bytes: AtomicU64,
+    wrong_bytes: AtomicU64,
+    /// Reads beside the plan, less those within.
+    beside: AtomicU32,
+    within: Notify,
+}
+
+/// The chunks of a plan.
+#[derive(Debug)]
+pub(super) enum Planned {
+    /// Those of units that begin before this offset of the blob.
+    Before(u64),
+    Chunks(Present),
+}
+
+impl Reads {
+    pub(super) fn new(chunks: u32) -> Self {
+        Self {
+            read: Present::empty(chunks),
+            guessed: Present::empty(chunks),
+            planned: OnceLock::new(),
+            read_bytes: AtomicU64::new(0),
+            wrong_bytes: AtomicU64::new(0),
+            beside: AtomicU32::new(0),
+            within: Notify::new(),
+        }
+    }
+
+    /// What is going to be fetched by plan.
+    pub(super) fn plan(&self, planned: Planned) {
+        // The first plan is what the prefetch is judged by.
+        let _ = self.planned.set(planned);
+    }
+
+    /// A chunk is fetched though nobody has asked for it.
+    pub(super) fn guess(&self, chunk: ChunkId, record: &Record) {
+        if !self.read.contains(chunk) && self.guessed.insert(chunk) {
+            let size = u64::from(record.size);
+            self.wrong_bytes.fetch_add(size, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether the chunk is or was going to be fetched by plan.
+    pub(super) fn is_planned(&self, chunk: ChunkId, record: &Record) -> bool {
+        match self.planned.get() {
+            None => false,
+            Some(Planned::Before(end)) => record.unit.offset < *end,
+            Some(Planned::Chunks(chunks)) => chunks.contains(chunk),
+        }
+    }
+
+    /// Whether the chunk has been read.
+    pub(super) fn contains(&self, chunk: ChunkId) -> bool {
+        self.read.contains(chunk)
+    }
+
+    /// A chunk is read. Says, for the first time only, whether it had been
+    /// guessed.
+    pub(super) fn read(&self, chunk: ChunkId, record: &Record) -> Option<bool> {
+        if !self.read.insert(chunk) {
+            return None;
+        }
+        let size = u64::from(record.size);
+        self.read_bytes.fetch_add(size, Ordering::Relaxed);
+        let guessed = self.guessed.contains(chunk);
+        if guessed {
+            self.wrong_bytes.fetch_sub(size, Ordering::Relaxed);
+        }
+        if self.planned.get().is_none() {
+            return Some(guessed);
+        }
+        let within = self.is_planned(chunk, record);
+        let step = |beside: u32| match within {
+            true => Some(beside.saturating_sub(WORTH)),
+            false => Some((beside + 1).min(PATIENCE * 2)),
+        };
+        let _ = self
+            .beside
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, step);
+        if within {
+            self.within.notify_waiters();
+        }
+        Some(guessed)
+    }
+
+    /// Returns once following the plan pays: at once, unless reads have gone
+    /// elsewhere.
+    pub(super) async fn pays(&self) {
+        loop {
+            let within = self.within.notified();
+            if self.beside.load(Ordering::Acquire) < PATIENCE {
+                return;
+            }
+            within.await;
+        }
+    }
+
+    /// Whether what is read is what was planned.
+    pub(super) fn fits(&self) -> bool {
+        self.beside.load(Ordering::Acquire) == 0
+    }
+
+    /// Bytes, uncompressed, that may be fetched on a guess now.
+    pub(super) fn credit(&self) -> u64 {
+        let earned = self.read_bytes.load(Ordering::Relaxed) + FREE_GUESSES;
+        earned.saturating_sub(self.wrong_bytes.load(Ordering::Relaxed))
+    }
+}

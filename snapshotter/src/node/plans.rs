@@ -1,0 +1,90 @@
+//! What is fetched of a layer before it is read.
+
+use std::sync::Arc;
+
+use tokio::task::spawn_blocking;
+
+use sluice_layer::Profile;
+
+use super::Node;
+use crate::fetch::{Handle, LazyLayer, Plan};
+use crate::profiles::{self, ImageId, Profiles};
+use crate::remote::AttachedProfile;
+
+/// Who says what a start will need.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProfileSource {
+    /// The image itself, by a landmark in the layer.
+    Image,
+    /// A profile that is attached to the image in its registry.
+    Attached,
+    /// A former start on this node.
+    Node,
+}
+
+impl Node {
+    /// Fetches what the layer will need as the first of these says, in this
+    /// order: who built the image, or attached a profile to it, meant it; what
+    /// was seen on this node may be one use of the image among several.
+    pub(super) async fn fetch_ahead(&self, layer: Arc<LazyLayer>, image: &ImageId) {
+        let digest = layer.digest();
+        if layer.dir().identity().prefetch_end.is_some() {
+            let plan = layer.prefetch(Plan::Landmark);
+            return self.follows(digest, ProfileSource::Image, plan).await;
+        }
+        let attached = self.attached(image).await;
+        let attached = attached.filter(|a| a.profile.layers().contains(&digest));
+        if let Some(attached) = attached {
+            let mut plan = None;
+            match attached.content {
+                Some(content) => self.receive(image, attached, content),
+                None => {
+                    plan = self
+                        .plan(&layer, move || Ok(attached.profile.clone()))
+                        .await;
+                }
+            }
+            return self.follows(digest, ProfileSource::Attached, plan).await;
+        }
+        let found = self.0.profiles.find(image);
+        let Some(found) = found.filter(|found| found.image.layers.contains(&digest)) else {
+            return;
+        };
+        let store: Arc<Profiles> = Arc::clone(&self.0.profiles);
+        let load = move || store.load(&found).map_err(|error| error.to_string());
+        let plan = self.plan(&layer, load).await;
+        self.follows(digest, ProfileSource::Node, plan).await;
+    }
+
+    /// Fetches what an attached profile names, of all layers that are open.
+    pub(super) async fn follow(&self, attached: &Arc<AttachedProfile>) {
+        for &digest in attached.profile.layers() {
+            let Some(layer) = self.layer(digest).await else {
+                continue;
+            };
+            let profile = Arc::clone(attached);
+            let plan = self.plan(&layer, move || Ok(profile.profile.clone())).await;
+            self.follows(digest, ProfileSource::Attached, plan).await;
+        }
+    }
+
+    async fn plan(
+        &self,
+        layer: &Arc<LazyLayer>,
+        profile: impl FnOnce() -> Result<Profile, String> + Send + 'static,
+    ) -> Option<Handle> {
+        let digest = layer.digest();
+        let of = Arc::clone(layer);
+        let order = spawn_blocking(move || {
+            profiles::chunks(of.dir(), &profile()?).map_err(|error| error.to_string())
+        });
+        match order.await {
+            Ok(Ok(order)) => layer.prefetch(Plan::Timed(order.into())),
+            Ok(Err(error)) => {
+                tracing::warn!(layer = %digest, "not fetched ahead: {error}");
+                None
+            }
+            Err(_) => None,
+        }
+    }
+}

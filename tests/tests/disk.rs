@@ -1,0 +1,482 @@
+//! Disks that are full, fail, lose writes or lose power, and files that are
+//! damaged: no container reads a wrong byte, and what can go on goes on.
+
+use std::fs::{self, File};
+use std::io::{Read as _, Write as _};
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use rustix::fs::Advice;
+use sluice_layer::write::{Options as WriteOptions, write_layer};
+use sluice_layer::{Format, TocTrust, Wanted, decode_unit, locate_toc, read_toc};
+use sluice_oci::Digest;
+use sluice_snapshotter::erofs::{XattrNamespace, write_image};
+use sluice_snapshotter::layer_dir::{self, ChunkId, LayerDir, NewLayer, Problem, Verdict};
+use sluice_tests::command::{attempt, run, wait_for};
+use sluice_tests::daemon::{Mode, Options};
+use sluice_tests::disk::{Cut, Disk, Faults};
+use sluice_tests::image::{self, Compression, LayoutWriter, Meta, Tarball};
+use sluice_tests::{Containerd, Daemon, Registry, Scratch, programs};
+
+const SLUICE: &str = "sluice";
+const FILES: usize = 12;
+/// Nothing is fetched but what is read.
+const QUIET: &str = "[background]\nenabled = false\n[prefetch]\nenabled = false\n";
+
+/// Bytes that differ everywhere and by seed.
+fn noise(len: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut bytes = Vec::with_capacity(len + 8);
+    while bytes.len() < len {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend_from_slice(&state.to_le_bytes());
+    }
+    bytes.truncate(len);
+    bytes
+}
+
+/// An image of one layer, pulled lazily and mounted.
+struct Rig {
+    _registry: Registry,
+    daemon: Daemon,
+    containerd: Containerd,
+    reference: String,
+    root: PathBuf,
+    files: Vec<(String, Vec<u8>)>,
+    layer: Digest,
+}
+
+impl Rig {
+    fn start(scratch: &Scratch, options: &Options) -> Result<Self> {
+        let registry = Registry::start(scratch)?;
+        let layout = scratch.fresh_dir("layout")?;
+        let mut writer = LayoutWriter::new(&layout)?;
+        let mut files = Vec::new();
+        writer.layer(Compression::Gzip, |to| {
+            let mut tar = Tarball::new(to);
+            for file in 0..FILES {
+                let content = noise(150_000 + file * 1000, file as u64);
+                let name = format!("file-{file}");
+                tar.file(&name, &Meta::mode(0o644), &content)?;
+                files.push((name, content));
+            }
+            tar.finish()
+        })?;
+        writer.finish(image::TAG, &["/none"])?;
+        let reference = registry.reference("app:1");
+        run(programs::sluice_command()?
+            .args(["convert", "--plain-http", "--format", "estargz"])
+            .args(["--chunk-size", "65536"])
+            .arg(format!("oci:{}:{}", layout.display(), image::TAG))
+            .arg(&reference))?;
+        let daemon = Daemon::start(scratch, options)?;
+        let containerd = Containerd::start_with(scratch, &[(SLUICE, &daemon)])?;
+        containerd.lazy_pull(&reference, SLUICE)?;
+        let root = containerd.mount(&reference, SLUICE)?;
+        let layer = registry.manifest(&reference)?.layers[0].digest;
+        Ok(Self {
+            _registry: registry,
+            daemon,
+            containerd,
+            reference,
+            root,
+            files,
+            layer,
+        })
+    }
+
+    /// Reads a file from where it comes from, and compares every byte.
+    fn check(&self, number: usize) -> Result<()> {
+        let (name, content) = &self.files[number];
+        let path = self.root.join(name);
+        let failed = || format!("reading {}: {}", path.display(), self.daemon.log());
+        let mut file = File::open(&path).with_context(failed)?;
+        rustix::fs::fadvise(&file, 0, None, Advice::DontNeed)?;
+        let mut read = Vec::with_capacity(content.len());
+        file.read_to_end(&mut read).with_context(failed)?;
+        ensure!(read == *content, "{} is wrong", path.display());
+        Ok(())
+    }
+
+    fn check_all(&self) -> Result<()> {
+        (0..FILES).try_for_each(|number| self.check(number))
+    }
+
+    fn said(&self, text: &str) -> usize {
+        self.daemon.log().matches(text).count()
+    }
+
+    fn dir(&self) -> PathBuf {
+        self.daemon.root().join("layers").join(self.layer.hex())
+    }
+
+    /// Looks at the directory beside the daemon.
+    fn look(&self) -> Result<LayerDir> {
+        Ok(LayerDir::open(&self.dir(), self.layer)?)
+    }
+
+    /// What `scrub` says, and whether it is content.
+    fn scrub(&self) -> Result<(bool, String)> {
+        let config = self.daemon.root().with_file_name("config.toml");
+        let mut command = Command::new(programs::snapshotter()?);
+        let output = attempt(command.arg("scrub").arg("--config").arg(config))?;
+        let mut text = String::from_utf8(output.stdout)?;
+        text += &String::from_utf8(output.stderr)?;
+        Ok((output.status.success(), text))
+    }
+
+    fn mount_again(&mut self) -> Result<()> {
+        self.containerd.wait_for_snapshotter(SLUICE)?;
+        self.root = self.containerd.mount(&self.reference, SLUICE)?;
+        Ok(())
+    }
+}
+
+fn flip(path: &Path, at: u64) -> Result<()> {
+    let file = File::options().read(true).write(true).open(path)?;
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at)?;
+    file.write_all_at(&[byte[0] ^ 1], at)?;
+    Ok(())
+}
+
+fn quiet(mode: Mode) -> Options {
+    Options {
+        mode: Some(mode),
+        more: QUIET.to_owned(),
+        ..Options::default()
+    }
+}
+
+#[test]
+fn reads_survive_a_disk_that_is_full_fails_is_slow_or_loses_power() -> Result<()> {
+    let scratch = Scratch::new()?;
+    let mount = scratch.dir("disk")?;
+    let disk = Disk::mount(&mount)?;
+    // As an installation that has been there for a while.
+    fs::create_dir(mount.join("layers"))?;
+    for directory in [&mount, &mount.join("layers")] {
+        File::open(directory)?.sync_all()?;
+    }
+    let mut rig = Rig::start(
+        &scratch,
+        &Options {
+            layers: Some(mount.join("layers")),
+            ..quiet(Mode::Fuse)
+        },
+    )?;
+    rig.check(0)?;
+    let full = Faults {
+        full: true,
+        ..Faults::default()
+    };
+    disk.fail(full);
+    for number in 0..4 {
+        rig.check(number)?;
+    }
+    assert_eq!(rig.said("cannot store content"), 1, "once for each cause");
+    disk.fail(Faults::default());
+    rig.check(4)?;
+    assert_eq!(rig.said("content is stored again"), 1);
+
+    let unreadable = Faults {
+        reads: true,
+        ..Faults::default()
+    };
+    disk.fail(unreadable);
+    rig.check(0)?;
+    rig.check(4)?;
+    ensure!(rig.said("cannot read") >= 1, "{}", rig.daemon.log());
+    let slow = Faults {
+        slow: Some(Duration::from_millis(20)),
+        ..Faults::default()
+    };
+    disk.fail(slow);
+    rig.check(5)?;
+    disk.fail(Faults::default());
+    rig.check_all()?;
+
+    // A write that the disk has lost, and told of once: `scrub` makes durable
+    // what is new, and that fails.
+    let lossy = Faults {
+        sync_once: true,
+        ..Faults::default()
+    };
+    disk.fail(lossy);
+    let (_, said) = rig.scrub()?;
+    ensure!(said.contains("chunks"), "{said}");
+    wait_for("everything to be fetched and made durable", || {
+        rig.check_all()?;
+        rig.scrub()?;
+        let look = LayerDir::open(&mount.join("layers").join(rig.layer.hex()), rig.layer)?;
+        Ok((look.present().count() > 0).then_some(()))
+    })?;
+    // The power goes, and with it the daemon and all mounts.
+    rig.daemon.process().kill()?;
+    run(Command::new("umount").arg("--lazy").arg(&rig.root))?;
+    let after = scratch.dir("after")?;
+    disk.after_power_cut(None, Cut::AllLost, &after)?;
+    let layers = rig.daemon.root().join("layers");
+    fs::remove_file(&layers)?;
+    std::os::unix::fs::symlink(after.join("layers"), &layers)?;
+    fs::write(rig.daemon.root().join("running"), "the last boot\n")?;
+    rig.daemon.start_again()?;
+    rig.mount_again()?;
+    rig.check_all()?;
+    assert_eq!(rig.said("nor did the machine"), 1);
+    rig.containerd.unmount(&rig.root)?;
+    rig.daemon.stop()
+}
+
+#[test]
+fn files_that_are_damaged_under_a_running_daemon_are_mended() -> Result<()> {
+    for mode in Mode::ALL {
+        let scratch = Scratch::new()?;
+        let rig = Rig::start(
+            &scratch,
+            &Options {
+                supervised: true,
+                ..quiet(mode)
+            },
+        )?;
+        for number in 0..4 {
+            rig.check(number)?;
+        }
+        // The daemon has the table mapped: its next look at it kills it, and
+        // the process that follows mends it while the reader waits.
+        let former = rig.daemon.serving().context("no process serves")?;
+        let chunks = File::options().write(true).open(rig.dir().join("chunks"))?;
+        chunks.set_len(4096)?;
+        rig.check(4)?;
+        rig.daemon.wait_for_next(former)?;
+        wait_for("the layer to be mended", || {
+            Ok((rig.said("it has been mended") > 0).then_some(()))
+        })?;
+        rig.check_all()?;
+        rig.containerd.wait_for_snapshotter(SLUICE)?;
+        rig.containerd.unmount(&rig.root)?;
+        rig.containerd.forget_images()?;
+        rig.daemon.stop()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn scrub_repairs_with_the_daemon_and_without() -> Result<()> {
+    let scratch = Scratch::new()?;
+    let mut rig = Rig::start(&scratch, &quiet(Mode::Erofs))?;
+    rig.check_all()?;
+    let (content, said) = rig.scrub()?;
+    ensure!(content && said.contains("all right"), "{said}");
+    let data = rig.dir().join("data");
+    flip(&data, 70_000)?;
+    flip(&rig.dir().join("meta.erofs"), 3000)?;
+    let (content, said) = rig.scrub()?;
+    ensure!(content && said.contains("it has been mended"), "{said}");
+    ensure!(said.contains("1 wrong, to be fetched again"), "{said}");
+    rig.check_all()?;
+    let (content, said) = rig.scrub()?;
+    ensure!(content && said.contains("all right"), "{said}");
+
+    rig.containerd.unmount(&rig.root)?;
+    rig.daemon.stop()?;
+    flip(&data, 70_000)?;
+    let (content, said) = rig.scrub()?;
+    ensure!(
+        content && said.contains("1 wrong, to be fetched again"),
+        "{said}"
+    );
+    ensure!(!rig.look()?.is_complete());
+    let (content, said) = rig.scrub()?;
+    ensure!(content && said.contains("all right"), "{said}");
+    // What it cannot look at, it says.
+    let newer = File::options().write(true).open(rig.dir().join("chunks"))?;
+    let version = fs::read(rig.dir().join("chunks"))?[8..12].to_vec();
+    newer.write_all_at(&9u32.to_le_bytes(), 8)?;
+    let (content, said) = rig.scrub()?;
+    ensure!(!content && said.contains("newer version"), "{said}");
+    newer.write_all_at(&version, 8)?;
+    // And the database: set aside, told, and everything still there.
+    let mut database = File::options()
+        .write(true)
+        .open(rig.daemon.root().join("state.redb"))?;
+    database.write_all(&noise(9000, 1))?;
+    rig.daemon.start_again()?;
+    rig.mount_again()?;
+    rig.check_all()?;
+    ensure!(rig.daemon.root().join("state.redb.damaged-0").exists());
+    ensure!(rig.said("it is kept as") == 1, "{}", rig.daemon.log());
+    rig.daemon.stop()
+}
+
+#[test]
+fn what_nothing_mounts_gives_way_to_the_quota() -> Result<()> {
+    let scratch = Scratch::new()?;
+    let mut options = quiet(Mode::Erofs);
+    options.more += "[cache]\nlimit_mib = 1\n";
+    let mut rig = Rig::start(&scratch, &options)?;
+    rig.check_all()?;
+    wait_for("the daemon to say that it is over its limit", || {
+        Ok((rig.said("everything that is left is in use") > 0).then_some(()))
+    })?;
+    rig.check_all()?;
+    let usage = |rig: &Rig| -> Result<u64> { Ok(LayerDir::content_size(&rig.dir())?) };
+    ensure!(usage(&rig)? > 1 << 20);
+    rig.containerd.unmount(&rig.root)?;
+    wait_for("the content to be evicted", || {
+        Ok((usage(&rig)? == 0).then_some(()))
+    })?;
+    rig.mount_again()?;
+    rig.check_all()?;
+    rig.daemon.stop()
+}
+
+/// A layer's blob with its TOC, and a node's directory for it.
+struct Layer {
+    blob: Vec<u8>,
+    trust: TocTrust,
+}
+
+impl Layer {
+    fn new() -> Result<Self> {
+        let mut tar = tar::Builder::new(Vec::new());
+        for file in 0..6 {
+            let content = noise(30_000, 100 + file);
+            let mut header = tar::Header::new_ustar();
+            header.set_size(content.len() as u64);
+            header.set_mode(0o644);
+            header.set_cksum();
+            tar.append_data(&mut header, format!("f{file}"), &content[..])?;
+        }
+        let options = WriteOptions {
+            chunk_size: 16 << 10,
+            ..WriteOptions::new(Format::Estargz)
+        };
+        let (blob, tail) = write_layer(&tar.into_inner()?, &options, &[])?;
+        Ok(Self {
+            blob,
+            trust: TocTrust::Uncompressed(tail.toc_digest),
+        })
+    }
+
+    fn digest(&self) -> Digest {
+        Digest::of(&self.blob)
+    }
+
+    fn make(&self, parent: &Path) -> Result<LayerDir> {
+        let size = self.blob.len() as u64;
+        let location = locate_toc(&self.blob, size)?;
+        let compressed = location.slice_of(&self.blob, size).context("no TOC")?;
+        let toc = read_toc(&location, compressed, &self.trust, &Default::default())?;
+        let new = NewLayer {
+            toc: &toc,
+            digest: self.digest(),
+            blob_size: size,
+            trust: self.trust,
+            compressed_toc: Digest::of(compressed),
+            reference: &"r.example/app:v1".parse()?,
+            number: 3,
+        };
+        layer_dir::create(parent, &new, |toc, placement, out| {
+            write_image(toc, placement, XattrNamespace::Trusted, out)
+                .map(drop)
+                .map_err(|error| Problem::Erofs(Box::new(error)))
+        })?;
+        Ok(LayerDir::open(
+            &parent.join(self.digest().hex()),
+            self.digest(),
+        )?)
+    }
+
+    /// Stores the chunks of so many more units.
+    fn fill(&self, dir: &LayerDir, from: usize, units: usize) -> Result<()> {
+        for unit in dir.chunks().units_from(0).skip(from).take(units) {
+            let chunks: Vec<ChunkId> = dir.chunks().of_unit(unit.offset).collect();
+            let wanted: Vec<Wanted> = chunks
+                .iter()
+                .map(|&chunk| {
+                    let record = dir.chunks().get(chunk);
+                    Wanted {
+                        inner_offset: u64::from(record.inner_offset),
+                        size: u64::from(record.size),
+                        digest: record.digest,
+                    }
+                })
+                .collect();
+            let bytes = &self.blob[unit.offset as usize..(unit.offset + unit.size) as usize];
+            let mut stored = Ok(());
+            decode_unit(Format::Estargz, bytes, &wanted, |index, chunk| {
+                if stored.is_ok() {
+                    stored = dir.store(chunks[index], &chunk);
+                }
+            })?;
+            stored?;
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn after_a_power_cut_at_any_moment_no_bit_stands_for_bytes_that_are_not_there() -> Result<()> {
+    let scratch = Scratch::new()?;
+    let mount = scratch.dir("disk")?;
+    let disk = Disk::mount(&mount)?;
+    let layer = Layer::new()?;
+    disk.record();
+    let dir = layer.make(&mount)?;
+    layer.fill(&dir, 0, 3)?;
+    dir.persist()?;
+    layer.fill(&dir, 3, 4)?;
+    // The disk fails to write once: what it lost is not present any more.
+    disk.fail(Faults {
+        sync_once: true,
+        ..Faults::default()
+    });
+    let before = dir.present().count();
+    ensure!(dir.persist().is_err());
+    ensure!(dir.present().count() < before && dir.present().count() > 0);
+    dir.persist()?;
+    layer.fill(&dir, 0, usize::MAX)?;
+    dir.persist()?;
+    ensure!(dir.is_complete());
+    dir.evict()?;
+    drop(dir);
+    let again = LayerDir::open(&mount.join(layer.digest().hex()), layer.digest())?;
+    assert_eq!(again.present().count(), 0);
+    layer.fill(&again, 2, 3)?;
+    again.persist()?;
+
+    let moments = disk.moments();
+    ensure!(moments > 40, "{moments}");
+    let mut most = 0;
+    for moment in 0..=moments {
+        for cut in Cut::ALL {
+            let after = scratch.fresh_dir("after")?;
+            disk.after_power_cut(Some(moment), cut, &after)?;
+            let path = after.join(layer.digest().hex());
+            if !path.exists() {
+                continue;
+            }
+            let failed = || format!("moment {moment} of {moments}, {cut:?}");
+            let left = LayerDir::open(&path, layer.digest()).with_context(failed)?;
+            left.check_meta().with_context(failed)?;
+            most = most.max(left.present().count());
+            for chunk in left.present().iter().collect::<Vec<_>>() {
+                let verdict = left.verify(chunk, false);
+                ensure!(
+                    matches!(verdict, Verdict::Good),
+                    "{}: {verdict:?}",
+                    failed()
+                );
+            }
+            fs::remove_dir_all(&after)?;
+        }
+    }
+    assert_eq!(most, again.chunks().len(), "at one moment all was durable");
+    Ok(())
+}

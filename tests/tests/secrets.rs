@@ -1,0 +1,161 @@
+//! Credentials are told to the registry and to nobody else, and what the
+//! daemon makes is root's alone.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context as _, Result, ensure};
+use sluice_tests::command::{attempt, run, text};
+use sluice_tests::daemon::{Mode, Options};
+use sluice_tests::image::{self, Compression, LayoutWriter, Meta, Tarball};
+use sluice_tests::node::snapshotter;
+use sluice_tests::proxy::{Access, Proxy, TOKEN};
+use sluice_tests::{Containerd, Daemon, Registry, Scratch, programs};
+
+/// The password of the user `sluice`.
+const PASSWORD: &str = "hush-hush-hush";
+/// Both, as HTTP and Docker's configuration have them.
+const PAIR: &str = "c2x1aWNlOmh1c2gtaHVzaC1odXNo";
+/// What nobody may see.
+const SECRETS: [&str; 3] = [PASSWORD, PAIR, TOKEN];
+
+const FILES: usize = 20;
+
+fn make_image(scratch: &Scratch, registry: &Registry) -> Result<()> {
+    let layout = scratch.dir("layout")?;
+    let mut writer = LayoutWriter::new(&layout)?;
+    writer.layer(Compression::Gzip, |to| {
+        let mut tar = Tarball::new(to);
+        for number in 0..FILES {
+            let content = vec![number as u8; 10_000];
+            tar.file(&number.to_string(), &Meta::mode(0o644), &content)?;
+        }
+        tar.finish()
+    })?;
+    writer.finish(image::TAG, &[])?;
+    run(programs::sluice_command()?
+        .args(["convert", "--format", "estargz"])
+        .arg(format!("oci:{}:{}", layout.display(), image::TAG))
+        .arg(registry.reference("guarded:lazy")))?;
+    Ok(())
+}
+
+fn holds_no_secret(what: &str, text: &str) -> Result<()> {
+    for secret in SECRETS {
+        let line = text.lines().find(|line| line.contains(secret));
+        ensure!(line.is_none(), "{what} tells '{secret}': {line:?}");
+    }
+    Ok(())
+}
+
+fn no_file_holds_a_secret(dir: &Path) -> Result<()> {
+    let mut grep = Command::new("grep");
+    grep.args(["-rlF", "--devices=skip"]);
+    for secret in SECRETS {
+        grep.args(["-e", secret]);
+    }
+    // 0 says that something was found, 1 that nothing was, 2 that it failed.
+    let found = attempt(grep.arg(dir))?;
+    ensure!(found.status.code() == Some(1), "{found:?}");
+    Ok(())
+}
+
+/// Neither group nor others may do anything with what is below the root, but
+/// for the contents of snapshots and of mounted layers.
+fn is_roots_alone(daemon: &Daemon) -> Result<()> {
+    let root = daemon.root();
+    let below = |part: &str| root.join(part).display().to_string();
+    let open = text(
+        Command::new("find")
+            .arg(&root)
+            .arg("-xdev")
+            .args(["-path", &below("snapshots/*/*"), "-prune", "-o"])
+            .args(["-path", &below("m/*"), "-prune", "-o"])
+            .args(["-path", &below("t"), "-prune", "-o"])
+            .args(["-path", &below("blobs"), "-prune", "-o"])
+            .args(["!", "-type", "l", "-perm", "/077", "-print"]),
+    )?;
+    ensure!(open.is_empty(), "open to others:\n{open}");
+    let socket = text(Command::new("stat").args(["-c", "%a"]).arg(daemon.socket()))?;
+    ensure!(socket == "600", "the socket has mode {socket}");
+    Ok(())
+}
+
+#[test]
+fn credentials_are_told_to_the_registry_alone() -> Result<()> {
+    let scratch = Scratch::new()?;
+    let registry = Registry::start(&scratch)?;
+    make_image(&scratch, &registry)?;
+    let proxy = Proxy::start(registry.host())?;
+    let docker = scratch.dir("docker")?;
+    let file = docker.join("config.json");
+    let host = proxy.host();
+    fs::write(
+        &file,
+        format!(r#"{{"auths":{{"{host}":{{"auth":"{PAIR}"}}}}}}"#),
+    )?;
+    let start = |mode: Mode| {
+        let more = format!(
+            "docker_config = {file:?}\n[mount]\nmode = {:?}\n[prefetch]\nenabled = false\n",
+            mode.name()
+        );
+        let options = Options {
+            more,
+            traced: true,
+            ..Options::default()
+        };
+        Daemon::start(&scratch, &options)
+    };
+    let daemons = Mode::ALL.map(start);
+    let [erofs, fuse] = daemons;
+    let (erofs, fuse) = (erofs?, fuse?);
+    let containerd = Containerd::start_with(
+        &scratch,
+        &[
+            (snapshotter(Mode::Erofs), &erofs),
+            (snapshotter(Mode::Fuse), &fuse),
+        ],
+    )?;
+    let reference = proxy.reference("guarded:lazy");
+    let layer = (registry
+        .manifest(&registry.reference("guarded:lazy"))?
+        .layers)
+        .pop()
+        .context("the image has no layer")?;
+    for (daemon, mode, access) in [
+        (&erofs, Mode::Erofs, Access::Password(PAIR.to_owned())),
+        (&fuse, Mode::Fuse, Access::Token),
+    ] {
+        proxy.demand(access.clone());
+        let name = snapshotter(mode);
+        let mut pull = containerd.lazy_pull_command(&reference, name)?;
+        let pulled = run(pull.env("DOCKER_CONFIG", &docker).env("RUST_LOG", "trace"))?;
+        let meta = daemon.root().join("layers").join(layer.digest.hex());
+        ensure!(meta.join("meta.erofs").exists(), "{}", daemon.log());
+        let dir = containerd.mount(&reference, name)?;
+        for number in 0..FILES {
+            let read = fs::read(dir.join(number.to_string()))?;
+            ensure!(read == vec![number as u8; 10_000], "file {number}");
+        }
+        let asked = proxy.asked("/token");
+        ensure!((asked > 0) == (access == Access::Token), "{asked} tokens");
+
+        let log = daemon.log();
+        ensure!(log.contains("TRACE"), "not all is logged:\n{log}");
+        holds_no_secret("the daemon's log", &log)?;
+        for output in [&pulled.stdout, &pulled.stderr] {
+            holds_no_secret("the pull", &String::from_utf8_lossy(output))?;
+        }
+        let process = format!("/proc/{}", daemon.process().pid());
+        for file in ["cmdline", "environ"] {
+            let bytes = fs::read(Path::new(&process).join(file))?;
+            holds_no_secret(file, &String::from_utf8_lossy(&bytes))?;
+        }
+        no_file_holds_a_secret(&daemon.root())?;
+        no_file_holds_a_secret(&dir)?;
+        is_roots_alone(daemon)?;
+        containerd.unmount(&dir)?;
+    }
+    Ok(())
+}
