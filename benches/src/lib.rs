@@ -1,5 +1,7 @@
 //! Benchmarks and the demonstration: what they share.
 
+pub mod rig;
+
 use std::io::Read as _;
 use std::process::{Command, Stdio};
 use std::time::Instant;

@@ -52,7 +52,7 @@ pub fn base() -> Result<Image> {
         let mut layout = LayoutWriter::new(dir)?;
         let scratch = Scratch::new()?;
         let root = scratch.path().join("root");
-        source.bootstrap(&root)?;
+        source.bootstrap(&root, &[])?;
         add_base(&mut layout, &root)?;
         layout.finish(TAG, &["/bin/sh"])
     })
@@ -70,7 +70,7 @@ pub fn scientific() -> Result<Image> {
         let mut layout = LayoutWriter::new(dir)?;
         let scratch = Scratch::new()?;
         let root = scratch.path().join("root");
-        source.bootstrap(&root)?;
+        source.bootstrap(&root, &[])?;
         add_base(&mut layout, &root)?;
 
         let python = python_version(&root)?;
@@ -102,14 +102,14 @@ pub fn scientific() -> Result<Image> {
 }
 
 /// Where this machine gets its packages.
-struct Source {
+pub(super) struct Source {
     uri: String,
-    codename: String,
+    pub(super) codename: String,
 }
 
 impl Source {
     /// From apt itself, which knows every way of writing sources down.
-    fn of_this_machine() -> Result<Self> {
+    pub(super) fn of_this_machine() -> Result<Self> {
         let codename = fs::read_to_string("/etc/os-release")?
             .lines()
             .find_map(|line| line.strip_prefix("VERSION_CODENAME="))
@@ -135,10 +135,12 @@ impl Source {
         Ok(Self { uri, codename })
     }
 
-    fn bootstrap(&self, root: &Path) -> Result<()> {
+    /// The smallest distribution with Python and some more packages.
+    pub(super) fn bootstrap(&self, root: &Path, more: &[&str]) -> Result<()> {
+        let packages = [&["python3", "ca-certificates"], more].concat();
         let outcome = run(Command::new("debootstrap")
             .arg("--variant=minbase")
-            .arg("--include=python3,ca-certificates")
+            .arg(format!("--include={}", packages.join(",")))
             .arg(&self.codename)
             .arg(root)
             .arg(&self.uri));
@@ -193,16 +195,28 @@ fn install_packages(root: &Path, packages: &str, python: u32) -> Result<()> {
 /// Packs paths below the root; of the first `parents` only the directory
 /// itself.
 fn pack(root: &Path, paths: &[PathBuf], parents: usize, to: &mut dyn std::io::Write) -> Result<()> {
-    let mut tar = Command::new("tar")
-        .arg("--directory")
+    let mut tar = tar_of(root);
+    tar.arg("--no-recursion")
+        .args(&paths[..parents])
+        .arg("--recursion")
+        .args(&paths[parents..]);
+    pack_with(tar, root, to)
+}
+
+/// The command that packs what further arguments name below the root.
+pub(super) fn tar_of(root: &Path) -> Command {
+    let mut tar = Command::new("tar");
+    tar.arg("--directory")
         .arg(root)
         .args(["--create", "--file=-", "--sort=name", "--numeric-owner"])
         .args(["--xattrs", "--xattrs-include=*", "--format=pax"])
-        .arg("--pax-option=exthdr.name=%d/PaxHeaders/%f,delete=atime,delete=ctime")
-        .arg("--no-recursion")
-        .args(&paths[..parents])
-        .arg("--recursion")
-        .args(&paths[parents..])
+        .arg("--pax-option=exthdr.name=%d/PaxHeaders/%f,delete=atime,delete=ctime");
+    tar
+}
+
+/// Runs it.
+pub(super) fn pack_with(mut tar: Command, root: &Path, to: &mut dyn std::io::Write) -> Result<()> {
+    let mut tar = tar
         .stdout(Stdio::piped())
         .spawn()
         .context("cannot run tar")?;

@@ -9,6 +9,8 @@ use anyhow::{Context as _, Result};
 use serde_json::json;
 use sluice_oci::{Descriptor, Digest, Hasher, Index, Manifest, Platform, media_type};
 
+use super::Image;
+
 /// How a layer is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Compression {
@@ -38,6 +40,21 @@ impl LayoutWriter {
             layers: Vec::new(),
             diff_ids: Vec::new(),
         })
+    }
+
+    /// In a new directory, on top of another image, whose layers it shares.
+    pub fn on(base: &Image, dir: &Path) -> Result<Self> {
+        let mut writer = Self::new(dir)?;
+        let from = base.layout().join("blobs/sha256");
+        for layer in read_manifest(base.layout())?.layers {
+            fs::copy(from.join(layer.digest.hex()), writer.blob(layer.digest))?;
+            writer.layers.push(layer);
+        }
+        let config = read_manifest(base.layout())?.config.digest;
+        let config: serde_json::Value =
+            serde_json::from_slice(&fs::read(from.join(config.hex()))?)?;
+        writer.diff_ids = serde_json::from_value(config["rootfs"]["diff_ids"].clone())?;
+        Ok(writer)
     }
 
     /// Adds a layer on top; `write` writes its tar.
