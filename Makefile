@@ -46,6 +46,10 @@ bench: demo ## The demo and the benchmarks of benches/
 	cargo run --release --locked -p sluice-benches --bin snapshots > target/snapshots.json
 	cargo run --release --locked -p sluice-benches --bin conversion > target/conversion.json
 
+.PHONY: bench-cold-start
+bench-cold-start: build ## Cold starts of eight programs; ARGS="--workloads java --mbit 100 --rounds 1"
+	cargo run --release --locked -p sluice-benches --bin cold_start -- $(ARGS)
+
 .PHONY: clean
 clean: ## Removes everything built, cached images included
 	cargo clean
