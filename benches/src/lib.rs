@@ -3,7 +3,7 @@
 pub mod rig;
 
 use std::io::Read as _;
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
@@ -29,6 +29,25 @@ pub struct Start {
     pub bytes: u64,
 }
 
+/// Runs a command to its end. Returns what `at` says when it writes its first
+/// byte, or ends without one; whether it wrote any; and how it ended.
+pub fn at_first_output<T>(
+    command: &mut Command,
+    at: impl FnOnce() -> T,
+) -> Result<(T, bool, Output)> {
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let mut output = child.stdout.take().context("no standard output")?;
+    let spoke = output.read(&mut [0])? == 1;
+    let at = at();
+    // Whatever else it writes must not block it.
+    std::io::copy(&mut output, &mut std::io::sink())?;
+    Ok((at, spoke, child.wait_with_output()?))
+}
+
 /// Pulls with one command and starts a container with another, which must
 /// write something.
 pub fn measure(link: &Link, pull: &mut Command, start: &mut Command) -> Result<Start> {
@@ -39,19 +58,9 @@ pub fn measure(link: &Link, pull: &mut Command, start: &mut Command) -> Result<S
     sluice_tests::command::run(pull)?;
     let pull_seconds = clock.elapsed().as_secs_f64();
 
-    let mut child = start
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()?;
-    let mut output = child.stdout.take().context("no standard output")?;
-    let mut first = [0; 1];
-    let spoke = output.read(&mut first)? == 1;
-    let ready_seconds = clock.elapsed().as_secs_f64();
-    let bytes = link.received_bytes()? - bytes_before;
-    // Whatever else it writes must not block it.
-    std::io::copy(&mut output, &mut std::io::sink())?;
-    let rest = child.wait_with_output()?;
+    let first = || (clock.elapsed().as_secs_f64(), link.received_bytes());
+    let ((ready_seconds, received), spoke, rest) = at_first_output(start, first)?;
+    let bytes = received? - bytes_before;
     if !rest.status.success() || !spoke {
         bail!(
             "the container ended with {}: {}",

@@ -288,16 +288,20 @@ fn find<'a>(value: &'a Value, key: &str) -> Option<&'a Value> {
 /// As a CI job records.
 fn recorded_on_request(world: &World) -> Result<()> {
     let file = world.scratch.path().join("recorded.json");
-    let mut command = world.ask(&["profile", "record", "--plain-http"])?;
-    command
-        .arg("--output")
-        .arg(&file)
-        .args(["--snapshotter", SNAPSHOTTER, "--containerd"])
-        .arg(world.containerd.socket())
-        .args(["--namespace", world.containerd.namespace()])
-        .args([&world.reference, "--", "/bin/sh", "-c"])
-        .arg("echo said; id -u; cat /etc/debian_version > /written");
-    let written = text(&mut command).with_context(|| world.daemon.log())?;
+    let record = |more: &[&str], script: &str| -> Result<String> {
+        let mut command = world.ask(&["profile", "record", "--plain-http"])?;
+        command
+            .args(more)
+            .arg("--output")
+            .arg(&file)
+            .args(["--snapshotter", SNAPSHOTTER, "--containerd"])
+            .arg(world.containerd.socket())
+            .args(["--namespace", world.containerd.namespace()])
+            .args([&world.reference, "--", "/bin/sh", "-c", script]);
+        text(&mut command).with_context(|| world.daemon.log())
+    };
+    let script = "echo said; id -u; cat /etc/debian_version > /written";
+    let written = record(&[], script)?;
     ensure!(written.contains("said\n0\n"), "{written}");
     ensure!(written.contains("ended with 0"), "{written}");
     let profile = parse(&file)?;
@@ -315,16 +319,8 @@ fn recorded_on_request(world: &World) -> Result<()> {
         Ok(world.layer()?.is_null().then_some(()))
     })?;
     // A container that does not end by itself.
-    let mut command = world.ask(&["profile", "record", "--plain-http", "--seconds", "1"])?;
-    command
-        .arg("--output")
-        .arg(&file)
-        .args(["--snapshotter", SNAPSHOTTER, "--containerd"])
-        .arg(world.containerd.socket())
-        .args(["--namespace", world.containerd.namespace()])
-        .args([&world.reference, "--", "/bin/sh", "-c"])
-        .arg("trap 'exit 7' TERM; while :; do sleep 0.1; done");
-    let written = text(&mut command).with_context(|| world.daemon.log())?;
+    let script = "trap 'exit 7' TERM; while :; do sleep 0.1; done";
+    let written = record(&["--seconds", "1"], script)?;
     ensure!(written.contains("ended with 7"), "{written}");
     ensure!(names(&parse(&file)?, "usr/bin/sleep"));
     Ok(())

@@ -6,7 +6,7 @@
 //! JSON and pictures to `target/cold-start`.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Parser;
@@ -263,7 +263,7 @@ impl Rig<'_> {
     }
 
     /// Puts the profile where this way looks for it, and nowhere else.
-    fn prepare(&mut self, way: Way, lazy: &str, profile: &PathBuf) -> Result<()> {
+    fn prepare(&mut self, way: Way, lazy: &str, profile: &Path) -> Result<()> {
         let node_reference = self.node.reference(lazy);
         let address = self.socket()?;
         let on_node = |arguments: &[&str]| -> Result<()> {

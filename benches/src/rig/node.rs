@@ -2,7 +2,7 @@
 //! of knowing what a workload will read.
 
 use std::net::SocketAddr;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -12,6 +12,7 @@ use sluice_tests::daemon::Options;
 use sluice_tests::{Containerd, Daemon, Process, Registry, Scratch};
 
 use super::link::{Link, Shape, Transfer};
+use crate::at_first_output;
 
 /// Snapshotter of a daemon that knows no profiles.
 pub const PLAIN: &str = "sluice-plain";
@@ -160,21 +161,21 @@ impl Node {
         let clock = Clock::start()?;
         run(&mut pull)?;
         let pulled = clock.elapsed();
-        let phases = self.run(&reference, snapshotter, program, &clock)?;
+        let (phases, bytes, transfers) = self.run(&reference, snapshotter, program, &clock)?;
         Ok(Start {
             phases: Phases { pulled, ..phases },
-            bytes: self.link.bytes(),
-            requests: self.link.transfers().len(),
+            bytes,
+            requests: transfers.len(),
             daemon_cpu: daemon.map_or(Ok(0.0), processor_seconds)? - cpu,
             daemon_peak_kib: daemon.map_or(Ok(0), peak_kib)?,
-            transfers: self.link.transfers(),
+            transfers,
         })
     }
 
     /// Starts a program in an image that is on the node.
     pub fn start_again(&self, image: &str, snapshotter: &str, program: &[&str]) -> Result<f64> {
         let clock = Clock::start()?;
-        let phases = self.run(&self.reference(image), snapshotter, program, &clock)?;
+        let (phases, ..) = self.run(&self.reference(image), snapshotter, program, &clock)?;
         Ok(phases.ready)
     }
 
@@ -184,24 +185,16 @@ impl Node {
         snapshotter: &str,
         program: &[&str],
         clock: &Clock,
-    ) -> Result<Phases> {
+    ) -> Result<(Phases, u64, Vec<Transfer>)> {
         let id = format!("start-{}", clock.since_epoch.as_nanos());
         let events = self.events.log().len();
         let mut command = self
             .containerd
             .run_command(snapshotter, reference, &id, program);
-        let mut child = command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()?;
-        let mut output = child.stdout.take().context("no standard output")?;
-        let mut first = [0; 1];
         // A program that says nothing is ready with its end.
-        std::io::Read::read(&mut output, &mut first)?;
-        let mut ready = clock.elapsed();
-        std::io::copy(&mut output, &mut std::io::sink())?;
-        let rest = child.wait_with_output()?;
+        let first = || (clock.elapsed(), self.link.bytes(), self.link.transfers());
+        let (first, _, rest) = at_first_output(&mut command, first)?;
+        let (ready, bytes, transfers) = first;
         ensure!(
             rest.status.success(),
             "{program:?} in {reference} ended with {}: {}\n{}",
@@ -220,13 +213,13 @@ impl Node {
             clock.position_of(line)
         };
         let (mounted, started) = (at("/tasks/create")?, at("/tasks/start")?);
-        ready = ready.max(started);
-        Ok(Phases {
+        let phases = Phases {
             pulled: 0.0,
             mounted,
             started,
-            ready,
-        })
+            ready: ready.max(started),
+        };
+        Ok((phases, bytes, transfers))
     }
 }
 
