@@ -17,7 +17,7 @@ use crate::containerd::Containerd;
 use crate::daemon::{Daemon, Mode};
 
 /// All that may be in a root directory.
-const ROOT: [&str; 11] = [
+const ROOT: [&str; 12] = [
     "blobs",
     "layers",
     "lock",
@@ -27,6 +27,7 @@ const ROOT: [&str; 11] = [
     "running",
     "scrubbed",
     "snapshots",
+    "state.journal",
     "state.redb",
     "t",
 ];
