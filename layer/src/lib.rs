@@ -19,6 +19,7 @@ pub use footer::{FOOTER_MAX, FooterError, TocLocation, locate_toc};
 pub use format::Format;
 pub use profile::{Profile, ProfileError};
 pub use toc::{
-    Child, Chunk, ChunkSource, Directory, EntryError, FileContent, Limits, Mtime, Node, NodeId,
-    NodeKind, Toc, TocError, TocTrust, Unit, UntrustedToc, Xattr, read_toc, read_toc_json,
+    AT_ONCE_SHARE, Child, Chunk, ChunkSource, Directory, EntryError, FileContent, Limits, Mtime,
+    Node, NodeId, NodeKind, Toc, TocError, TocTrust, Unit, UntrustedToc, Xattr, read_toc,
+    read_toc_json,
 };

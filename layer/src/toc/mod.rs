@@ -26,6 +26,7 @@ use crate::Format;
 
 pub use error::{EntryError, TocError};
 pub use read::{Limits, TocTrust, UntrustedToc, read_toc, read_toc_json};
+pub use unpack::AT_ONCE_SHARE;
 pub(crate) use unpack::ZSTD_WINDOW_LOG;
 
 /// Index of a [`Node`] within its [`Toc`]. The root is [`NodeId::ROOT`]; a

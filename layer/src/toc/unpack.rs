@@ -11,8 +11,9 @@ use crate::{Format, TocLocation};
 /// Most that is decompressed at once: the TOC of some 130,000 files. A stream
 /// takes three times as long.
 const AT_ONCE: u64 = 40 << 20;
-/// The part of the memory that the JSON may take while a tree is made of it.
-const JSON_SHARE: u64 = 3;
+/// The part of [`Limits::max_memory`] that the JSON may take while a tree is
+/// made of it: one that takes more is not decompressed at once.
+pub const AT_ONCE_SHARE: u64 = 3;
 
 const TAR_BLOCK: usize = 512;
 const TOC_TAR_NAME: &[u8] = b"stargz.index.json";
@@ -28,7 +29,7 @@ pub(super) fn at_once(
     limits: &Limits,
 ) -> Result<Option<Json>, TocError> {
     let limit = AT_ONCE
-        .min(limits.max_memory / JSON_SHARE)
+        .min(limits.max_memory / AT_ONCE_SHARE)
         .min(with_tar(limits.max_toc_bytes));
     let bytes = match (location.format, location.uncompressed_size) {
         (Format::Estargz, _) => gunzip_at_once(compressed, limit),

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use sluice_layer::AT_ONCE_SHARE;
+
 use super::Error;
 
 /// How long a TOC waits for others to be done before its layer is unpacked
@@ -113,11 +115,30 @@ impl Taken {
     }
 }
 
+/// What reading a TOC of `bytes` takes as a rule: its JSON, the tree and its
+/// files; and so much that it is decompressed at once, for a stream takes three
+/// times as long.
+pub(super) fn memory_for(bytes: u64) -> u64 {
+    const TAR: u64 = 64 << 10;
+    let tree = AT_ONCE_SHARE.saturating_mul(bytes.saturating_add(TAR));
+    (tree / TREE.0 + 1).saturating_mul(TREE.1)
+}
+
 #[cfg(test)]
 mod tests {
     use futures_util::FutureExt as _;
 
     use super::*;
+
+    #[tokio::test]
+    async fn regression_what_is_expected_to_fit_is_decompressed_at_once() {
+        for size in [1 << 20, 13 << 20, 29 << 20] {
+            let budget = TocBudget::new(1 << 30);
+            let taken = budget.read(memory_for(size)).await.unwrap();
+            let needed = AT_ONCE_SHARE * (size + 1024);
+            assert!((needed..needed * 2).contains(&taken.for_tree()), "{size}");
+        }
+    }
 
     #[tokio::test]
     async fn all_together_take_no_more_than_there_is() {

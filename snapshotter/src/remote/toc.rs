@@ -7,6 +7,7 @@ use sluice_layer::{
 use sluice_oci::{Digest, Reference};
 use sluice_registry::{Blob, ByteRange, Senders};
 
+use super::budget::memory_for;
 use super::{Error, Known, Remote, Taken};
 
 /// The end of a blob that is asked for when nothing is known of its size.
@@ -194,8 +195,8 @@ impl FetchedToc {
             (None, Some(size)) => u64::from(u32::from_le_bytes(*size)),
             (None, None) => 0,
         };
-        // The JSON, the tree and its files; names of one letter take more.
-        stated.saturating_mul(3).max(LEAST_MEMORY)
+        // Names of one letter take more.
+        memory_for(stated).max(LEAST_MEMORY)
     }
 
     /// Checks, decompresses and parses it within `memory`. Takes a core for a
