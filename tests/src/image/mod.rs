@@ -17,7 +17,7 @@ use crate::scratch::Scratch;
 pub use debian::{base, scientific};
 pub use host::add_programs;
 pub use layout::{Compression, LayoutWriter, append_layer, read_manifest};
-pub use packages::{MODEL_SIZE, model, with_packages};
+pub use packages::{model, with_packages};
 pub use synthetic::{MANY_FILES, Noise, SPARSE_SIZE, many, odd, synthetic};
 pub use tarball::{Meta, Tarball};
 

@@ -17,7 +17,7 @@ use crate::command::run;
 use crate::scratch::Scratch;
 
 /// Size of the model's one file, in bytes.
-pub const MODEL_SIZE: u64 = 1 << 30;
+const MODEL_SIZE: u64 = 1 << 30;
 
 /// The base image with Debian packages on top. `prepare` is run by the image's
 /// own shell before the layer is packed.
