@@ -109,6 +109,7 @@ fn decode_one(
     let (wanted, chunks): (Vec<Wanted>, Vec<ChunkId>) = wanted.into_iter().unzip();
     let mut unstored = Unstored::default();
     decode_unit(dir.identity().format, bytes, &wanted, |index, chunk| {
+        layer.look_into(chunks[index], &chunk, awaited);
         if !layer.store(chunks[index], &chunk) && awaited {
             unstored.add(chunks[index], layer.keep_unstored(chunks[index], &chunk));
         }

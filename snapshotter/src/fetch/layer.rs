@@ -15,7 +15,7 @@ use super::activity::{Activity, Counters};
 use super::engine::Engine;
 use super::inflight::{Abandoned, Claim, InFlight};
 use super::plan::{self, Planned};
-use super::readahead::{Budget, ReadAhead};
+use super::readahead::ReadAhead;
 use super::reads::Reads;
 use super::stream::{self, Terms};
 use super::trace::{Recording, Trace};
@@ -26,10 +26,6 @@ use crate::layer_dir::{ChunkId, LayerDir};
 /// Finds the file that an offset of `data` belongs to, for messages.
 pub type PathOf = Box<dyn Fn(u64) -> Option<PathBuf> + Send + Sync>;
 
-/// Bounds of what is fetched around a read: less saves nothing, since a request
-/// costs as much; more delays what is read next by too much when it is wrong.
-const AROUND: (u64, u64) = (32 << 10, 2 << 20);
-
 /// How often a read takes over fetches that others gave up.
 const ATTEMPTS: usize = 16;
 
@@ -38,14 +34,14 @@ const CAUSES: usize = 32;
 
 /// A layer's directory and where its missing bytes come from.
 pub struct LazyLayer {
-    me: Weak<Self>,
+    pub(super) me: Weak<Self>,
     pub(super) dir: LayerDir,
     source: Box<dyn RangeSource>,
     pub(super) engine: Engine,
-    link: Arc<Link>,
-    in_flight: InFlight,
-    read_ahead: ReadAhead,
-    reads: Reads,
+    pub(super) link: Arc<Link>,
+    pub(super) in_flight: InFlight,
+    pub(super) read_ahead: ReadAhead,
+    pub(super) reads: Reads,
     path_of: PathOf,
     trouble: Mutex<HashSet<String>>,
     closed: CancellationToken,
@@ -219,7 +215,11 @@ impl LazyLayer {
                 let before = self.guess(first, last, &units, &mut claims);
                 self.start(before, |_| false);
             }
+            let new = attempt == 0 && !claims.is_empty();
             self.start(claims, |claim| units.contains(&claim.unit()));
+            if new && let Some(&file) = missing.iter().find(|&&c| table.kin(c).is_some()) {
+                self.fetch_relatives(file);
+            }
             for waiter in waiters {
                 match waiter.wait().await {
                     Ok(Ok(more)) => unstored.extend(more, table, offset, len),
@@ -235,62 +235,20 @@ impl LazyLayer {
         })
     }
 
-    /// Adds to `claims` what may be wanted after them and can share their
-    /// request, and returns what cannot.
-    fn guess(
-        &self,
-        first: ChunkId,
-        last: ChunkId,
-        asked: &BTreeSet<Unit>,
-        claims: &mut Vec<Claim>,
-    ) -> Vec<Claim> {
-        let Some(budget) = self.budget() else {
-            return Vec::new();
-        };
-        let guess = self
-            .read_ahead
-            .missed(self.dir.chunks(), (first, last), &budget, |chunk| {
-                self.is_missing(chunk)
-            });
-        claims.extend(self.claim_chunks(&guess.ahead, asked));
-        self.claim_chunks(&guess.before, asked)
-    }
-
-    /// How much may be guessed; none where read-ahead is off.
-    fn budget(&self) -> Option<Budget> {
-        let longest = self.engine.config().read_ahead;
-        let around = self.link.around().clamp(AROUND.0, AROUND.1);
-        (longest > 0).then(|| Budget {
-            around: around.min(longest),
-            sequential: self.link.window().max(around).min(longest),
-            piece: self.link.piece(),
-            credit: self.reads.credit(),
-        })
-    }
-
-    /// Whether a chunk is neither here nor on its way.
-    fn is_missing(&self, chunk: ChunkId) -> bool {
-        let unit = self.dir.chunks().get(chunk).unit;
-        !self.dir.present().contains(chunk) && !self.in_flight.contains(unit)
-    }
-
-    fn claim_chunks(&self, chunks: &[ChunkId], except: &BTreeSet<Unit>) -> Vec<Claim> {
-        let records = chunks.iter().map(|&chunk| {
-            let record = self.dir.chunks().get(chunk);
-            self.reads.guess(chunk, &record);
-            record.unit
-        });
-        let units: BTreeSet<Unit> = records.filter(|unit| !except.contains(unit)).collect();
-        units
-            .into_iter()
-            .filter_map(|unit| self.claim(unit))
-            .collect()
-    }
-
     /// Starts to fetch claimed units in as few requests as pay.
-    fn start(self: &Arc<Self>, mut claims: Vec<Claim>, urgent: impl Fn(&Claim) -> bool) {
+    pub(super) fn start(self: &Arc<Self>, claims: Vec<Claim>, urgent: impl Fn(&Claim) -> bool) {
+        self.start_over(claims, self.link.worthwhile_gap(), urgent);
+    }
+
+    /// The same, over gaps of so many bytes.
+    pub(super) fn start_over(
+        self: &Arc<Self>,
+        mut claims: Vec<Claim>,
+        gap: u64,
+        urgent: impl Fn(&Claim) -> bool,
+    ) {
         claims.sort_by_key(|claim| claim.unit().offset);
-        self.claim_gaps(&mut claims);
+        self.claim_gaps(&mut claims, gap);
         let longest = self.engine.config().longest_range;
         for planned in plan::group(claims, Claim::unit, 0, longest) {
             let priority = if planned.wanted.iter().any(&urgent) {
@@ -305,8 +263,7 @@ impl LazyLayer {
     /// Adds the units that lie in small gaps between claimed ones: their bytes
     /// come along, and count. Bytes that are here, or on their way, are never
     /// asked for again.
-    fn claim_gaps(&self, claims: &mut Vec<Claim>) {
-        let gap = self.link.worthwhile_gap();
+    fn claim_gaps(&self, claims: &mut Vec<Claim>, gap: u64) {
         let mut between = Vec::new();
         for pair in claims.windows(2) {
             let (before, after) = (pair[0].unit(), pair[1].unit());
@@ -330,28 +287,6 @@ impl LazyLayer {
             let fetch = stream::fetch_claimed(&layer, planned.wanted, Terms::new(priority));
             let _ = closed.run_until_cancelled(fetch).await;
         });
-    }
-
-    /// A reader has read present bytes: what is read for the first time may
-    /// call for more.
-    pub(super) fn note_read(&self, offset: u64, len: u64) {
-        let table = self.dir.chunks();
-        for chunk in table.overlapping(offset, len) {
-            if self.reads.contains(chunk) {
-                continue;
-            }
-            let Some(hit) = self.reads.read(chunk, &table.get(chunk)) else {
-                continue;
-            };
-            let (Some(budget), Some(me)) = (self.budget(), self.me.upgrade()) else {
-                continue;
-            };
-            let missing = |chunk| self.is_missing(chunk);
-            let further = self.read_ahead.read(table, chunk, hit, &budget, missing);
-            if !further.is_empty() {
-                me.start(self.claim_chunks(&further, &BTreeSet::new()), |_| false);
-            }
-        }
     }
 
     /// Says what is wrong and what that means, once for each cause until bytes

@@ -27,6 +27,8 @@ const ROUND_TRIP_MEMORY: Duration = Duration::from_secs(30);
 /// own, and one of more than the second is.
 const SMALLEST_GAP: u64 = 16 << 10;
 const LARGEST_GAP: u64 = 512 << 10;
+/// Requests that are under way at once where nobody waits for a single one.
+const PARALLEL: u64 = 16;
 /// One range of a stream takes about this long, or two round trips. A reader
 /// that waits for its last byte waits no longer.
 const PIECE: Duration = Duration::from_millis(50);
@@ -135,6 +137,12 @@ impl Link {
     /// round trip for what lies behind it.
     pub fn worthwhile_gap(&self) -> u64 {
         self.product().clamp(SMALLEST_GAP, LARGEST_GAP)
+    }
+
+    /// The same where many requests are under way: a gap costs its bytes all
+    /// the same, and saves one of them.
+    pub(super) fn parallel_gap(&self) -> u64 {
+        (self.product() / PARALLEL).max(SMALLEST_GAP)
     }
 
     /// The length of one range where any length would do.

@@ -32,10 +32,6 @@ pub enum Plan {
 /// Neighbours in the blob are fetched together, and so out of order, when they
 /// are needed within so many pieces.
 const LOOK_AHEAD: u64 = 2;
-/// A gap costs its bytes, and saves a request, of which many are under way: so
-/// it is worth this part of what it is worth where a reader waits.
-const GAP_SHARE: u64 = 16;
-const SMALLEST_GAP: u64 = 16 << 10;
 /// The share of a range that may come before the unit that it is fetched for.
 const BEFORE_SHARE: u64 = 4;
 /// Where a plan names no times, it is taken to be needed at this rate, in bytes
@@ -222,7 +218,7 @@ impl<'a> Queue<'a> {
         let Some(seed) = claims.first().map(Claim::unit) else {
             return claims;
         };
-        let gap = (self.layer.link().product() / GAP_SHARE).max(SMALLEST_GAP);
+        let gap = self.layer.link().parallel_gap();
         let (mut start, mut end) = (seed.offset, seed.offset + seed.size);
         loop {
             let after = self.soon.range(end..).next().map(|(_, &unit)| unit);

@@ -1,6 +1,6 @@
-//! Guessing what will be read next from what was read last: the rest of a
-//! small file, the neighbours of a file, more of a file that is read on and
-//! on, more around the places of one that is read here and there.
+//! Guessing what of a file will be read next from what was read last: the rest
+//! of a small one, more of one that is read on and on, more around the places
+//! of one that is read here and there.
 
 use std::ops::RangeInclusive;
 
@@ -11,7 +11,7 @@ use crate::layer_dir::{ChunkId, ChunkTable};
 /// Files of one layer whose readers are followed at once.
 const FILES: usize = 16;
 /// A file up to this size, uncompressed, is read whole as a rule.
-const SMALL_FILE: u64 = 256 << 10;
+pub(super) const SMALL_FILE: u64 = 1 << 20;
 /// Two reads so near to each other, uncompressed, are one after the other: the
 /// kernel asks for several pieces at once, in any order.
 const NEAR: u64 = 256 << 10;
@@ -20,6 +20,11 @@ const NEAR: u64 = 256 << 10;
 const SEQUENCE: u32 = 2;
 /// Chunks looked at for one guess.
 const STEPS: usize = 4096;
+/// Of what may be guessed around a read: how much behind one place of a file
+/// that is read here and there, and how much before it. Code is read in pieces
+/// of which the next is rarely the neighbour.
+const BEHIND: u64 = 4;
+const BEFORE: u64 = 16;
 
 /// How much may be guessed.
 #[derive(Debug, Clone, Copy)]
@@ -56,8 +61,7 @@ struct Followed {
     chunks: RangeInclusive<ChunkId>,
     /// Where its reader is.
     reader: ChunkId,
-    /// The last chunk that was fetched for it; in other files where those were
-    /// fetched as neighbours.
+    /// The last chunk that was fetched for it.
     end: ChunkId,
     /// Compressed bytes fetched around one read, or ahead of a sequence.
     window: u64,
@@ -88,16 +92,7 @@ impl ReadAhead {
         let known = files.iter().position(|file| file.chunks.contains(&first));
         let (followed, guess) = match known {
             Some(at) => files.remove(at).missed(first, last, budget, &walk),
-            None => {
-                // The neighbours of one file were not enough.
-                let trail = files
-                    .iter()
-                    .find(|file| !file.chunks.contains(&file.end) && near(table, file.end, first));
-                let window = trail.map_or(budget.around, |file| {
-                    (file.window * 2).min(budget.around * 4)
-                });
-                Followed::new(first, last, window, &walk)
-            }
+            None => Followed::new(first, last, budget.around, &walk),
         };
         if files.len() == FILES {
             files.remove(0);
@@ -117,11 +112,7 @@ impl ReadAhead {
         missing: impl Fn(ChunkId) -> bool,
     ) -> Vec<ChunkId> {
         let mut files = self.files.lock();
-        // A neighbour that was guessed belongs to the file it was guessed for.
-        let found = files
-            .iter_mut()
-            .rev()
-            .find(|file| file.chunks.contains(&chunk));
+        let found = files.iter_mut().find(|file| file.chunks.contains(&chunk));
         let Some(file) = found else {
             return Vec::new();
         };
@@ -142,24 +133,13 @@ impl Followed {
         let chunks = table.file_of(last);
         let size = table.get(*chunks.end()).data_end() - table.get(*chunks.start()).data_offset;
         let mut guess = Guess::default();
-        let mut left = window;
         let rest = table.after(last).take_while(|c| c <= chunks.end());
         if size <= SMALL_FILE {
             guess.ahead = walk.all(rest);
             let before = table.before(first).take_while(|c| c >= chunks.start());
             guess.before = walk.all(before);
-            let cost = walk.cost(&guess.ahead) + walk.cost(&guess.before);
-            left = left.saturating_sub(cost);
         } else {
-            guess.ahead = walk.up_to(rest, left);
-            left = left.saturating_sub(walk.cost(&guess.ahead));
-        }
-        let end = guess.ahead.last().copied().unwrap_or(last);
-        if end == *chunks.end() {
-            // What follows another's guesses was missing at the time and is
-            // not any more: somebody else goes on there.
-            let neighbours = table.after(end).take_while(|&c| (walk.missing)(c));
-            guess.ahead.extend(walk.up_to(neighbours, left));
+            guess.ahead = walk.up_to(rest, window / BEHIND);
         }
         let end = guess.ahead.last().copied().unwrap_or(last);
         let followed = Self {
@@ -184,22 +164,20 @@ impl Followed {
     ) -> (Self, Guess) {
         let table = walk.table;
         let within = |chunk: &ChunkId| self.chunks.contains(chunk);
-        let reached = self.end.min(*self.chunks.end());
         let mut guess = Guess::default();
-        if first > self.reader && (first <= reached || near(table, reached, first)) {
+        if first > self.reader && (first <= self.end || near(table, self.end, first)) {
             self.sequence += 1;
-            self.window = (self.window * 2).clamp(budget.around, budget.sequential);
             let rest = table.after(last).take_while(within);
-            // A sequence earns its window by what it has read.
-            let credit = match self.sequence {
-                SEQUENCE.. => u64::MAX,
-                _ => walk.credit,
+            guess.ahead = match self.sequence {
+                // It earns its window by what it has read.
+                SEQUENCE.. => {
+                    self.window = (self.window * 2).clamp(budget.around, budget.sequential);
+                    let credit = u64::MAX;
+                    let walk = walk.by_ref();
+                    Walk { credit, ..walk }.up_to(rest, self.window)
+                }
+                _ => walk.up_to(rest, self.window / BEHIND),
             };
-            guess.ahead = Walk {
-                credit,
-                ..walk.by_ref()
-            }
-            .up_to(rest, self.window);
         } else {
             self.sequence = 0;
             let larger = self.window.saturating_mul(2);
@@ -208,9 +186,9 @@ impl Followed {
                 _ => larger.clamp(budget.around, budget.sequential),
             };
             let rest = table.after(last).take_while(within);
-            guess.ahead = walk.up_to(rest, self.window / 2);
+            guess.ahead = walk.up_to(rest, self.window / BEHIND);
             let before = table.before(first).take_while(within);
-            guess.before = walk.up_to(before, self.window / 2);
+            guess.before = walk.up_to(before, self.window / BEFORE);
         }
         self.hits = 0;
         self.reader = last;
@@ -319,15 +297,5 @@ impl<'t, M: Fn(ChunkId) -> bool> Walk<'t, M> {
             taken.push(chunk);
         }
         taken
-    }
-
-    /// Compressed bytes of chunks that were chosen.
-    fn cost(&self, chunks: &[ChunkId]) -> u64 {
-        let units = chunks.iter().map(|&chunk| self.table.get(chunk).unit);
-        let mut last = None;
-        units
-            .filter(|&unit| last.replace(unit) != Some(unit))
-            .map(|unit| unit.size)
-            .sum()
     }
 }

@@ -1,12 +1,14 @@
 //! What has been read of a layer, and whether what was fetched ahead was worth
 //! it.
 
+use std::collections::HashSet;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use crate::layer_dir::{ChunkId, Present, Record};
+use crate::layer_dir::{ChunkId, Kin, Present, Record};
 
 /// So many chunks more may be read beside a plan than within it before
 /// following the plan is given up for the time being.
@@ -22,6 +24,8 @@ const FREE_GUESSES: u64 = 2 << 20;
 pub(super) struct Reads {
     read: Present,
     guessed: Present,
+    /// Names of files that were read, as [`Kin`] has them.
+    names: Mutex<HashSet<u16>>,
     planned: OnceLock<Planned>,
     read_bytes: AtomicU64,
     wrong_bytes: AtomicU64,
@@ -43,6 +47,7 @@ impl Reads {
         Self {
             read: Present::empty(chunks),
             guessed: Present::empty(chunks),
+            names: Mutex::default(),
             planned: OnceLock::new(),
             read_bytes: AtomicU64::new(0),
             wrong_bytes: AtomicU64::new(0),
@@ -63,6 +68,16 @@ impl Reads {
             let size = u64::from(record.size);
             self.wrong_bytes.fetch_add(size, Ordering::Relaxed);
         }
+    }
+
+    /// A file of such a name is read. Says whether one had been read before.
+    pub(super) fn again(&self, kin: Kin) -> bool {
+        !self.names.lock().insert(kin.name)
+    }
+
+    /// Whether the chunk was fetched though nobody had asked for it.
+    pub(super) fn is_guessed(&self, chunk: ChunkId) -> bool {
+        self.guessed.contains(chunk)
     }
 
     /// Whether the chunk is or was going to be fetched by plan.

@@ -15,6 +15,7 @@ use tokio::sync::watch;
 
 mod content;
 mod disk;
+mod guesses;
 mod simulated;
 
 use super::*;

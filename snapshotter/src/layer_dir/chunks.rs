@@ -32,6 +32,9 @@ const FILE_REACH: u32 = 16 << 10;
 
 /// A record's flag: the chunk is its file's first.
 pub(super) const STARTS_FILE: u32 = 1;
+/// Where a record's flags hold the file's [`Kin`].
+const FAMILY_SHIFT: u32 = 1;
+const NAME_SHIFT: u32 = 17;
 
 /// A chunk's position in the table, in the order of `data`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -62,8 +65,58 @@ pub struct Record {
     pub inner_offset: u32,
     /// Whether it is its file's first chunk.
     pub starts_file: bool,
+    /// Of a file's first chunk, what the file has in common with others.
+    pub kin: Kin,
     /// Digest of its uncompressed bytes.
     pub digest: Digest,
+}
+
+/// What tells that files are alike, in a few bits: files that have the same are
+/// alike as a rule. 0 is like nothing.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Kin {
+    /// The same directory and the same kind of name.
+    pub family: u16,
+    /// The same name, in whatever directory. 15 bits.
+    pub name: u16,
+}
+
+impl Kin {
+    /// Of a file in the directory with that number.
+    pub(super) fn new(directory: u32, name: &[u8]) -> Self {
+        let mut family = libdeflater::Crc::new();
+        family.update(&directory.to_le_bytes());
+        family.update(kind_of(name));
+        let fold = |sum: u32, bits: u32| (((sum >> 16) ^ sum) & ((1 << bits) - 1)).max(1) as u16;
+        Self {
+            family: fold(family.sum(), 16),
+            name: fold(libdeflater::crc32(name), 15),
+        }
+    }
+
+    fn flags(self) -> u32 {
+        u32::from(self.family) << FAMILY_SHIFT | u32::from(self.name) << NAME_SHIFT
+    }
+
+    fn of_flags(flags: u32) -> Self {
+        Self {
+            family: (flags >> FAMILY_SHIFT) as u16,
+            name: (flags >> NAME_SHIFT) as u16,
+        }
+    }
+}
+
+/// What follows a name's last dot, but for the numbers of a library's version.
+fn kind_of(name: &[u8]) -> &[u8] {
+    let mut rest = name;
+    while let Some(dot) = rest.iter().rposition(|&byte| byte == b'.') {
+        let (before, after) = (&rest[..dot], &rest[dot + 1..]);
+        if !after.iter().all(u8::is_ascii_digit) {
+            return after;
+        }
+        rest = before;
+    }
+    b""
 }
 
 impl Record {
@@ -76,7 +129,10 @@ impl Record {
         bytes[16..20].copy_from_slice(&unit_size.to_le_bytes());
         bytes[20..24].copy_from_slice(&self.size.to_le_bytes());
         bytes[24..28].copy_from_slice(&self.inner_offset.to_le_bytes());
-        let flags = if self.starts_file { STARTS_FILE } else { 0 };
+        let flags = match self.starts_file {
+            true => STARTS_FILE | self.kin.flags(),
+            false => 0,
+        };
         bytes[28..32].copy_from_slice(&flags.to_le_bytes());
         bytes[32..64].copy_from_slice(self.digest.as_raw());
         bytes
@@ -92,6 +148,7 @@ impl Record {
             size: u32_at(bytes, 20),
             inner_offset: u32_at(bytes, 24),
             starts_file: u32_at(bytes, 28) & STARTS_FILE != 0,
+            kin: Kin::of_flags(u32_at(bytes, 28)),
             digest: digest_at(bytes, 32),
         }
     }
@@ -226,13 +283,17 @@ impl ChunkTable {
             .map(ChunkId)
     }
 
+    /// Of a file's first chunk, what the file has in common with others. Cheaper
+    /// than the whole record.
+    pub fn kin(&self, chunk: ChunkId) -> Option<Kin> {
+        let flags = u32_at(&self.map, HEADER + chunk.index() * RECORD + 28);
+        (flags & STARTS_FILE != 0).then(|| Kin::of_flags(flags))
+    }
+
     /// The chunks of the file that `chunk` belongs to; of a very large file,
     /// only those near it.
     pub fn file_of(&self, chunk: ChunkId) -> RangeInclusive<ChunkId> {
-        let starts = |index: u32| {
-            let at = HEADER + index as usize * RECORD;
-            u32_at(&self.map, at + 28) & STARTS_FILE != 0
-        };
+        let starts = |index: u32| self.kin(ChunkId(index)).is_some();
         let lowest = chunk.0.saturating_sub(FILE_REACH);
         let highest = chunk.0.saturating_add(FILE_REACH).min(self.chunks - 1);
         let mut first = chunk.0;
@@ -409,4 +470,27 @@ fn parse_header(path: &Path, header: &[u8]) -> Result<Identity, Error> {
         prefetch_end: (flags & FLAG_PREFETCH != 0).then(|| u64_at(header, 72)),
         data_size: u64_at(header, 48),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_alike_is_of_the_same_kin() {
+        let kin = |directory, name: &str| Kin::new(directory, name.as_bytes());
+        let family = |directory, name| kin(directory, name).family;
+        assert_eq!(family(7, "a.pyc"), family(7, "__init__.cpython-311.pyc"));
+        assert_ne!(family(7, "a.pyc"), family(8, "a.pyc"));
+        assert_ne!(family(7, "a.pyc"), family(7, "a.py"));
+        assert_eq!(family(7, "libc.so.6"), family(7, "libz.so.1.2.13"));
+        assert_eq!(family(7, "README"), family(7, "1.2"));
+        assert_eq!(kin(7, "package.json").name, kin(9, "package.json").name);
+        assert_ne!(kin(7, "package.json").name, kin(7, "index.js").name);
+        for number in 0..2000 {
+            let kin = kin(number, &number.to_string());
+            assert!(kin.family > 0 && (1..1 << 15).contains(&kin.name));
+            assert_eq!(Kin::of_flags(STARTS_FILE | kin.flags()), kin);
+        }
+    }
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 use sluice_layer::{ChunkSource, NodeKind, Toc, TocTrust};
 use sluice_oci::{Digest, Reference};
 
-use super::chunks::{self, HEADER, HeaderFields, RECORD, REFERENCE_MAX, Record};
+use super::chunks::{self, HEADER, HeaderFields, Kin, RECORD, REFERENCE_MAX, Record};
 use super::error::{Error, Problem};
 use super::placement::Placement;
 use super::{CHUNKS, DATA, Identity, META, Present, TEMPORARY};
@@ -123,6 +123,7 @@ fn fill(
 fn records(toc: &Toc, placement: &Placement) -> Result<Vec<Record>, Problem> {
     let unsupported = |what: String| Problem::Unsupported(what);
     let mut records = Vec::with_capacity(toc.chunks().len());
+    let kin = kin(toc);
     for (index, node) in toc.nodes().iter().enumerate() {
         let NodeKind::Regular(content) = &node.kind else {
             continue;
@@ -156,6 +157,7 @@ fn records(toc: &Toc, placement: &Placement) -> Result<Vec<Record>, Problem> {
                 unit,
                 inner_offset: inner_offset as u32,
                 starts_file: std::mem::take(&mut starts_file),
+                kin: kin[index],
                 digest: chunk.digest,
             });
         }
@@ -165,6 +167,19 @@ fn records(toc: &Toc, placement: &Placement) -> Result<Vec<Record>, Problem> {
     }
     records.sort_unstable_by_key(|record| record.data_offset);
     Ok(records)
+}
+
+/// What each node's name, or the last of its names, tells.
+fn kin(toc: &Toc) -> Vec<Kin> {
+    let mut kin = vec![Kin::default(); toc.nodes().len()];
+    for (number, node) in (0..).zip(toc.nodes()) {
+        if let NodeKind::Directory(directory) = &node.kind {
+            for child in &directory.children {
+                kin[child.node.index()] = Kin::new(number, &child.name);
+            }
+        }
+    }
+    kin
 }
 
 fn write_chunks(

@@ -20,7 +20,7 @@ use sluice_layer::{Format, TocTrust};
 use sluice_oci::{Digest, Reference};
 
 pub use checks::{Verdict, mend};
-pub use chunks::{ChunkId, ChunkTable, Record};
+pub use chunks::{ChunkId, ChunkTable, Kin, Record};
 pub use create::{NewLayer, create};
 pub use error::{Error, Problem};
 pub use present::Present;

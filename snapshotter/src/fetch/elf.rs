@@ -1,0 +1,123 @@
+//! What of an ELF program or library is read as soon as it is loaded: the
+//! loader goes through tables, relocates data, and runs initializers. Only
+//! then is code read here and there.
+
+use std::ops::Range;
+
+/// The beginning, where tables are followed by the first code.
+const HEAD: u64 = 512 << 10;
+/// Constant data up to this size is read whole, of more the end.
+const CONSTANTS: u64 = 256 << 10;
+const CONSTANTS_END: u64 = 128 << 10;
+/// More segments than linkers make.
+const SEGMENTS: usize = 64;
+
+const MAGIC_64_LITTLE: &[u8] = b"\x7fELF\x02\x01";
+const HEADER: usize = 64;
+const PROGRAM_HEADER: usize = 56;
+const LOAD: u32 = 1;
+const EXECUTABLE: u32 = 1;
+const WRITABLE: u32 = 2;
+
+/// Ranges of a file that begins with `head`, if it is one: empty otherwise. A
+/// hint, from whatever the file says.
+pub(super) fn loaded_first(head: &[u8]) -> Vec<Range<u64>> {
+    if !head.starts_with(MAGIC_64_LITTLE) || head.len() < HEADER {
+        return Vec::new();
+    }
+    let number = |at: usize, len: usize| {
+        let bytes = head[at..at + len].iter().rev();
+        bytes.fold(0u64, |number, &byte| number << 8 | u64::from(byte))
+    };
+    let (table, size, count) = (number(32, 8), number(54, 2), number(56, 2));
+    let table = usize::try_from(table).unwrap_or(usize::MAX);
+    if size != PROGRAM_HEADER as u64 {
+        return Vec::new();
+    }
+    let mut ranges = Vec::from([0..HEAD]);
+    let mut constants = 0;
+    for index in 0..(count as usize).min(SEGMENTS) {
+        let at = table.saturating_add(index * PROGRAM_HEADER);
+        if at.saturating_add(PROGRAM_HEADER) > head.len() {
+            break;
+        }
+        let (kind, flags) = (number(at, 4) as u32, number(at + 4, 4) as u32);
+        let (offset, size) = (number(at + 8, 8), number(at + 32, 8));
+        let end = offset.saturating_add(size);
+        if kind != LOAD || (flags & EXECUTABLE != 0 && flags & WRITABLE == 0) {
+            continue;
+        }
+        // The tables come first, and are read whole.
+        constants += u32::from(flags & WRITABLE == 0);
+        let whole = flags & WRITABLE != 0 || constants == 1 || size <= CONSTANTS;
+        ranges.push(match whole {
+            true => offset..end,
+            false => end.saturating_sub(CONSTANTS_END)..end,
+        });
+    }
+    ranges
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// The head of a library with these segments: flags, offset, size.
+    pub(in crate::fetch) fn library(segments: &[(u32, u64, u64)]) -> Vec<u8> {
+        let mut head = vec![0; HEADER];
+        head[..6].copy_from_slice(MAGIC_64_LITTLE);
+        head[32..40].copy_from_slice(&(HEADER as u64).to_le_bytes());
+        head[54..56].copy_from_slice(&(PROGRAM_HEADER as u16).to_le_bytes());
+        head[56..58].copy_from_slice(&(segments.len() as u16).to_le_bytes());
+        for &(flags, offset, size) in segments {
+            let mut header = [0; PROGRAM_HEADER];
+            header[0..4].copy_from_slice(&LOAD.to_le_bytes());
+            header[4..8].copy_from_slice(&flags.to_le_bytes());
+            header[8..16].copy_from_slice(&offset.to_le_bytes());
+            header[32..40].copy_from_slice(&size.to_le_bytes());
+            head.extend(header);
+        }
+        head
+    }
+
+    #[test]
+    fn tables_and_data_are_loaded_and_code_is_not() {
+        let (read, code, write) = (4, 5, 6);
+        let head = library(&[
+            (read, 0, 800_000),
+            (code, 800_000, 9_000_000),
+            (read, 9_800_000, 1_000_000),
+            (read, 10_800_000, 1000),
+            (write, 11_000_000, 700_000),
+        ]);
+        assert_eq!(
+            loaded_first(&head),
+            [
+                0..HEAD,
+                0..800_000,
+                10_800_000 - CONSTANTS_END..10_800_000,
+                10_800_000..10_801_000,
+                11_000_000..11_700_000,
+            ]
+        );
+        // Cut in the middle of the table: what is there counts.
+        assert_eq!(loaded_first(&head[..HEADER + 60]), [0..HEAD, 0..800_000]);
+        assert!(loaded_first(b"#!/bin/sh\n").is_empty());
+        assert!(loaded_first(&head[..40]).is_empty());
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_the_file_says(
+            segments in prop::collection::vec((any::<u32>(), any::<u64>(), any::<u64>()), 0..80),
+            table in any::<u64>(),
+        ) {
+            let mut head = library(&segments);
+            prop_assert!(loaded_first(&head).len() <= SEGMENTS + 1);
+            head[32..40].copy_from_slice(&table.to_le_bytes());
+            loaded_first(&head);
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! What a layer fetches that nobody has asked for yet, because of what was read.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use sluice_layer::Unit;
+
+use super::elf;
+use super::inflight::Claim;
+use super::layer::LazyLayer;
+use super::readahead::Budget;
+use super::relatives::{Allowance, State, relatives};
+use crate::layer_dir::ChunkId;
+
+/// Bounds of what is fetched around a read: less saves nothing, since a request
+/// costs as much; more delays what is read next by too much when it is wrong.
+const AROUND: (u64, u64) = (32 << 10, 2 << 20);
+
+impl LazyLayer {
+    /// Adds to `claims` what may be wanted after them and can share their
+    /// request, and returns what cannot.
+    pub(super) fn guess(
+        &self,
+        first: ChunkId,
+        last: ChunkId,
+        asked: &BTreeSet<Unit>,
+        claims: &mut Vec<Claim>,
+    ) -> Vec<Claim> {
+        let Some(budget) = self.budget() else {
+            return Vec::new();
+        };
+        let guess = self
+            .read_ahead
+            .missed(self.dir.chunks(), (first, last), &budget, |chunk| {
+                self.is_missing(chunk)
+            });
+        claims.extend(self.claim_chunks(&guess.ahead, asked));
+        self.claim_chunks(&guess.before, asked)
+    }
+
+    /// How much may be guessed; none where read-ahead is off.
+    fn budget(&self) -> Option<Budget> {
+        let longest = self.engine.config().read_ahead;
+        let around = self.link.around().clamp(AROUND.0, AROUND.1);
+        (longest > 0).then(|| Budget {
+            around: around.min(longest),
+            sequential: self.link.window().max(around).min(longest),
+            piece: self.link.piece(),
+            credit: self.reads.credit(),
+        })
+    }
+
+    /// The file that begins with `first` is read: others are likely to be.
+    pub(super) fn fetch_relatives(self: &Arc<Self>, first: ChunkId) {
+        let (Some(budget), Some(kin)) = (self.budget(), self.dir.chunks().kin(first)) else {
+            return;
+        };
+        let allowance = Allowance {
+            family: budget.around,
+            namesakes: self.reads.again(kin),
+            credit: budget.credit,
+        };
+        let chunks = relatives(self.dir.chunks(), first, allowance, |chunk| {
+            match self.reads.contains(chunk) {
+                true => State::Read,
+                false if self.is_missing(chunk) => State::Missing,
+                false => State::Unread,
+            }
+        });
+        self.fetch_guessed(&chunks);
+    }
+
+    /// A chunk has come that somebody waits for, or that was guessed: what it
+    /// says of its file may tell what is read next.
+    pub(super) fn look_into(&self, chunk: ChunkId, content: &[u8], awaited: bool) {
+        let table = self.dir.chunks();
+        if table.kin(chunk).is_none() || !(awaited || self.reads.is_guessed(chunk)) {
+            return;
+        }
+        let ranges = elf::loaded_first(content);
+        let record = table.get(chunk);
+        if ranges.is_empty() || self.reads.is_planned(chunk, &record) {
+            return;
+        }
+        let (Some(budget), Some(me)) = (self.budget(), self.me.upgrade()) else {
+            return;
+        };
+        let end = table.get(*table.file_of(chunk).end()).data_end();
+        let place = |at: u64| record.data_offset.saturating_add(at).min(end);
+        let chunks: BTreeSet<ChunkId> = ranges
+            .iter()
+            .map(|range| (place(range.start), place(range.end)))
+            .flat_map(|(from, to)| table.overlapping(from, to.saturating_sub(from)))
+            .filter(|&chunk| self.is_missing(chunk))
+            .collect();
+        let mut credit = budget.credit;
+        let affordable = chunks.into_iter().take_while(|&chunk| {
+            let left = credit.checked_sub(u64::from(table.get(chunk).size));
+            credit = left.unwrap_or(0);
+            left.is_some()
+        });
+        me.fetch_guessed(&affordable.collect::<Vec<_>>());
+    }
+
+    fn fetch_guessed(self: &Arc<Self>, chunks: &[ChunkId]) {
+        if !chunks.is_empty() {
+            let claims = self.claim_chunks(chunks, &BTreeSet::new());
+            self.start_over(claims, self.link.parallel_gap(), |_| false);
+        }
+    }
+
+    /// Whether a chunk is neither here nor on its way.
+    fn is_missing(&self, chunk: ChunkId) -> bool {
+        let unit = self.dir.chunks().get(chunk).unit;
+        !self.dir.present().contains(chunk) && !self.in_flight.contains(unit)
+    }
+
+    pub(super) fn claim_chunks(&self, chunks: &[ChunkId], except: &BTreeSet<Unit>) -> Vec<Claim> {
+        let records = chunks.iter().map(|&chunk| {
+            let record = self.dir.chunks().get(chunk);
+            self.reads.guess(chunk, &record);
+            record.unit
+        });
+        let units: BTreeSet<Unit> = records.filter(|unit| !except.contains(unit)).collect();
+        units
+            .into_iter()
+            .filter_map(|unit| self.claim(unit))
+            .collect()
+    }
+
+    /// A reader has read present bytes: what is read for the first time may
+    /// call for more.
+    pub(super) fn note_read(&self, offset: u64, len: u64) {
+        let table = self.dir.chunks();
+        for chunk in table.overlapping(offset, len) {
+            if self.reads.contains(chunk) {
+                continue;
+            }
+            let Some(hit) = self.reads.read(chunk, &table.get(chunk)) else {
+                continue;
+            };
+            let (Some(budget), Some(me)) = (self.budget(), self.me.upgrade()) else {
+                continue;
+            };
+            let missing = |chunk| self.is_missing(chunk);
+            let further = self.read_ahead.read(table, chunk, hit, &budget, missing);
+            if !further.is_empty() {
+                me.start(self.claim_chunks(&further, &BTreeSet::new()), |_| false);
+            }
+            if hit && table.kin(chunk).is_some() {
+                me.fetch_relatives(chunk);
+            }
+        }
+    }
+}
