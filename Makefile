@@ -50,6 +50,10 @@ bench: demo ## The demo and the benchmarks of benches/
 bench-cold-start: build ## Cold starts of eight programs; ARGS="--workloads java --mbit 100 --rounds 1"
 	cargo run --release --locked -p sluice-benches --bin cold_start -- $(ARGS)
 
+.PHONY: bench-fetching
+bench-fetching: build ## Streams, downloads, many starts at once, recording; ARGS="stream --rounds 1"
+	cargo run --release --locked -p sluice-benches --bin fetching -- $(ARGS) > target/fetching.json
+
 .PHONY: clean
 clean: ## Removes everything built, cached images included
 	cargo clean

@@ -29,6 +29,12 @@ pub struct Start {
     pub bytes: u64,
 }
 
+/// The median of at least one value; the upper one of two.
+pub fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
 /// Runs a command to its end. Returns what `at` says when it writes its first
 /// byte, or ends without one; whether it wrote any; and how it ended.
 pub fn at_first_output<T>(

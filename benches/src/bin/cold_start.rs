@@ -6,25 +6,32 @@
 //! JSON and pictures to `target/cold-start`.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Parser;
 use serde::Serialize;
-use sluice_benches::rig::chart::{Bar, Group, comparison, waterfall};
-use sluice_benches::rig::limit::{Need, needed_bytes};
+use sluice_benches::median;
+use sluice_benches::rig::chart::{Bar, Group, Waterfall, comparison, waterfall};
+use sluice_benches::rig::limit::{Need, Tables};
 use sluice_benches::rig::link::Shape;
-use sluice_benches::rig::node::{Node, PLAIN, PROFILED, Start, UNSHAPED};
+use sluice_benches::rig::node::{Node, SLUICE, Start, UNSHAPED};
+use sluice_benches::rig::reads::{Read, reads, seconds_waited};
 use sluice_benches::rig::workloads::{ALL, Way, Workload};
 use sluice_layer::Profile;
 use sluice_tests::command::run;
 use sluice_tests::{image, programs};
 
 /// Cold starts.
+///
+/// All of it, at two bandwidths and three round trips, is 972 starts and takes
+/// about four hours; --mbit 100 --round-trip-ms 20 --rounds 1 takes 25 minutes.
+/// The images are made once, in ten minutes, and kept.
 #[derive(Debug, Parser)]
 struct Arguments {
-    /// Programs, by name; all if not given: true, python, scientific, node,
-    /// java, gcc, postgresql, model
+    /// Programs, by name; all if not given: true, python, scientific, misfit
+    /// (/bin/true where the profile is scientific's), node, java, gcc,
+    /// postgresql, model
     #[arg(long, value_delimiter = ',')]
     workloads: Vec<String>,
     /// Ways to start, by name; all if not given: ordinary, lazy, recorded,
@@ -59,12 +66,34 @@ struct Figure {
     shape: Shape,
     /// Seconds that no start can be faster.
     limit: f64,
+    /// What the limit is made of: bytes that have to be fetched, and seconds
+    /// when everything is on the node.
+    needed_bytes: u64,
+    local: f64,
     /// Seconds to ready over the limit.
     ratio: f64,
+    /// Seconds to ready over those of the lazy start without a profile.
+    of_lazy: Option<f64>,
     /// Shortest and longest of the rounds, in seconds.
     range: (f64, f64),
+    /// Seconds until ready in which at least one reader's bytes were missing,
+    /// as far as ranges of the layers brought them.
+    waited: Option<f64>,
     #[serde(flatten)]
     start: Start,
+}
+
+/// A workload with its images, and what it needs.
+struct Prepared {
+    workload: Workload,
+    ordinary: String,
+    lazy: String,
+    built_in: Option<String>,
+    /// In the node's registry, for each of the above that is lazy.
+    tables: Tables,
+    built_in_tables: Option<Tables>,
+    need: Need,
+    profile: PathBuf,
 }
 
 fn main() -> Result<()> {
@@ -92,20 +121,19 @@ fn main() -> Result<()> {
     rig.draw(&workloads, &figures)
 }
 
+/// Those that were named, in their own order: what comes later may leave
+/// something in the registry that comes earlier must not find.
 fn chosen<T: Copy>(names: &[String], all: &[T], name: impl Fn(&T) -> &str) -> Result<Vec<T>> {
-    if names.is_empty() {
-        return Ok(all.to_vec());
+    let known: Vec<&str> = all.iter().map(&name).collect();
+    for wanted in names {
+        ensure!(
+            known.contains(&wanted.as_str()),
+            "'{wanted}' is none of {}",
+            known.join(", ")
+        );
     }
-    names
-        .iter()
-        .map(|wanted| {
-            let found = all.iter().find(|one| name(one) == wanted);
-            let known: Vec<&str> = all.iter().map(&name).collect();
-            found
-                .copied()
-                .with_context(|| format!("'{wanted}' is none of {}", known.join(", ")))
-        })
-        .collect()
+    let is_chosen = |one: &&T| names.is_empty() || names.iter().any(|n| n == name(one));
+    Ok(all.iter().filter(is_chosen).copied().collect())
 }
 
 struct Rig<'a> {
@@ -121,37 +149,23 @@ impl Rig<'_> {
         ways: &[Way],
         figures: &mut Vec<Figure>,
     ) -> Result<()> {
-        let image = workload.make_image()?;
-        let (ordinary, lazy) = (
-            format!("{}:ordinary", workload.image),
-            format!("{}:lazy", workload.name),
-        );
-        let registry = &self.node.registry;
-        registry.push(image.layout(), image::TAG, &ordinary)?;
-        self.convert(&image.source(), &lazy, &[])?;
-        let need = self.need(workload, &ordinary, &lazy)?;
+        let prepared = self.prepare(workload, ways.contains(&Way::BuiltIn))?;
         eprintln!(
             "{}: needs {:.1} MB, {:.2} s when local",
             workload.name,
-            need.bytes as f64 / 1e6,
-            need.local
+            prepared.need.bytes as f64 / 1e6,
+            prepared.need.local
         );
         for &way in ways {
-            let (name, snapshotter) = match way {
-                Way::Ordinary => (&ordinary, "overlayfs"),
-                Way::Lazy => (&lazy, PLAIN),
-                Way::BuiltIn => (&self.built_in(workload, &image)?, PLAIN),
-                Way::Recorded | Way::Attached | Way::WithData => (&lazy, PROFILED),
-            };
-            self.prepare(way, &lazy, &self.profile_file(workload))?;
+            self.attach(way, &prepared)?;
             for &mbit in &self.arguments.mbit {
                 for &round_trip_ms in &self.arguments.round_trip_ms {
                     let shape = Shape {
                         mbit,
                         round_trip_ms,
                     };
-                    let starts = self.starts(name, snapshotter, workload, shape)?;
-                    let figure = self.figure(workload, way, shape, &need, starts)?;
+                    let starts = self.starts(&prepared, way, shape)?;
+                    let figure = self.figure(&prepared, way, shape, starts, figures)?;
                     eprintln!("{}", line(&figure));
                     figures.push(figure);
                     // Whatever stops it later, this is kept.
@@ -162,37 +176,129 @@ impl Rig<'_> {
         self.node.forget()
     }
 
+    /// Makes the images and the profile, and finds out what a start needs at
+    /// least: it is recorded once, and run with everything on the node.
+    fn prepare(&self, workload: &Workload, built_in: bool) -> Result<Prepared> {
+        let image = workload.make_image()?;
+        let (ordinary, lazy) = (
+            format!("{}:ordinary", workload.image),
+            format!("{}:lazy", workload.name),
+        );
+        let registry = &self.node.registry;
+        registry.push(image.layout(), image::TAG, &ordinary)?;
+        self.convert(&image.source(), &lazy, &[])?;
+        let tables = Tables::read(registry, &lazy)?;
+        let record = |program, name| -> Result<(PathBuf, Profile)> {
+            let file = self.out.join(format!("{}.{name}.json", workload.name));
+            self.node.forget()?;
+            self.node.record(&lazy, program, &file)?;
+            let recorded = Profile::parse(&fs::read(&file)?)?;
+            Ok((file, recorded))
+        };
+        let (mut profile, own) = record(workload.program, "profile")?;
+        if let Some(other) = workload.profiled {
+            profile = record(other, "other-profile")?.0;
+        }
+        let built_in = built_in.then(|| format!("{}:built-in", workload.name));
+        let mut built_in_tables = None;
+        if let Some(name) = &built_in {
+            let file = profile.display().to_string();
+            self.convert(&image.source(), name, &["--profile", &file])?;
+            built_in_tables = Some(Tables::read(registry, name)?);
+        }
+        Ok(Prepared {
+            need: Need {
+                bytes: tables.needed_bytes(&own)?,
+                local: self.local(&ordinary, workload.program)?,
+            },
+            workload: *workload,
+            ordinary,
+            lazy,
+            built_in,
+            tables,
+            built_in_tables,
+            profile,
+        })
+    }
+
+    /// Seconds that a program takes when everything is on the node.
+    fn local(&self, ordinary: &str, program: &[&str]) -> Result<f64> {
+        self.node.forget()?;
+        self.node
+            .pull_and_start(ordinary, "overlayfs", program, UNSHAPED)?;
+        let mut local = Vec::new();
+        for _ in 0..self.arguments.rounds.max(3) {
+            local.push(self.node.start_again(ordinary, "overlayfs", program)?);
+        }
+        Ok(median(&mut local))
+    }
+
+    /// Puts the profile into the registry, where this way looks for it there.
+    fn attach(&mut self, way: Way, prepared: &Prepared) -> Result<()> {
+        if !matches!(way, Way::Attached | Way::WithData) {
+            return Ok(());
+        }
+        let mut push = programs::sluice_command()?;
+        push.args(["profile", "push", "--plain-http", "--profile"])
+            .arg(&prepared.profile);
+        if way == Way::WithData {
+            push.arg("--with-data");
+        }
+        run(push.arg(self.node.registry.reference(&prepared.lazy)))?;
+        // What is there would have to be made durable first.
+        self.node.forget()?;
+        self.node.restart(SLUICE)
+    }
+
+    /// Starts of one kind, each with what it read.
     fn starts(
         &self,
-        image: &str,
-        snapshotter: &str,
-        workload: &Workload,
+        prepared: &Prepared,
+        way: Way,
         shape: Shape,
-    ) -> Result<Vec<Start>> {
-        (0..self.arguments.rounds)
-            .map(|_| {
-                self.node.forget()?;
-                self.node
-                    .pull_and_start(image, snapshotter, workload.program, shape)
-            })
-            .collect()
+    ) -> Result<Vec<(Start, Vec<Read>)>> {
+        let program = prepared.workload.program;
+        let (image, tables, snapshotter) = match way {
+            Way::Ordinary => (&prepared.ordinary, None, "overlayfs"),
+            Way::BuiltIn => {
+                let name = prepared.built_in.as_ref();
+                let name = name.context("the image was not built")?;
+                (name, prepared.built_in_tables.as_ref(), SLUICE)
+            }
+            _ => (&prepared.lazy, Some(&prepared.tables), SLUICE),
+        };
+        let start = || -> Result<(Start, Vec<Read>)> {
+            self.node.forget()?;
+            let known = (way == Way::Recorded).then_some(prepared.profile.as_path());
+            self.node.set_profile(image, known)?;
+            let start = self
+                .node
+                .pull_and_start(image, snapshotter, program, shape)?;
+            let (Some(tables), Some(recording)) = (tables, self.node.take_recording(image)?) else {
+                return Ok((start, Vec::new()));
+            };
+            let mut reads = reads(tables, &recording, start.prepared, &start.transfers)?;
+            // What comes after is not what the start waits for.
+            reads.retain(|read| read.at <= start.phases.ready);
+            Ok((start, reads))
+        };
+        (0..self.arguments.rounds).map(|_| start()).collect()
     }
 
     fn figure(
         &self,
-        workload: &Workload,
+        prepared: &Prepared,
         way: Way,
         shape: Shape,
-        need: &Need,
-        mut starts: Vec<Start>,
+        mut starts: Vec<(Start, Vec<Read>)>,
+        former: &[Figure],
     ) -> Result<Figure> {
         ensure!(!starts.is_empty(), "--rounds 0 measures nothing");
-        starts.sort_by(|a, b| a.phases.ready.total_cmp(&b.phases.ready));
-        let range = (
-            starts[0].phases.ready,
-            starts[starts.len() - 1].phases.ready,
-        );
-        let start = starts.swap_remove(starts.len() / 2);
+        let ready = |(start, _): &(Start, Vec<Read>)| start.phases.ready;
+        starts.sort_by(|a, b| ready(a).total_cmp(&ready(b)));
+        let range = (ready(&starts[0]), ready(&starts[starts.len() - 1]));
+        let (start, reads) = starts.swap_remove(starts.len() / 2);
+        let workload = &prepared.workload;
         let name = format!(
             "{}-{}-{}mbit-{}ms",
             workload.name,
@@ -200,116 +306,39 @@ impl Rig<'_> {
             shape.mbit,
             shape.round_trip_ms
         );
-        let picture = waterfall(&name, &start.phases, &start.transfers);
+        let picture = waterfall(&Waterfall {
+            title: format!("{name}: {}", workload.about),
+            shape,
+            phases: start.phases,
+            transfers: &start.transfers,
+            reads: &reads,
+        });
         fs::write(self.out.join(format!("{name}.svg")), picture)?;
+        let need = prepared.need;
         let limit = need.limit(shape);
+        let lazy = former.iter().find(|other| {
+            (other.workload, other.way, other.shape) == (workload.name, Way::Lazy.name(), shape)
+        });
         Ok(Figure {
             workload: workload.name,
             way: way.name(),
             shape,
             limit,
+            needed_bytes: need.bytes,
+            local: need.local,
             ratio: start.phases.ready / limit,
+            of_lazy: lazy.map(|lazy| start.phases.ready / lazy.start.phases.ready),
             range,
+            waited: (!reads.is_empty()).then(|| seconds_waited(&reads)),
             start,
         })
     }
 
-    /// What the start needs at least: recorded once, and run once with
-    /// everything on the node.
-    fn need(&self, workload: &Workload, ordinary: &str, lazy: &str) -> Result<Need> {
-        let file = self.profile_file(workload);
-        self.node.link.reset(UNSHAPED);
-        let mut record = programs::sluice_command()?;
-        record
-            .args(["profile", "record", "--plain-http", "--output"])
-            .arg(&file)
-            .args(["--snapshotter", PROFILED, "--containerd"])
-            .arg(self.node.containerd.socket())
-            .args(["--namespace", self.node.containerd.namespace()])
-            .arg("--address")
-            .arg(self.socket()?)
-            .arg(self.node.reference(lazy))
-            .arg("--")
-            .args(workload.program);
-        run(&mut record)?;
-        let profile = Profile::parse(&fs::read(&file)?)?;
-        let registry = &self.node.registry;
-        let manifest = registry.manifest(&registry.reference(lazy))?;
-        let layers: Vec<_> = manifest.layers.iter().map(|layer| layer.digest).collect();
-        self.node.forget()?;
-        self.node
-            .pull_and_start(ordinary, "overlayfs", workload.program, UNSHAPED)?;
-        let mut local = Vec::new();
-        for _ in 0..self.arguments.rounds.max(3) {
-            let again = self
-                .node
-                .start_again(ordinary, "overlayfs", workload.program);
-            local.push(again?);
-        }
-        local.sort_by(f64::total_cmp);
-        Ok(Need {
-            bytes: needed_bytes(registry, &layers, &profile)?,
-            local: local[local.len() / 2],
-        })
-    }
-
-    fn profile_file(&self, workload: &Workload) -> PathBuf {
-        self.out.join(format!("{}.profile.json", workload.name))
-    }
-
-    fn socket(&self) -> Result<PathBuf> {
-        let daemon = self.node.daemon(PROFILED);
-        Ok(daemon.context("no daemon uses profiles")?.socket())
-    }
-
-    /// Puts the profile where this way looks for it, and nowhere else.
-    fn prepare(&mut self, way: Way, lazy: &str, profile: &Path) -> Result<()> {
-        let node_reference = self.node.reference(lazy);
-        let address = self.socket()?;
-        let on_node = |arguments: &[&str]| -> Result<()> {
-            let mut command = programs::sluice_command()?;
-            command.args(["profile", arguments[0], &node_reference]);
-            command.args(&arguments[1..]).arg("--address").arg(&address);
-            sluice_tests::command::attempt(&mut command)?;
-            Ok(())
-        };
-        on_node(&["clear"])?;
-        let file = profile.display().to_string();
-        match way {
-            Way::Ordinary | Way::Lazy | Way::BuiltIn => return Ok(()),
-            Way::Recorded => on_node(&["import", &file])?,
-            Way::Attached | Way::WithData => {
-                let mut push = programs::sluice_command()?;
-                push.args(["profile", "push", "--plain-http", "--profile", &file]);
-                if way == Way::WithData {
-                    push.arg("--with-data");
-                }
-                run(push.arg(self.node.registry.reference(lazy)))?;
-            }
-        }
-        self.node.restart()
-    }
-
     fn convert(&self, source: &str, name: &str, more: &[&str]) -> Result<()> {
-        run(programs::sluice_command()?
-            .args([
-                "convert",
-                "--plain-http",
-                "--format",
-                &self.arguments.format,
-            ])
-            .args(&self.arguments.convert)
-            .args(more)
-            .arg(source)
-            .arg(self.node.registry.reference(name)))?;
-        Ok(())
-    }
-
-    fn built_in(&self, workload: &Workload, image: &image::Image) -> Result<String> {
-        let name = format!("{}:built-in", workload.name);
-        let file = self.profile_file(workload).display().to_string();
-        self.convert(&image.source(), &name, &["--profile", &file])?;
-        Ok(name)
+        let more = more.iter().map(|&argument| argument.to_owned());
+        let more: Vec<String> = self.arguments.convert.iter().cloned().chain(more).collect();
+        let format = &self.arguments.format;
+        self.node.convert(source, name, format, &more)
     }
 
     fn save(&self, figures: &[Figure]) -> Result<()> {
@@ -367,9 +396,11 @@ fn bar(figure: &Figure) -> Bar {
 
 fn line(figure: &Figure) -> String {
     let start = &figure.start;
+    let of_lazy = figure.of_lazy.map(|of| format!(", {of:.2} of lazy"));
+    let waited = figure.waited.map(|s| format!(", {s:.2} s waited"));
     format!(
         "{:<11} {:<9} {:>4} Mbit/s {:>3} ms: pull {:>6.2}  mount {:>6.2}  first instruction {:>6.2}  \
-         ready {:>6.2} s ({:.2}-{:.2}), {:.2} of {:.2} s; {:>6.1} MB, {:>4} requests; \
+         ready {:>6.2} s ({:.2}-{:.2}), {:.2} of {:.2} s{}{}; {:>6.1} MB, {:>4} requests; \
          daemon {:.2} s, {:.0} MiB",
         figure.workload,
         figure.way,
@@ -383,6 +414,8 @@ fn line(figure: &Figure) -> String {
         figure.range.1,
         figure.ratio,
         figure.limit,
+        of_lazy.unwrap_or_default(),
+        waited.unwrap_or_default(),
         start.bytes as f64 / 1e6,
         start.requests,
         start.daemon_cpu,

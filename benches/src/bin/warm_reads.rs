@@ -18,6 +18,7 @@ use anyhow::{Context as _, Result, ensure};
 use clap::Parser;
 use futures_util::future::BoxFuture;
 use serde_json::{Value, json};
+use sluice_benches::median;
 use sluice_layer::{Format, Limits, NodeId, NodeKind, Toc, read_toc_json};
 use sluice_oci::Digest;
 use sluice_snapshotter::erofs::{Image, XattrNamespace, write_image};
@@ -391,11 +392,6 @@ fn pattern(seed: u64, size: usize) -> Vec<u8> {
     }
     bytes.truncate(size);
     bytes
-}
-
-fn median(values: &mut [f64]) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }
 
 fn report(arguments: &Arguments, rounds: &BTreeMap<(Mode, &str), Vec<f64>>) {

@@ -2,8 +2,9 @@
 
 use std::fmt::Write as _;
 
-use super::link::Transfer;
+use super::link::{Shape, Transfer};
 use super::node::Phases;
+use super::reads::Read;
 
 const FONT: &str = "font-family='sans-serif' font-size='11'";
 
@@ -125,72 +126,138 @@ pub fn comparison(title: &str, groups: &[Group]) -> String {
     page(1060.0, y, &body)
 }
 
-/// One start: what was asked for when, when it came, and what was done when.
-pub fn waterfall(title: &str, phases: &Phases, transfers: &[Transfer]) -> String {
+/// One start.
+pub struct Waterfall<'a> {
+    /// Above it.
+    pub title: String,
+    /// The link that it came over.
+    pub shape: Shape,
+    /// When what was done.
+    pub phases: Phases,
+    /// What was asked for and when it came.
+    pub transfers: &'a [Transfer],
+    /// What was read when; empty where that was not recorded.
+    pub reads: &'a [Read],
+}
+
+const ARRIVING: &str = "#20639b";
+const ASKED: &str = "#c6d8e8";
+const READ: &str = "#333";
+const WAITED: &str = "#d7263d";
+/// Columns over which the link's use is averaged.
+const COLUMNS: usize = 200;
+
+/// What was asked for when, when it came, how busy the link was, what was read
+/// when and how long that was waited for.
+pub fn waterfall(start: &Waterfall<'_>) -> String {
     const LEFT: f64 = 330.0;
     const WIDTH: f64 = 800.0;
+    const STRIP: f64 = 26.0;
+    let Waterfall {
+        phases, transfers, ..
+    } = start;
     let row = (1400.0 / transfers.len().max(1) as f64).clamp(3.0, 14.0);
     let last = transfers.iter().map(|transfer| transfer.last);
-    let scale = WIDTH / last.fold(phases.ready, f64::max).max(1e-3);
+    let end = last.fold(phases.ready, f64::max).max(1e-3);
+    let at = |seconds: f64| LEFT + seconds * WIDTH / end;
     let mut body = String::new();
-    words(&mut body, 10.0, 20.0, title, "font-weight='bold'");
-    words(
-        &mut body,
-        10.0,
-        36.0,
-        "light: asked and waited for; dark: arriving; each row is a request",
-        "",
-    );
-    let top = 62.0;
+    words(&mut body, 10.0, 20.0, &start.title, "font-weight='bold'");
+    let mut x = 10.0;
+    for (name, colour) in [
+        ("each row is a request: waited for", ASKED),
+        ("arriving", ARRIVING),
+        ("a chunk was first read", READ),
+        ("its reader waited", WAITED),
+    ] {
+        rectangle(&mut body, x, 29.0, 10.0, 10.0, colour);
+        words(&mut body, x + 14.0, 38.0, name, "");
+        x += 34.0 + 6.0 * name.len() as f64;
+    }
+    let strips = 92.0;
+    let top = strips + 2.0 * STRIP + 8.0;
     let bottom = top + row * transfers.len() as f64;
-    for (end, (name, colour)) in [
-        (phases.pulled, ("pulled", PARTS[0].1)),
-        (phases.mounted, ("mounted", PARTS[1].1)),
-        (phases.started, ("first instruction", PARTS[2].1)),
-        (phases.ready, ("ready", PARTS[3].1)),
+
+    words(&mut body, 10.0, strips + 16.0, "use of the link", "");
+    let column = end / COLUMNS as f64;
+    for (index, part) in link_use(transfers, start.shape, end).iter().enumerate() {
+        let height = (STRIP - 4.0) * part;
+        let y = strips + STRIP - 4.0 - height;
+        let x = at(index as f64 * column);
+        rectangle(&mut body, x, y, WIDTH / COLUMNS as f64, height, ARRIVING);
+    }
+    if !start.reads.is_empty() {
+        let y = strips + STRIP;
+        words(&mut body, 10.0, y + 16.0, "reads, and waiting for them", "");
+        for read in start.reads {
+            let wait = at(read.at + read.waited()) - at(read.at);
+            if wait > 0.5 {
+                rectangle(&mut body, at(read.at), y + 11.0, wait, 10.0, WAITED);
+            }
+            rectangle(&mut body, at(read.at), y, 0.5, 10.0, READ);
+        }
+    }
+
+    // Each on a line of its own: they may be close together.
+    for (number, (end, name)) in [
+        (phases.pulled, "pulled"),
+        (phases.mounted, "mounted"),
+        (phases.started, "first instruction"),
+        (phases.ready, "ready"),
     ]
     .into_iter()
+    .enumerate()
     {
-        let x = LEFT + end * scale;
-        line(&mut body, x, (top - 4.0, bottom), colour);
-        let level = match name {
-            "pulled" | "first instruction" => 46.0,
-            _ => 57.0,
-        };
-        words(
-            &mut body,
-            x - 4.0,
-            level,
-            &format!("{name} {end:.2} s"),
-            "text-anchor='end'",
-        );
+        line(&mut body, at(end), (strips - 4.0, bottom), PARTS[number].1);
+        let text = format!("{name} {end:.2} s");
+        let level = 54.0 + 10.0 * number as f64;
+        words(&mut body, at(end) - 4.0, level, &text, "text-anchor='end'");
     }
+    let height = row - 1.0;
     for (number, transfer) in transfers.iter().enumerate() {
         let y = top + row * number as f64;
         let first = transfer.first.unwrap_or(transfer.last);
-        let at = |seconds: f64| LEFT + seconds * scale;
-        let height = row - 1.0;
-        rectangle(
-            &mut body,
-            at(transfer.sent),
-            y,
-            (first - transfer.sent) * scale,
-            height,
-            "#c6d8e8",
-        );
-        rectangle(
-            &mut body,
-            at(first),
-            y,
-            (transfer.last - first) * scale,
-            height,
-            "#20639b",
-        );
+        let mut bar = |from: f64, to: f64, colour| {
+            rectangle(&mut body, at(from), y, at(to) - at(from), height, colour);
+        };
+        bar(transfer.sent, first, ASKED);
+        bar(first, transfer.last, ARRIVING);
         if row >= 9.0 {
             words(&mut body, 10.0, y + row - 2.0, &label(transfer), "");
         }
     }
+    for read in start.reads {
+        let Some((number, _)) = read.brought else {
+            continue;
+        };
+        let y = top + row * number as f64;
+        let wait = at(read.at + read.waited()) - at(read.at);
+        if wait > 0.5 {
+            rectangle(&mut body, at(read.at), y + height / 3.0, wait, 1.0, WAITED);
+        }
+        rectangle(&mut body, at(read.at), y, 0.7, height, READ);
+    }
     page(LEFT + WIDTH + 30.0, bottom + 20.0, &body)
+}
+
+/// Which part of the bandwidth was used, column by column of the time until
+/// `end`. Each answer is taken to have come evenly.
+fn link_use(transfers: &[Transfer], shape: Shape, end: f64) -> Vec<f64> {
+    let column = end / COLUMNS as f64;
+    let mut used = vec![0.0; COLUMNS];
+    for transfer in transfers {
+        let Some(first) = transfer.first else {
+            continue;
+        };
+        // What came at once came within a column.
+        let span = (transfer.last - first).max(column);
+        let rate = transfer.bytes as f64 / span / shape.bytes_per_second();
+        for (index, used) in used.iter_mut().enumerate() {
+            let from = (index as f64 * column).max(first);
+            let to = ((index + 1) as f64 * column).min(first + span);
+            *used += rate * ((to - from) / column).max(0.0);
+        }
+    }
+    used.iter().map(|used| used.min(1.0)).collect()
 }
 
 /// `GET …/blobs/1a2b3c4d 0-4095 (4.1 kB)`.
@@ -209,4 +276,40 @@ fn label(transfer: &Transfer) -> String {
         "{kind} {name} {range} ({:.1} kB)",
         transfer.bytes as f64 / 1e3
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_use_of_the_link_is_what_came_while_it_came() {
+        let shape = Shape {
+            mbit: 8,
+            round_trip_ms: 0,
+        };
+        let transfer = |first, last, bytes| Transfer {
+            connection: 0,
+            request: String::new(),
+            range: None,
+            sent: 0.0,
+            first,
+            last,
+            bytes,
+        };
+        let transfers = [
+            transfer(Some(0.0), 10.0, 5_000_000),
+            transfer(Some(5.0), 10.0, 1_250_000),
+            transfer(None, 3.0, 0),
+        ];
+        let used = link_use(&transfers, shape, 20.0);
+        let part = |seconds: usize| used[seconds * COLUMNS / 20];
+        assert!((part(1) - 0.5).abs() < 0.01, "{}", part(1));
+        assert!((part(7) - 0.75).abs() < 0.01, "{}", part(7));
+        assert_eq!(part(12), 0.0);
+        assert_eq!(
+            link_use(&[transfer(Some(1.0), 1.0, 1 << 30)], shape, 2.0)[110],
+            0.0
+        );
+    }
 }

@@ -17,7 +17,7 @@ use serde::Serialize;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
 /// What streams take turns with. Small beside what one sends in a round trip.
@@ -67,6 +67,23 @@ pub struct Transfer {
     pub bytes: u64,
 }
 
+impl Transfer {
+    /// First and last byte of the range asked for, where it names both.
+    pub fn span(&self) -> Option<(u64, u64)> {
+        let range = self.range.as_deref()?.strip_prefix("bytes=")?;
+        let (first, last) = range.split_once('-')?;
+        Some((first.parse().ok()?, last.parse().ok()?))
+    }
+
+    /// When its first `count` bytes had arrived, if they have: they are taken
+    /// to have come evenly.
+    pub fn arrival(&self, count: u64) -> Option<f64> {
+        let first = self.first.filter(|_| count <= self.bytes)?;
+        let part = count as f64 / self.bytes.max(1) as f64;
+        Some(first + (self.last - first) * part)
+    }
+}
+
 /// The link. It ends with the process.
 pub struct Link {
     address: SocketAddr,
@@ -80,6 +97,8 @@ struct Shared {
     free: tokio::sync::Mutex<Instant>,
     bytes: AtomicU64,
     log: Mutex<Log>,
+    /// Connections end when it changes.
+    resets: watch::Sender<u64>,
 }
 
 struct Log {
@@ -103,6 +122,7 @@ impl Link {
                 connections: 0,
                 transfers: Vec::new(),
             }),
+            resets: watch::Sender::new(0),
         });
         let accepting = Arc::clone(&shared);
         tokio::spawn(async move {
@@ -120,8 +140,10 @@ impl Link {
         self.address.to_string()
     }
 
-    /// Shapes it anew, forgets what was transferred and starts its clock.
+    /// Shapes it anew, forgets what was transferred, starts its clock and ends
+    /// all connections: those that a client has kept cost nothing any more.
     pub fn reset(&self, shape: Shape) {
+        self.shared.resets.send_modify(|resets| *resets += 1);
         *self.shared.shape.lock() = shape;
         self.shared.bytes.store(0, Ordering::Relaxed);
         *self.shared.log.lock() = Log {
@@ -144,6 +166,7 @@ impl Link {
 
 impl Shared {
     async fn connect(self: Arc<Self>, client: TcpStream) -> Result<()> {
+        let mut resets = self.resets.subscribe();
         let shape = *self.shape.lock();
         let opened = Instant::now();
         client.set_nodelay(true)?;
@@ -162,12 +185,19 @@ impl Shared {
         let established = opened + shape.one_way() * 2;
         let (up, up_line) = mpsc::channel(WINDOW);
         let (down, down_line) = mpsc::channel(WINDOW);
-        tokio::spawn(deliver(up_line, to_server));
-        tokio::spawn(deliver(down_line, to_client));
-        let answers = Arc::clone(&self);
-        tokio::spawn(async move { answers.answers(from_server, down, connection).await });
-        self.requests(from_client, up, connection, established)
-            .await;
+        // Each ends when what it reads from does.
+        let all = async {
+            tokio::join!(
+                self.requests(from_client, up, connection, established),
+                deliver(up_line, to_server),
+                self.answers(from_server, down, connection),
+                deliver(down_line, to_client),
+            )
+        };
+        tokio::select! {
+            _ = all => {}
+            _ = resets.changed() => {}
+        }
         Ok(())
     }
 

@@ -5,4 +5,5 @@ pub mod chart;
 pub mod limit;
 pub mod link;
 pub mod node;
+pub mod reads;
 pub mod workloads;

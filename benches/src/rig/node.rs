@@ -1,23 +1,26 @@
-//! The node under test: registry, link, containerd, and a daemon for each way
-//! of knowing what a workload will read.
+//! The node under test: registry, link, containerd, and a daemon or several.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::process::Command;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::Serialize;
-use sluice_tests::command::{run, text};
+use sluice_layer::Profile;
+use sluice_tests::command::{attempt, run};
 use sluice_tests::daemon::Options;
-use sluice_tests::{Containerd, Daemon, Process, Registry, Scratch};
+use sluice_tests::figures::{forget_peak, memory};
+use sluice_tests::{Containerd, Daemon, Process, Registry, Scratch, programs};
 
 use super::link::{Link, Shape, Transfer};
 use crate::at_first_output;
 
-/// Snapshotter of a daemon that knows no profiles.
-pub const PLAIN: &str = "sluice-plain";
-/// Snapshotter of a daemon that uses and records profiles.
-pub const PROFILED: &str = "sluice";
+/// Snapshotter of a daemon as it comes, but for the background download, which
+/// would be counted as the start's.
+pub const SLUICE: &str = "sluice";
+/// The configuration that has no such download.
+pub const NO_DOWNLOAD: &str = "[background]\nenabled = false\n";
 
 /// See the module.
 pub struct Node {
@@ -27,9 +30,9 @@ pub struct Node {
     pub registry: Registry,
     /// What pulls go through.
     pub link: Link,
-    plain: Daemon,
-    profiled: Daemon,
-    /// With both daemons.
+    /// By the names of their snapshotters.
+    daemons: Vec<(&'static str, Daemon)>,
+    /// With all daemons.
     pub containerd: Containerd,
     events: Process,
     _runtime: tokio::runtime::Runtime,
@@ -59,16 +62,27 @@ pub struct Start {
     pub requests: usize,
     /// Seconds of processor time that the daemon took.
     pub daemon_cpu: f64,
-    /// The daemon's resident memory at its highest, in KiB.
+    /// The daemon's resident memory at its highest since the pull began, in
+    /// KiB.
     pub daemon_peak_kib: u64,
+    /// When the container's snapshot was asked for; what is recorded counts
+    /// from there. 0 where no daemon was asked.
+    pub prepared: f64,
     /// What was asked for and when it came.
     #[serde(skip)]
     pub transfers: Vec<Transfer>,
 }
 
 impl Node {
-    /// Starts everything, with a link that is not shaped yet.
+    /// Starts everything, with a link that is not shaped yet and the one daemon
+    /// of [`SLUICE`].
     pub fn start() -> Result<Self> {
+        Self::start_with(&[(SLUICE, NO_DOWNLOAD)])
+    }
+
+    /// With daemons by the names of their snapshotters, each with lines of its
+    /// own in its configuration.
+    pub fn start_with(daemons: &[(&'static str, &str)]) -> Result<Self> {
         let scratch = Scratch::new()?;
         let namespace = sluice_tests::Link::new(&scratch)?;
         let registry = Registry::start_behind(&scratch, &namespace)?;
@@ -78,17 +92,16 @@ impl Node {
             .enable_all()
             .build()?;
         let link = runtime.block_on(Link::start(upstream, UNSHAPED))?;
-        let daemon = |more: &str| {
+        let start = |&(name, more): &(&'static str, &str)| {
             let options = Options {
-                more: format!("[background]\nenabled = false\n{more}"),
+                more: more.to_owned(),
                 ..Options::default()
             };
-            Daemon::start(&scratch, &options)
+            Ok((name, Daemon::start(&scratch, &options)?))
         };
-        let plain = daemon("[profiles]\nrecord = false\nattached = false\n")?;
-        let profiled = daemon("")?;
-        let containerd =
-            Containerd::start_with(&scratch, &[(PLAIN, &plain), (PROFILED, &profiled)])?;
+        let daemons: Vec<_> = daemons.iter().map(start).collect::<Result<_>>()?;
+        let snapshotters: Vec<_> = daemons.iter().map(|(name, d)| (*name, d)).collect();
+        let containerd = Containerd::start_with(&scratch, &snapshotters)?;
         let mut events = Command::new("ctr");
         events
             .arg("--address")
@@ -99,8 +112,7 @@ impl Node {
             scratch,
             registry,
             link,
-            plain,
-            profiled,
+            daemons,
             containerd,
             events,
             _runtime: runtime,
@@ -109,19 +121,89 @@ impl Node {
 
     /// The daemon behind a snapshotter's name.
     pub fn daemon(&self, snapshotter: &str) -> Option<&Daemon> {
-        match snapshotter {
-            PLAIN => Some(&self.plain),
-            PROFILED => Some(&self.profiled),
-            _ => None,
+        let mut all = self.daemons.iter();
+        Some(&all.find(|(name, _)| *name == snapshotter)?.1)
+    }
+
+    /// Has a daemon forget what it knows of profiles in the registry.
+    pub fn restart(&mut self, snapshotter: &str) -> Result<()> {
+        let mut all = self.daemons.iter_mut();
+        let found = all.find(|(name, _)| *name == snapshotter);
+        let daemon = &mut found.context("no such daemon")?.1;
+        daemon.stop()?;
+        daemon.start_again()?;
+        self.containerd.wait_for_snapshotter(snapshotter)
+    }
+
+    /// Puts a profile in the place of what the daemon of [`SLUICE`] knows of an
+    /// image, or has it know none.
+    pub fn set_profile(&self, image: &str, profile: Option<&Path>) -> Result<()> {
+        let reference = self.reference(image);
+        match profile {
+            Some(file) => run(self.profile_command("import")?.arg(reference).arg(file)),
+            // It may know none already.
+            None => attempt(self.profile_command("clear")?.arg(reference)),
+        }?;
+        Ok(())
+    }
+
+    /// What the start before read. Removes all images: with its layers ends
+    /// the recording.
+    pub fn take_recording(&self, image: &str) -> Result<Option<Profile>> {
+        self.set_profile(image, None)?;
+        self.forget()?;
+        let mut export = self.profile_command("export")?;
+        let exported = attempt(export.arg(self.reference(image)))?;
+        self.set_profile(image, None)?;
+        match exported.status.success() {
+            true => Ok(Some(Profile::parse(&exported.stdout)?)),
+            false => Ok(None),
         }
     }
 
-    /// Has the daemon that knows profiles forget what it knows of attached
-    /// ones.
-    pub fn restart(&mut self) -> Result<()> {
-        self.profiled.stop()?;
-        self.profiled.start_again()?;
-        self.containerd.wait_for_snapshotter(PROFILED)
+    /// `sluice profile <command>` towards the daemon of [`SLUICE`].
+    fn profile_command(&self, name: &str) -> Result<Command> {
+        let daemon = self.daemon(SLUICE).context("no daemon uses profiles")?;
+        let mut command = programs::sluice_command()?;
+        command
+            .args(["profile", name, "--address"])
+            .arg(daemon.socket());
+        Ok(command)
+    }
+
+    /// Converts an image into the registry.
+    pub fn convert(&self, source: &str, name: &str, format: &str, more: &[String]) -> Result<()> {
+        run(programs::sluice_command()?
+            .args(["convert", "--plain-http", "--format", format])
+            .args(more)
+            .arg(source)
+            .arg(self.registry.reference(name)))?;
+        Ok(())
+    }
+
+    /// Runs a program in an image to its end and writes down what it reads.
+    pub fn record(&self, image: &str, program: &[&str], to: &Path) -> Result<()> {
+        self.link.reset(UNSHAPED);
+        let mut record = self.record_command(SLUICE, image, to)?;
+        run(record.args(program))?;
+        Ok(())
+    }
+
+    /// The command that does, without the program.
+    pub fn record_command(&self, snapshotter: &str, image: &str, to: &Path) -> Result<Command> {
+        let daemon = self.daemon(snapshotter).context("no such daemon")?;
+        let mut record = programs::sluice_command()?;
+        record
+            .args(["profile", "record", "--plain-http", "--output"])
+            .arg(to)
+            .args(["--snapshotter", snapshotter, "--containerd"])
+            .arg(self.containerd.socket())
+            .args(["--namespace", self.containerd.namespace()])
+            .arg("--address")
+            .arg(daemon.socket())
+            .arg(self.reference(image))
+            .arg("--");
+        Ok(record)
     }
 
     /// A reference to an image of the registry, through the link.
@@ -156,27 +238,25 @@ impl Node {
         let daemon = self.daemon(snapshotter);
         // What was written before must not slow down what is measured.
         rustix::fs::sync();
-        let cpu = daemon.map_or(Ok(0.0), processor_seconds)?;
+        let process = daemon.map(serving).transpose()?;
+        process.map_or(Ok(()), forget_peak)?;
+        let cpu = process.map_or(Ok(0.0), processor_seconds)?;
         self.link.reset(shape);
         let clock = Clock::start()?;
         run(&mut pull)?;
         let pulled = clock.elapsed();
-        let (phases, bytes, transfers) = self.run(&reference, snapshotter, program, &clock)?;
-        Ok(Start {
-            phases: Phases { pulled, ..phases },
-            bytes,
-            requests: transfers.len(),
-            daemon_cpu: daemon.map_or(Ok(0.0), processor_seconds)? - cpu,
-            daemon_peak_kib: daemon.map_or(Ok(0), peak_kib)?,
-            transfers,
-        })
+        let mut start = self.run(&reference, snapshotter, program, &clock)?;
+        start.phases.pulled = pulled;
+        start.daemon_cpu = process.map_or(Ok(0.0), processor_seconds)? - cpu;
+        start.daemon_peak_kib = process.map_or(Ok(0), |id| memory(id, "VmHWM"))? >> 10;
+        Ok(start)
     }
 
     /// Starts a program in an image that is on the node.
     pub fn start_again(&self, image: &str, snapshotter: &str, program: &[&str]) -> Result<f64> {
         let clock = Clock::start()?;
-        let (phases, ..) = self.run(&self.reference(image), snapshotter, program, &clock)?;
-        Ok(phases.ready)
+        let start = self.run(&self.reference(image), snapshotter, program, &clock)?;
+        Ok(start.phases.ready)
     }
 
     fn run(
@@ -185,7 +265,7 @@ impl Node {
         snapshotter: &str,
         program: &[&str],
         clock: &Clock,
-    ) -> Result<(Phases, u64, Vec<Transfer>)> {
+    ) -> Result<Start> {
         let id = format!("start-{}", clock.since_epoch.as_nanos());
         let events = self.events.log().len();
         let mut command = self
@@ -213,13 +293,20 @@ impl Node {
             clock.position_of(line)
         };
         let (mounted, started) = (at("/tasks/create")?, at("/tasks/start")?);
-        let phases = Phases {
-            pulled: 0.0,
-            mounted,
-            started,
-            ready: ready.max(started),
-        };
-        Ok((phases, bytes, transfers))
+        Ok(Start {
+            phases: Phases {
+                pulled: 0.0,
+                mounted,
+                started,
+                ready: ready.max(started),
+            },
+            bytes,
+            requests: transfers.len(),
+            daemon_cpu: 0.0,
+            daemon_peak_kib: 0,
+            prepared: at("/snapshot/prepare")?,
+            transfers,
+        })
     }
 }
 
@@ -264,10 +351,13 @@ impl Clock {
     }
 }
 
-/// User and system time of the process that serves.
-fn processor_seconds(daemon: &Daemon) -> Result<f64> {
-    let pid = daemon.serving().context("the daemon does not serve")?;
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+fn serving(daemon: &Daemon) -> Result<u32> {
+    daemon.serving().context("the daemon does not serve")
+}
+
+/// User and system time of a process.
+pub fn processor_seconds(process: u32) -> Result<f64> {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat"))?;
     // After the name in parentheses: fields 14 and 15, in ticks of 10 ms.
     let fields: Vec<&str> = stat
         .rsplit_once(')')
@@ -277,11 +367,4 @@ fn processor_seconds(daemon: &Daemon) -> Result<f64> {
         .collect();
     let ticks: f64 = fields[11].parse::<f64>()? + fields[12].parse::<f64>()?;
     Ok(ticks / 100.0)
-}
-
-fn peak_kib(daemon: &Daemon) -> Result<u64> {
-    let pid = daemon.serving().context("the daemon does not serve")?;
-    let status = text(Command::new("grep").args(["VmHWM", &format!("/proc/{pid}/status")]))?;
-    let kib = status.split_whitespace().nth(1).context("no VmHWM")?;
-    Ok(kib.parse()?)
 }

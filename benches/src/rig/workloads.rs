@@ -15,6 +15,8 @@ pub struct Workload {
     make: fn() -> Result<Image>,
     /// What runs. It is ready with its first output, or else with its end.
     pub program: &'static [&'static str],
+    /// The program whose profile there is, where that is another one.
+    pub profiled: Option<&'static [&'static str]>,
 }
 
 impl Workload {
@@ -47,6 +49,14 @@ fn postgresql() -> Result<Image> {
     )
 }
 
+const TRUE: &[&str] = &["/bin/true"];
+
+const SCIENTIFIC: &[&str] = &[
+    "python3",
+    "-c",
+    "import pandas, sklearn.linear_model; print(1)",
+];
+
 const NODE: &str = "const http = require('http'); \
     const server = http.createServer((_, answer) => answer.end('hello')); \
     server.listen(0, '127.0.0.1', () => http.get(server.address(), answer => { \
@@ -64,6 +74,8 @@ const POSTGRESQL: &str = "cd / && pg=$(ls -d /usr/lib/postgresql/*) && v=${pg##*
     $pg/bin/psql -h /run/postgresql -Atc 'select 42' postgres 2>/dev/null; do sleep 0.02; done; \
     kill -INT $(head -1 /var/lib/postgresql/$v/main/postmaster.pid)";
 
+const MODEL: &str = "dd if=/model of=/dev/null bs=1M status=none && echo read";
+
 /// All of them.
 pub const ALL: &[Workload] = &[
     Workload {
@@ -71,7 +83,8 @@ pub const ALL: &[Workload] = &[
         about: "/bin/true",
         image: "base",
         make: image::base,
-        program: &["/bin/true"],
+        program: TRUE,
+        profiled: None,
     },
     Workload {
         name: "python",
@@ -79,17 +92,23 @@ pub const ALL: &[Workload] = &[
         image: "base",
         make: image::base,
         program: &["python3", "-c", "print(1)"],
+        profiled: None,
     },
     Workload {
         name: "scientific",
         about: "import pandas, sklearn.linear_model",
         image: "scientific",
         make: image::scientific,
-        program: &[
-            "python3",
-            "-c",
-            "import pandas, sklearn.linear_model; print(1)",
-        ],
+        program: SCIENTIFIC,
+        profiled: None,
+    },
+    Workload {
+        name: "misfit",
+        about: "/bin/true on the scientific image, profiled for the import",
+        image: "scientific",
+        make: image::scientific,
+        program: TRUE,
+        profiled: Some(SCIENTIFIC),
     },
     Workload {
         name: "node",
@@ -97,6 +116,7 @@ pub const ALL: &[Workload] = &[
         image: "node",
         make: node,
         program: &["nodejs", "-e", NODE],
+        profiled: None,
     },
     Workload {
         name: "java",
@@ -104,6 +124,7 @@ pub const ALL: &[Workload] = &[
         image: "java",
         make: java,
         program: &["java", "-cp", "/srv", "Hello"],
+        profiled: None,
     },
     Workload {
         name: "gcc",
@@ -111,6 +132,7 @@ pub const ALL: &[Workload] = &[
         image: "gcc",
         make: gcc,
         program: &["sh", "-c", GCC],
+        profiled: None,
     },
     Workload {
         name: "postgresql",
@@ -118,13 +140,15 @@ pub const ALL: &[Workload] = &[
         image: "postgresql",
         make: postgresql,
         program: &["sh", "-c", POSTGRESQL],
+        profiled: None,
     },
     Workload {
         name: "model",
         about: "one file of 1 GiB is read to its end",
         image: "model",
         make: image::model,
-        program: &["dd", "if=/model", "of=/dev/null", "bs=1M", "status=none"],
+        program: &["sh", "-c", MODEL],
+        profiled: None,
     },
 ];
 

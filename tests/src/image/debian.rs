@@ -104,6 +104,8 @@ pub fn scientific() -> Result<Image> {
 /// Where this machine gets its packages.
 pub(super) struct Source {
     uri: String,
+    /// Ubuntu keeps in `universe` much of what Debian has in `main`.
+    components: Vec<&'static str>,
     pub(super) codename: String,
 }
 
@@ -122,17 +124,22 @@ impl Source {
             "$(CODENAME) $(COMPONENT) $(REPO_URI)",
             "Created-By: Packages",
         ]))?;
-        let uri = targets
-            .lines()
-            .filter_map(|line| {
-                let mut words = line.split(' ');
-                let fits = words.next() == Some(&codename) && words.next() == Some("main");
-                words.next().filter(|_| fits)
-            })
+        let uris = |component: &str| {
+            let prefix = format!("{codename} {component} ");
+            targets
+                .lines()
+                .filter_map(move |line| Some(line.strip_prefix(&prefix)?.to_owned()))
+        };
+        let uri = uris("main")
             .next()
-            .with_context(|| format!("apt has no source for {codename} main; add one"))?
-            .to_owned();
-        Ok(Self { uri, codename })
+            .with_context(|| format!("apt has no source for {codename} main; add one"))?;
+        let has = |component: &&str| uris(component).any(|other| other == uri);
+        let components = ["main", "universe"].into_iter().filter(has).collect();
+        Ok(Self {
+            uri,
+            components,
+            codename,
+        })
     }
 
     /// The smallest distribution with Python and some more packages.
@@ -140,6 +147,7 @@ impl Source {
         let packages = [&["python3", "ca-certificates"], more].concat();
         let outcome = run(Command::new("debootstrap")
             .arg("--variant=minbase")
+            .arg(format!("--components={}", self.components.join(",")))
             .arg(format!("--include={}", packages.join(",")))
             .arg(&self.codename)
             .arg(root)

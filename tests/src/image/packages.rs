@@ -29,7 +29,12 @@ pub fn with_packages(name: &str, packages: &[&str], prepare: &str) -> Result<Ima
         let scratch = Scratch::new()?;
         let root = scratch.path().join("root");
         source.bootstrap(&root, packages)?;
-        run(Command::new("chroot")
+        // A JVM finds its libraries by /proc. In a namespace of its own, nothing
+        // is left mounted.
+        run(Command::new("unshare")
+            .args(["--mount", "--pid", "--fork"])
+            .arg(format!("--mount-proc={}", root.join("proc").display()))
+            .arg("chroot")
             .arg(&root)
             .args(["sh", "-ec", prepare]))?;
         let list = scratch.path().join("list");
