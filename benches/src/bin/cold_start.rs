@@ -25,8 +25,9 @@ use sluice_tests::{image, programs};
 /// Cold starts.
 ///
 /// All of it, at two bandwidths and three round trips, is 972 starts and takes
-/// about four hours; --mbit 100 --round-trip-ms 20 --rounds 1 takes 25 minutes.
-/// The images are made once, in ten minutes, and kept.
+/// about three hours; --mbit 100 --round-trip-ms 20 --rounds 1 takes half an
+/// hour, of which the model takes half. The images are made once, in ten
+/// minutes, and kept.
 #[derive(Debug, Parser)]
 struct Arguments {
     /// Programs, by name; all if not given: true, python, scientific, misfit
@@ -57,6 +58,10 @@ struct Arguments {
     #[arg(long)]
     images_only: bool,
 }
+
+/// Beyond so many bytes an artifact is compressed faster than it is by itself,
+/// or a GiB of noise would take many minutes.
+const LARGE: u64 = 256 << 20;
 
 /// The median start of one kind, and how it compares.
 #[derive(Debug, Serialize)]
@@ -243,6 +248,9 @@ impl Rig<'_> {
             .arg(&prepared.profile);
         if way == Way::WithData {
             push.arg("--with-data");
+            if prepared.need.bytes > LARGE {
+                push.args(["--level", "3"]);
+            }
         }
         run(push.arg(self.node.registry.reference(&prepared.lazy)))?;
         // What is there would have to be made durable first.

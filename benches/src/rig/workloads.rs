@@ -59,8 +59,9 @@ const SCIENTIFIC: &[&str] = &[
 
 const NODE: &str = "const http = require('http'); \
     const server = http.createServer((_, answer) => answer.end('hello')); \
-    server.listen(0, '127.0.0.1', () => http.get(server.address(), answer => { \
-    console.log(answer.statusCode); process.exit(0); }));";
+    server.listen(0, '127.0.0.1', () => http.get( \
+    { host: '127.0.0.1', port: server.address().port }, \
+    answer => { console.log(answer.statusCode); process.exit(0); }));";
 
 const GCC: &str = "cd /tmp && printf '#include <stdio.h>\\nint main(void) { puts(\"built\"); }\\n' \
     > a.c && gcc -O2 a.c -o a && ./a";

@@ -65,8 +65,9 @@ struct Followed {
     end: ChunkId,
     /// Compressed bytes fetched around one read, or ahead of a sequence.
     window: u64,
-    /// Steps from one chunk to the next.
+    /// Steps from one chunk to the next, and where the first began.
     sequence: u32,
+    from: ChunkId,
     /// At this chunk the window of a sequence grows.
     mark: ChunkId,
     /// Guesses that came true since the last miss.
@@ -147,6 +148,7 @@ impl Followed {
             end,
             window,
             sequence: 0,
+            from: first,
             mark: end,
             hits: 0,
             chunks,
@@ -169,10 +171,9 @@ impl Followed {
             self.sequence += 1;
             let rest = table.after(last).take_while(within);
             guess.ahead = match self.sequence {
-                // It earns its window by what it has read.
                 SEQUENCE.. => {
                     self.window = (self.window * 2).clamp(budget.around, budget.sequential);
-                    let credit = u64::MAX;
+                    let credit = self.credit(walk.credit, table, last);
                     let walk = walk.by_ref();
                     Walk { credit, ..walk }.up_to(rest, self.window)
                 }
@@ -180,6 +181,7 @@ impl Followed {
             };
         } else {
             self.sequence = 0;
+            self.from = first;
             let larger = self.window.saturating_mul(2);
             self.window = match self.hits {
                 0 => budget.around,
@@ -208,10 +210,12 @@ impl Followed {
         if chunk <= self.reader {
             return Vec::new();
         }
-        self.sequence = match near(table, self.reader, chunk) {
-            true => self.sequence + 1,
-            false => 0,
-        };
+        if near(table, self.reader, chunk) {
+            self.sequence += 1;
+        } else {
+            self.sequence = 0;
+            self.from = chunk;
+        }
         self.reader = chunk;
         if self.sequence < SEQUENCE || self.end >= *self.chunks.end() {
             return Vec::new();
@@ -230,7 +234,7 @@ impl Followed {
         }
         let walk = Walk {
             table,
-            credit: u64::MAX,
+            credit: self.credit(budget.credit, table, chunk),
             missing,
         };
         let file_end = *self.chunks.end();
@@ -245,6 +249,17 @@ impl Followed {
             self.end = last;
         }
         chunks
+    }
+
+    /// Uncompressed bytes that may turn out wrong: a sequence that has come to
+    /// `reader` earns as much as it has read, however little else may be
+    /// guessed.
+    fn credit(&self, common: u64, table: &ChunkTable, reader: ChunkId) -> u64 {
+        if self.sequence < SEQUENCE {
+            return common;
+        }
+        let start = table.get(self.from).data_offset;
+        common.max(table.get(reader).data_end().saturating_sub(start))
     }
 }
 

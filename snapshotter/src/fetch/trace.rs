@@ -12,9 +12,9 @@ use parking_lot::Mutex;
 use super::LazyLayer;
 use crate::layer_dir::ChunkId;
 
-/// Chunks noted of one layer at most. With the bits, a layer of 100,000
-/// chunks takes 210 KB while it is recorded.
-const MOST: usize = 12 << 10;
+/// Chunks noted of one layer at most: 1 GiB in pieces of 64 KiB. With the bits,
+/// a layer of 100,000 chunks takes 210 KB while it is recorded.
+const MOST: usize = 16 << 10;
 
 /// Notes which chunks of one layer are read.
 #[derive(Debug)]

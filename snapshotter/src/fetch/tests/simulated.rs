@@ -481,6 +481,26 @@ async fn a_file_read_here_and_there_is_fetched_in_growing_parts() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn regression_a_few_chunks_in_a_row_do_not_fetch_the_whole_file() {
+    let chunk = 64 << 10;
+    let world = World::new(20, &[one_file(500 * chunk, chunk)]);
+    // As page faults of a mapped library: some pages here and there use up
+    // what may be guessed, and then some in a row look like a sequence.
+    for place in (25..500).step_by(25) {
+        world.read(0, (place * chunk) as u64, 4096).await;
+    }
+    for place in (0..500).step_by(50) {
+        for step in 5..9 {
+            world.read(0, ((place + step) * chunk) as u64, 4096).await;
+        }
+    }
+    // The common guesses, and as much again as was read in a row.
+    let read = (19 + 40) * chunk as u64;
+    let limit = (read * 3 + (2 << 20)) * 11 / 10;
+    assert!(world.bytes() <= limit, "{} > {limit}", world.bytes());
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_download_gets_on_a_little_while_readers_wait() {
     let world = World::new(30, &[small_files(300)]);
     let reader = world.engine.demand();
