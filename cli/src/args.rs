@@ -64,6 +64,16 @@ pub(crate) enum FormatArg {
     ZstdChunked,
 }
 
+/// Where large files are cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ChunkingArg {
+    /// at multiples of the chunk size
+    Fixed,
+    /// where the content says so: what is inserted changes only the chunks around it, so that a
+    /// node that has one version of a large file fetches little of the next
+    Content,
+}
+
 /// Arguments of `sluice convert`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -90,10 +100,14 @@ pub(crate) struct Convert {
     /// given several times.
     #[arg(long, value_name = "PLATFORM", default_value = "all")]
     pub(crate) platform: Vec<String>,
-    /// Largest chunk in bytes, or with the suffix K or M. Smaller chunks mean less to fetch for
+    /// Largest chunk in bytes, or with the suffix K or M; with --chunking content the average, up
+    /// to 4M. Smaller chunks mean less to fetch for
     /// a small read and a larger image [default: 4M].
     #[arg(long, value_name = "N", value_parser = chunk_size)]
     pub(crate) chunk_size: Option<u64>,
+    /// Where files that are larger than a chunk are cut.
+    #[arg(long, value_enum, default_value = "fixed")]
+    pub(crate) chunking: ChunkingArg,
     /// Compression level: 1 to 12 for estargz, 1 to 22 for zstd-chunked [default: 5 and 3].
     #[arg(long, value_name = "N")]
     pub(crate) level: Option<i32>,
@@ -211,6 +225,7 @@ pub(crate) struct DaemonArgs {
 #[command(after_help = "\
 PRESENT is the part of the chunks that is on this node; HITS is the part of the reads that came to
 the daemon and found their bytes there. What the kernel answers from its own memory is in neither.
+FETCHED counts compressed bytes; REUSED, uncompressed, what other layers of this node had already.
 
 Examples:
   sluice status

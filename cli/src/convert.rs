@@ -10,10 +10,10 @@ use clap::CommandFactory as _;
 use clap::error::ErrorKind;
 use indicatif::HumanBytes;
 use sluice_converter::{Conversion, Platforms};
-use sluice_layer::write::Options;
+use sluice_layer::write::{Chunking, Options};
 use sluice_layer::{Format, Profile};
 
-use crate::args::{Cli, Convert, FormatArg};
+use crate::args::{ChunkingArg, Cli, Convert, FormatArg};
 use crate::{profile, progress, registry};
 
 /// More than anybody lists by hand.
@@ -27,6 +27,13 @@ pub(crate) async fn run(args: Convert) -> anyhow::Result<ExitCode> {
     };
     let mut options = Options::new(format);
     options.chunk_size = args.chunk_size.unwrap_or(options.chunk_size);
+    options.chunking = match args.chunking {
+        ChunkingArg::Fixed => Chunking::Fixed,
+        ChunkingArg::Content => Chunking::Content,
+    };
+    if options.chunking == Chunking::Content && options.chunk_size > Chunking::LARGEST_AVERAGE {
+        usage("--chunk-size is at most 4M with --chunking content");
+    }
     if let Some(level) = args.level {
         let levels = Options::levels(format);
         if !levels.contains(&level) {

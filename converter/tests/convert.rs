@@ -10,6 +10,7 @@ use common::{Bench, gunzip, gzip, noise, tar, usual_tar};
 use serde_json::json;
 use sluice_converter::{LayerOutcome, Lazy, Platforms};
 use sluice_layer::Format;
+use sluice_layer::write::Chunking;
 use sluice_oci::{Digest, Platform, media_type};
 
 const FORMATS: [Format; 2] = [Format::Estargz, Format::ZstdChunked];
@@ -73,6 +74,8 @@ async fn the_number_of_workers_does_not_matter() {
         for workers in [1, 2, 7] {
             let (bench, _) = Bench::simple(&tar(&files));
             let mut conversion = bench.conversion(format);
+            conversion.options.chunking = Chunking::Content;
+            conversion.options.chunk_size = 8 << 10;
             conversion.workers = NonZero::new(workers).unwrap();
             let (report, _) = bench.convert(&conversion).await.unwrap();
             digests.push(report.digest);

@@ -16,6 +16,7 @@
 
 mod compress;
 mod crc64;
+mod cut;
 mod entries;
 mod header;
 mod order;
@@ -40,13 +41,34 @@ pub(crate) const PREFETCH_LANDMARK: &str = ".prefetch.landmark";
 /// Name of the landmark of a layer without prioritized files.
 pub(crate) const NO_PREFETCH_LANDMARK: &str = ".no.prefetch.landmark";
 
+/// Where large files are cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Chunking {
+    /// At multiples of the chunk size.
+    #[default]
+    Fixed,
+    /// Where the content says so, with the chunk size on average: what is
+    /// inserted into a file changes only the chunks around it. The places are
+    /// those of FastCDC (2020), with chunks of a quarter to four times the
+    /// average; a file up to the average is one chunk.
+    Content,
+}
+
+impl Chunking {
+    /// The largest chunk size with which [`Self::Content`] works.
+    pub const LARGEST_AVERAGE: u64 = 4 << 20;
+}
+
 /// What a layer is to become.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Options {
     /// The format.
     pub format: Format,
-    /// The most content bytes in a chunk.
+    /// The most content bytes in a chunk; with [`Chunking::Content`], the
+    /// average.
     pub chunk_size: u64,
+    /// Where files that are larger are cut.
+    pub chunking: Chunking,
     /// Compression level: 1 to 12 for eStargz (libdeflate), 1 to 22 for
     /// zstd:chunked.
     pub level: i32,
@@ -62,6 +84,7 @@ impl Options {
         Self {
             format,
             chunk_size: Self::DEFAULT_CHUNK_SIZE,
+            chunking: Chunking::Fixed,
             level: match format {
                 Format::Estargz => 5,
                 Format::ZstdChunked => 3,

@@ -2,11 +2,14 @@
 
 use sluice_oci::{Digest, Hasher};
 
+use super::cut::Cutter;
 use super::entries::{ChunkPart, Entries};
 use super::header::{BLOCK, Header, Kind, encode};
 use super::scan::{Event, Scanner};
 use super::tarsplit::{Recorder, TarSplit};
-use super::{NO_PREFETCH_LANDMARK, Options, PREFETCH_LANDMARK, TOC_NAME, WriteError, clean_name};
+use super::{
+    Chunking, NO_PREFETCH_LANDMARK, Options, PREFETCH_LANDMARK, TOC_NAME, WriteError, clean_name,
+};
 use crate::Format;
 
 /// The most bytes of headers and padding in one unit. Only layers with very
@@ -50,6 +53,10 @@ struct Sink {
     options: Options,
     unit: RawUnit,
     entries: Entries,
+    /// Where chunks end, unless that is at multiples of their size.
+    cutter: Option<Cutter>,
+    /// Where in the file the cutter has cut last.
+    cut: u64,
     /// The entry whose content is passing.
     file: Current,
     /// Digest of what is read, where it is sure to differ from what is
@@ -102,6 +109,11 @@ impl Splitter {
                     content: 0,
                 },
                 entries: Entries::default(),
+                cutter: match options.chunking {
+                    Chunking::Fixed => None,
+                    Chunking::Content => Some(Cutter::new(options.chunk_size)),
+                },
+                cut: 0,
                 file: Current::Opaque,
                 input: (!zstd && !prioritized).then(Hasher::new),
                 output: Hasher::new(),
@@ -250,34 +262,46 @@ impl Sink {
                 break;
             }
             let chunk_size = self.options.chunk_size.max(1);
-            let in_chunk = *position % chunk_size;
-            if in_chunk == 0 {
-                let part = ChunkPart {
-                    file_offset: *position,
-                    size: chunk_size.min(*size - *position),
-                };
-                self.entries.chunk(part);
-                let room = usize::try_from(part.size).unwrap_or_default() + BLOCK;
-                let next = RawUnit {
-                    bytes: Vec::with_capacity(room),
-                    content: 0,
-                };
-                emit(std::mem::replace(&mut self.unit, next), units);
+            let several = *size > chunk_size;
+            let mut now =
+                usize::try_from(*size - *position).map_or(bytes.len(), |n| n.min(bytes.len()));
+            if let (Some(cutter), true) = (&mut self.cutter, several) {
+                let last = *position + now as u64 == *size;
+                let mut offset = self.cut;
+                let (entries, unit) = (&mut self.entries, &mut self.unit);
+                cutter.push(&bytes[..now], last, |chunk| {
+                    let part = ChunkPart {
+                        file_offset: offset,
+                        size: chunk.len() as u64,
+                    };
+                    begin(entries, unit, part, units);
+                    unit.bytes.extend_from_slice(chunk);
+                    unit.content += chunk.len();
+                    offset += chunk.len() as u64;
+                });
+                self.cut = if last { 0 } else { offset };
+            } else {
+                let in_chunk = *position % chunk_size;
+                if in_chunk == 0 {
+                    let part = ChunkPart {
+                        file_offset: *position,
+                        size: chunk_size.min(*size - *position),
+                    };
+                    begin(&mut self.entries, &mut self.unit, part, units);
+                }
+                now = usize::try_from(chunk_size - in_chunk).map_or(now, |left| left.min(now));
+                self.unit.bytes.extend_from_slice(&bytes[..now]);
+                self.unit.content += now;
             }
-            let left = chunk_size - in_chunk;
-            let now = usize::try_from(left).map_or(bytes.len(), |n| n.min(bytes.len()));
             let (now, rest) = bytes.split_at(now);
-            if *size > chunk_size {
-                whole.update(now);
-            }
             *position += now.len() as u64;
-            let digest = (*position == *size && *size > chunk_size).then(|| whole.clone().finish());
             self.output.update(now);
-            self.unit.bytes.extend_from_slice(now);
-            self.unit.content += now.len();
             self.size += now.len() as u64;
-            if let Some(digest) = digest {
-                self.entries.digest(digest);
+            if several {
+                whole.update(now);
+                if *position == *size {
+                    self.entries.digest(whole.clone().finish());
+                }
             }
             bytes = rest;
         }
@@ -342,6 +366,17 @@ impl Sink {
         self.filling(&[0; BLOCK - LANDMARK_CONTENT.len()], units);
         Ok(())
     }
+}
+
+/// Begins a chunk, and with it a unit.
+fn begin(entries: &mut Entries, unit: &mut RawUnit, part: ChunkPart, units: &mut Units<'_>) {
+    entries.chunk(part);
+    let room = usize::try_from(part.size).unwrap_or_default() + BLOCK;
+    let next = RawUnit {
+        bytes: Vec::with_capacity(room),
+        content: 0,
+    };
+    emit(std::mem::replace(unit, next), units);
 }
 
 fn emit(unit: RawUnit, units: &mut Units<'_>) {

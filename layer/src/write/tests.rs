@@ -75,6 +75,17 @@ fn options(format: Format, chunk_size: u64) -> Options {
     }
 }
 
+/// Every way to cut files.
+fn ways() -> impl Iterator<Item = Options> {
+    FORMATS.into_iter().flat_map(|format| {
+        let content = Options {
+            chunking: Chunking::Content,
+            ..options(format, 512)
+        };
+        [options(format, 4096), content]
+    })
+}
+
 /// The whole blob as an ordinary runtime decompresses it.
 fn unpack(format: Format, blob: &[u8]) -> Vec<u8> {
     let mut tar = Vec::new();
@@ -204,6 +215,43 @@ fn both_formats_hold_every_file_and_an_ordinary_tar() {
                 assert_eq!(names.len(), 9);
             }
         }
+    }
+}
+
+/// Bytes in the middle of a large file are inserted and others removed.
+#[test]
+fn two_versions_of_a_file_share_their_chunks_where_the_content_says() {
+    let before = noise(400_000);
+    let mut after = before.clone();
+    after.splice(100_000..100_000, *b"inserted");
+    after.drain(300_000..300_100);
+    for format in FORMATS {
+        let new_bytes = |chunking| {
+            let options = Options {
+                chunking,
+                ..options(format, 8192)
+            };
+            let [before, after] = [&before, &after].map(|content| {
+                // In another place of another tar.
+                let other = file("other", &content[..content.len() % 1_000]);
+                let tar = archive(&[other, file("large", content)]);
+                let (blob, tail) = write_layer(&tar, &options, &[]).unwrap();
+                let toc = toc(format, &blob, &tail);
+                assert_eq!(files(format, &blob, &toc)[1].1, *content);
+                let entries = toc["entries"].as_array().unwrap().clone();
+                let of_file = entries.into_iter().filter(|entry| entry["name"] == "large");
+                of_file
+                    .map(|entry| {
+                        let digest = entry["chunkDigest"].as_str().unwrap().to_owned();
+                        (digest, entry["chunkSize"].as_u64().unwrap())
+                    })
+                    .collect::<Vec<_>>()
+            });
+            let new = after.iter().filter(|chunk| !before.contains(chunk));
+            new.map(|(_, size)| size).sum::<u64>()
+        };
+        assert!(new_bytes(Chunking::Fixed) > 190_000);
+        assert!(new_bytes(Chunking::Content) < 100_000);
     }
 }
 
@@ -533,8 +581,7 @@ proptest! {
 
     #[test]
     fn pieces_do_not_change_the_blob(tar in arbitrary_tar(), cuts in proptest::collection::vec(1..3000usize, 1..8)) {
-        for format in FORMATS {
-            let options = options(format, 4096);
+        for options in ways() {
             let Ok((_, whole)) = write_layer(&tar, &options, &[]) else { return Ok(()) };
             let mut raw = Vec::new();
             let mut push = |unit| raw.push(unit);
@@ -558,8 +605,9 @@ proptest! {
 
     #[test]
     fn any_tar_keeps_its_files(tar in arbitrary_tar()) {
-        for format in FORMATS {
-            let Ok((blob, tail)) = write_layer(&tar, &options(format, 4096), &[]) else { return Ok(()) };
+        for options in ways() {
+            let format = options.format;
+            let Ok((blob, tail)) = write_layer(&tar, &options, &[]) else { return Ok(()) };
             let unpacked = unpack(format, &blob);
             prop_assert_eq!(Digest::of(&unpacked), tail.diff_id);
             if format == Format::ZstdChunked {

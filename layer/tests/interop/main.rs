@@ -13,7 +13,7 @@ use std::os::unix::fs::PermissionsExt as _;
 
 use archive::{Archive, noise};
 use listing::Listing;
-use sluice_layer::write::{Options, write_layer};
+use sluice_layer::write::{Chunking, Options, write_layer};
 use sluice_layer::{Format, LayerAnnotations, Limits, TocTrust, locate_toc, read_toc};
 
 const FORMATS: [Format; 2] = [Format::Estargz, Format::ZstdChunked];
@@ -122,10 +122,16 @@ fn blobs_of_the_reference_are_read() {
 fn our_blobs_are_read_by_the_reference() {
     let tar = odd_layer();
     for format in FORMATS {
-        for chunk_size in [10_000, 65_536, Options::DEFAULT_CHUNK_SIZE] {
+        for (chunk_size, chunking) in [
+            (10_000, Chunking::Fixed),
+            (65_536, Chunking::Fixed),
+            (Options::DEFAULT_CHUNK_SIZE, Chunking::Fixed),
+            (10_000, Chunking::Content),
+        ] {
             for prioritized in [&[][..], &["usr/bin/small", "usr/sparse", "var/same-again"]] {
                 let options = Options {
                     chunk_size,
+                    chunking,
                     ..Options::new(format)
                 };
                 let prioritized: Vec<String> =
@@ -134,7 +140,7 @@ fn our_blobs_are_read_by_the_reference() {
                 let ours = read_blob(&blob, &tail.annotations);
                 let theirs = reference::dump(&blob, &tail.annotations);
                 assert_eq!(theirs.landmark, !prioritized.is_empty());
-                ours.assert_equals(&theirs, &format!("{format} {chunk_size} {prioritized:?}"));
+                ours.assert_equals(&theirs, &format!("{options:?} {prioritized:?}"));
             }
         }
     }
