@@ -101,14 +101,14 @@ pub(crate) struct Convert {
     #[arg(long, value_name = "PLATFORM", default_value = "all")]
     pub(crate) platform: Vec<String>,
     /// Largest chunk in bytes, or with the suffix K or M; with --chunking content the average, up
-    /// to 4M. Smaller chunks mean less to fetch for
-    /// a small read and a larger image [default: 4M].
+    /// to 4M. Smaller chunks mean less to fetch for a small read and a larger image. Files that
+    /// would have more than 16384 chunks get larger ones, up to 4M [default: 64K].
     #[arg(long, value_name = "N", value_parser = chunk_size)]
     pub(crate) chunk_size: Option<u64>,
     /// Where files that are larger than a chunk are cut.
     #[arg(long, value_enum, default_value = "fixed")]
     pub(crate) chunking: ChunkingArg,
-    /// Compression level: 1 to 12 for estargz, 1 to 22 for zstd-chunked [default: 5 and 3].
+    /// Compression level: 1 to 12 for estargz, 1 to 22 for zstd-chunked [default: 5 and 6].
     #[arg(long, value_name = "N")]
     pub(crate) level: Option<i32>,
     /// File that lists, a path a line, what a container reads while it starts. These files come

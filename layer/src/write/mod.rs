@@ -64,8 +64,8 @@ impl Chunking {
 pub struct Options {
     /// The format.
     pub format: Format,
-    /// The most content bytes in a chunk; with [`Chunking::Content`], the
-    /// average.
+    /// The most content bytes in a chunk, but for [`Self::MOST_CHUNKS`]; with
+    /// [`Chunking::Content`], the average.
     pub chunk_size: u64,
     /// Where files that are larger are cut.
     pub chunking: Chunking,
@@ -75,11 +75,19 @@ pub struct Options {
 }
 
 impl Options {
-    /// Chunks of 4 MiB, as other writers make.
-    pub const DEFAULT_CHUNK_SIZE: u64 = 4 << 20;
+    /// Chunks of 64 KiB. What a start reads comes in pieces of that order: with
+    /// less, the table of contents grows by more than is saved; with more, most
+    /// of what is fetched is not read.
+    pub const DEFAULT_CHUNK_SIZE: u64 = 64 << 10;
+    /// A file has at most so many chunks, while they are not larger than
+    /// [`Self::LARGEST_CHUNK`]: the pieces of very large files are larger.
+    pub const MOST_CHUNKS: u64 = 16 << 10;
+    /// See [`Self::MOST_CHUNKS`]. Readers decode a chunk in memory.
+    pub const LARGEST_CHUNK: u64 = 4 << 20;
 
     /// The default level and chunk size of a format. The levels are the
-    /// fastest that give no larger layers than stargz-snapshotter's defaults.
+    /// fastest that, in spite of small chunks, give hardly larger layers than
+    /// stargz-snapshotter's defaults.
     pub fn new(format: Format) -> Self {
         Self {
             format,
@@ -87,9 +95,18 @@ impl Options {
             chunking: Chunking::Fixed,
             level: match format {
                 Format::Estargz => 5,
-                Format::ZstdChunked => 3,
+                Format::ZstdChunked => 6,
             },
         }
+    }
+
+    /// The chunk size in a file of `size` bytes, at least 1.
+    pub(crate) fn chunk_size_of(&self, size: u64) -> u64 {
+        let even = match self.chunking {
+            Chunking::Fixed => size.div_ceil(Self::MOST_CHUNKS).next_power_of_two(),
+            Chunking::Content => 1,
+        };
+        self.chunk_size.max(even.min(Self::LARGEST_CHUNK))
     }
 
     /// The levels that a format has.

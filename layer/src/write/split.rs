@@ -261,7 +261,7 @@ impl Sink {
             if bytes.is_empty() {
                 break;
             }
-            let chunk_size = self.options.chunk_size.max(1);
+            let chunk_size = self.options.chunk_size_of(*size);
             let several = *size > chunk_size;
             let mut now =
                 usize::try_from(*size - *position).map_or(bytes.len(), |n| n.min(bytes.len()));

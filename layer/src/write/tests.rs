@@ -626,3 +626,32 @@ proptest! {
         let _ = write_layer(&tar, &options(Format::Estargz, 4096), &[]);
     }
 }
+
+#[test]
+fn very_large_files_have_larger_chunks() {
+    let options = Options::new(Format::Estargz);
+    let gib = 1 << 30;
+    for (size, expected) in [
+        (0, 64 << 10),
+        (gib, 64 << 10),
+        (gib + 1, 128 << 10),
+        (16 * gib, 1 << 20),
+        (64 * gib, 4 << 20),
+        (1024 * gib, 4 << 20),
+        (u64::MAX, 4 << 20),
+    ] {
+        assert_eq!(options.chunk_size_of(size), expected, "{size}");
+    }
+    let chunk_size = 8 << 20;
+    let larger = Options {
+        chunk_size,
+        ..options
+    };
+    assert_eq!(larger.chunk_size_of(gib), chunk_size);
+    let chunking = Chunking::Content;
+    let content = Options {
+        chunking,
+        ..options
+    };
+    assert_eq!(content.chunk_size_of(16 * gib), 64 << 10);
+}
