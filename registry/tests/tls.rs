@@ -13,8 +13,10 @@ use http::{Request, Response, Version};
 use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
-use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
+use rustls::RootCertStore;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use rustls::server::WebPkiClientVerifier;
 use sluice_oci::{Digest, Reference};
 use sluice_registry::{Client, Config, ErrorKind};
 use support::fault_server::{FaultServer, Reply};
@@ -30,10 +32,43 @@ fn not_loopback(host: &str) -> String {
     host.replace("127.0.0.1", "0.0.0.0")
 }
 
+/// Who signs certificates.
+struct Authority(CertifiedIssuer<'static, KeyPair>);
+
+/// A certificate and its key, in PEM.
+struct Identity {
+    certificate: String,
+    key: String,
+    der: CertificateDer<'static>,
+}
+
+impl Authority {
+    fn new(name: &str) -> Self {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.distinguished_name.push(DnType::CommonName, name);
+        let key = KeyPair::generate().unwrap();
+        Self(CertifiedIssuer::self_signed(params, key).unwrap())
+    }
+
+    fn sign(&self, name: &str) -> Identity {
+        let key = KeyPair::generate().unwrap();
+        let params = CertificateParams::new([name.to_owned()]).unwrap();
+        let certificate = params.signed_by(&key, &self.0).unwrap();
+        Identity {
+            certificate: certificate.pem(),
+            key: key.serialize_pem(),
+            der: certificate.der().clone(),
+        }
+    }
+}
+
 struct TlsServer {
     host: String,
     authority: PathBuf,
     versions: Arc<Mutex<Vec<Version>>>,
+    /// The certificates that clients showed, one for each request.
+    clients: Arc<Mutex<Vec<CertificateDer<'static>>>>,
     _directory: TempDir,
 }
 
@@ -51,9 +86,12 @@ fn answer(path: &str) -> Response<Full<Bytes>> {
 
 impl TlsServer {
     async fn start(protocols: &[&[u8]]) -> Self {
-        let mut params = CertificateParams::default();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+        Self::start_for(protocols, None).await
+    }
+
+    /// One that answers only to whom `clients` has signed.
+    async fn start_for(protocols: &[&[u8]], clients: Option<&Authority>) -> Self {
+        let Authority(authority) = Authority::new("servers");
         let key = KeyPair::generate().unwrap();
         let certificate = CertificateParams::new(["0.0.0.0".to_owned()])
             .unwrap()
@@ -64,10 +102,21 @@ impl TlsServer {
         std::fs::write(&file, authority.pem()).unwrap();
 
         let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let verifier = match clients {
+            None => WebPkiClientVerifier::no_client_auth(),
+            Some(Authority(clients)) => {
+                let mut roots = RootCertStore::empty();
+                roots.add(clients.der().clone()).unwrap();
+                let provider = Arc::clone(&provider);
+                WebPkiClientVerifier::builder_with_provider(roots.into(), provider)
+                    .build()
+                    .unwrap()
+            }
+        };
         let mut tls = rustls::ServerConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
             .unwrap()
-            .with_no_client_auth()
+            .with_client_cert_verifier(verifier)
             .with_single_cert(
                 vec![certificate.der().clone()],
                 PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der())),
@@ -79,15 +128,21 @@ impl TlsServer {
         let host = listener.local_addr().unwrap().to_string();
         let versions = Arc::new(Mutex::new(Vec::new()));
         let seen = Arc::clone(&versions);
+        let clients = Arc::new(Mutex::new(Vec::new()));
+        let shown = Arc::clone(&clients);
         tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
                 let (acceptor, seen) = (acceptor.clone(), Arc::clone(&seen));
+                let shown = Arc::clone(&shown);
                 tokio::spawn(async move {
                     let Ok(stream) = acceptor.accept(stream).await else {
                         return;
                     };
+                    let client = stream.get_ref().1.peer_certificates();
+                    let client = client.map(|chain| chain[0].clone().into_owned());
                     let answer = hyper::service::service_fn(move |request: Request<Incoming>| {
                         seen.lock().unwrap().push(request.version());
+                        shown.lock().unwrap().extend(client.clone());
                         std::future::ready(Ok::<_, Infallible>(answer(request.uri().path())))
                     });
                     let _ = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new())
@@ -100,6 +155,7 @@ impl TlsServer {
             host: not_loopback(&host),
             authority: file,
             versions,
+            clients,
             _directory: directory,
         }
     }
@@ -188,5 +244,139 @@ fn authorities_that_are_none_are_named() {
         let error = made.err().unwrap();
         assert_eq!(error.kind(), ErrorKind::Config);
         assert!(error.to_string().contains("ca.pem"), "{error}");
+    }
+}
+
+/// A client that finds what it knows of the registry in a directory.
+struct Configured {
+    client: Client,
+    directory: TempDir,
+}
+
+impl Configured {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let client = Client::new(Config {
+            hosts_dirs: vec![directory.path().to_owned()],
+            ..support::config()
+        });
+        Self {
+            client: client.unwrap(),
+            directory,
+        }
+    }
+
+    /// Files of the registry `server`, beside those that are there.
+    fn write(&self, server: &TlsServer, files: &[(&str, &str)]) {
+        let directory = self.directory.path().join(&server.host);
+        std::fs::create_dir_all(&directory).unwrap();
+        for (name, content) in files {
+            // As programs that rotate certificates do it.
+            let draft = directory.join("draft");
+            std::fs::write(&draft, content).unwrap();
+            std::fs::rename(&draft, directory.join(name)).unwrap();
+        }
+    }
+
+    async fn ask(&self, server: &TlsServer) -> Result<(), ErrorKind> {
+        let found = self.client.manifest(&server.image()).await;
+        let digest = Digest::of(MANIFEST.as_bytes());
+        found
+            .map(|document| assert_eq!(document.digest, digest))
+            .map_err(|error| error.kind())
+    }
+}
+
+#[tokio::test]
+async fn hosts_files_say_whom_to_trust() {
+    let server = TlsServer::start(&[]).await;
+    let right = std::fs::read_to_string(&server.authority).unwrap();
+    let wrong = Authority::new("others").0.pem();
+    for (files, expected) in [
+        (vec![("hosts.toml", "ca = \"a.pem\"")], Ok(())),
+        (vec![("hosts.toml", "ca = [\"b.pem\", \"a.pem\"]")], Ok(())),
+        (vec![("hosts.toml", "ca = \"b.pem\"")], Err(ErrorKind::Tls)),
+        (vec![("hosts.toml", "skip_verify = true")], Ok(())),
+        (
+            vec![("hosts.toml", "skip_verify = false")],
+            Err(ErrorKind::Tls),
+        ),
+        // What is said of one host does not hold for another; the first one's
+        // error is told.
+        (
+            vec![(
+                "hosts.toml",
+                "[host.\"https://mirror.invalid\"]\nskip_verify = true\nca = \"a.pem\"",
+            )],
+            Err(ErrorKind::Connect),
+        ),
+        (vec![("own.crt", &right)], Ok(())),
+        (vec![("own.crt", &wrong)], Err(ErrorKind::Tls)),
+    ] {
+        let configured = Configured::new();
+        configured.write(&server, &[("a.pem", &right), ("b.pem", &wrong)]);
+        configured.write(&server, &files);
+        assert_eq!(configured.ask(&server).await, expected, "{files:?}");
+    }
+    assert!(server.clients.lock().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_registry_is_shown_the_certificate_that_it_asks_for() {
+    let clients = Authority::new("clients");
+    let server = TlsServer::start_for(&[b"h2"], Some(&clients)).await;
+    let authority = std::fs::read_to_string(&server.authority).unwrap();
+    let (right, wrong) = (clients.sign("me"), Authority::new("others").sign("me"));
+    let both = format!("{}{}", right.certificate, right.key);
+    for (client, accepted) in [
+        ("", false),
+        ("client = \"both.pem\"", true),
+        ("client = [[\"a.cert\", \"a.key\"]]", true),
+        ("client = [[\"b.cert\", \"b.key\"]]", false),
+        // The one whose authority the server names, wherever it stands.
+        (
+            "client = [[\"b.cert\", \"b.key\"], [\"a.cert\", \"a.key\"]]",
+            true,
+        ),
+        ("client = [[\"b.cert\", \"b.key\"], \"both.pem\"]", true),
+    ] {
+        let configured = Configured::new();
+        let hosts = format!("ca = \"ca.pem\"\n{client}");
+        configured.write(
+            &server,
+            &[
+                ("ca.pem", &authority),
+                ("both.pem", &both),
+                ("a.cert", &right.certificate),
+                ("a.key", &right.key),
+                ("b.cert", &wrong.certificate),
+                ("b.key", &wrong.key),
+                ("hosts.toml", &hosts),
+            ],
+        );
+        assert_eq!(configured.ask(&server).await.is_ok(), accepted, "{client}");
+        let shown = std::mem::take(&mut *server.clients.lock().unwrap());
+        let expected = accepted.then(|| right.der.clone());
+        assert_eq!(shown, Vec::from_iter(expected), "{client}");
+    }
+}
+
+#[tokio::test]
+async fn a_rotated_certificate_is_shown_without_a_restart() {
+    let clients = Authority::new("clients");
+    let server = TlsServer::start_for(&[], Some(&clients)).await;
+    let authority = std::fs::read_to_string(&server.authority).unwrap();
+    let configured = Configured::new();
+    // In the manner of Docker.
+    configured.write(&server, &[("ca.crt", &authority)]);
+    let mut wanted = Vec::new();
+    for issuer in [&Authority::new("others"), &clients, &clients] {
+        let identity = issuer.sign("me");
+        let (certificate, key) = (&identity.certificate, &identity.key);
+        configured.write(&server, &[("me.key", key), ("me.cert", certificate)]);
+        let accepted = std::ptr::eq(issuer, &clients);
+        assert_eq!(configured.ask(&server).await.is_ok(), accepted);
+        wanted.extend(accepted.then_some(identity.der));
+        assert_eq!(*server.clients.lock().unwrap(), wanted);
     }
 }
