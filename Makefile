@@ -34,6 +34,18 @@ test: lint ## Lint and every test, with real containerd, runc and registry
 soak: deps ## Everything at once for MINUTES (10): starts, reads, faults, kills; make soak MINUTES=60
 	SLUICE_SOAK_MINUTES=$(or $(MINUTES),10) cargo test --locked -p sluice-tests --test soak -- --nocapture
 
+.PHONY: fuzz
+fuzz: ## Every fuzz target for SECONDS (60) under libFuzzer; takes nightly and cargo-fuzz
+	@for crate in layer registry snapshotter; do \
+	    for target in $$(cd $$crate && cargo +nightly fuzz list); do \
+	        echo "== $$crate $$target"; \
+	        found=$(CURDIR)/target/fuzz/$$crate/$$target; mkdir -p $$found/corpus $$found/artifacts; \
+	        (cd $$crate && ASAN_OPTIONS=detect_odr_violation=0 cargo +nightly fuzz run $$target \
+	            --target-dir $(CURDIR)/target/fuzz/build $$found/corpus fuzz/corpus/$$target -- \
+	            -max_total_time=$(or $(SECONDS),60) -rss_limit_mb=1024 -artifact_prefix=$$found/artifacts/ -verbosity=0); \
+	    done; \
+	done
+
 .PHONY: demo
 demo: build ## Starts a 300 MB image over a 100 Mbit/s link, ordinarily and lazily
 	cargo build --release --locked -p sluice-benches --bin demo

@@ -5,10 +5,11 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 
 use crate::command::wait_for;
 use crate::scratch::{Process, Scratch};
+use crate::systemd::Systemd;
 
 /// How layers are mounted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,6 +44,9 @@ pub struct Options {
     pub more: String,
     /// Run by `supervise`, which is then the process.
     pub supervised: bool,
+    /// Run by a systemd of its own, which is then the process, as the unit
+    /// says that is shipped.
+    pub systemd: bool,
     /// The program, when it is not the one just built.
     pub program: Option<PathBuf>,
     /// Its limit of file descriptors, soft and hard, when it is not our own.
@@ -65,6 +69,7 @@ pub struct Daemon {
     dir: PathBuf,
     options: Options,
     process: Process,
+    systemd: Option<Systemd>,
 }
 
 impl Daemon {
@@ -76,8 +81,16 @@ impl Daemon {
             fs::create_dir(dir.join("root"))?;
             std::os::unix::fs::symlink(layers, dir.join("root/layers"))?;
         }
-        let process = launch(scratch, &dir, Self::command(&dir, options)?)?;
+        let systemd = match options.systemd {
+            true => Some(Systemd::start(scratch, &dir)?),
+            false => None,
+        };
+        let process = match &systemd {
+            Some(systemd) => systemd.process().clone(),
+            None => launch(scratch, &dir, Self::command(&dir, options)?)?,
+        };
         Ok(Self {
+            systemd,
             scratch: scratch.clone(),
             dir,
             options: options.clone(),
@@ -140,6 +153,11 @@ impl Daemon {
     /// The process.
     pub fn process(&self) -> &Process {
         &self.process
+    }
+
+    /// The systemd that runs it.
+    pub fn systemd(&self) -> Result<&Systemd> {
+        self.systemd.as_ref().context("no systemd runs it")
     }
 
     /// Everything that it has logged, over all its lives.

@@ -6,7 +6,7 @@ use std::io::Read;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use sluice_oci::Descriptor;
 
 use crate::daemon::Mode;
@@ -114,7 +114,9 @@ impl World {
     pub fn read(&self, dir: &Path, number: u64) -> Result<bool> {
         let name = file_name(number);
         let expected = content(number)?;
-        let file = File::open(dir.join(&name))?;
+        let logs = || Mode::ALL.map(|mode| self.log(mode)).join("\n");
+        let file =
+            File::open(dir.join(&name)).with_context(|| format!("opening {name}:\n{}", logs()))?;
         let mut buffer = vec![0; 16 << 10];
         for (index, piece) in expected.chunks(buffer.len()).enumerate() {
             let buffer = &mut buffer[..piece.len()];
@@ -122,7 +124,7 @@ impl World {
             match file.read_exact_at(buffer, (index * (16 << 10)) as u64) {
                 Ok(()) => ensure!(buffer == piece, "{name}: wrong bytes"),
                 Err(error) if error.raw_os_error() == Some(libc::EIO) => return Ok(false),
-                Err(error) => bail!("{name}: {error}"),
+                Err(error) => bail!("reading {name}: {error}\n{}", logs()),
             }
         }
         Ok(true)

@@ -27,6 +27,7 @@ pub mod runc;
 pub mod scratch;
 pub mod snapshots;
 pub mod soak;
+pub mod systemd;
 pub mod tools;
 pub mod tree;
 

@@ -46,7 +46,8 @@ impl Scratch {
     pub fn new() -> Result<Self> {
         let parent = std::env::var_os("TMPDIR").map_or_else(|| "/var/tmp".into(), PathBuf::from);
         let scratch = Self::new_in(&parent)?;
-        if let Err(error) = mount_own_file_system(scratch.path()) {
+        // As many inodes as the image with the most files takes.
+        if let Err(error) = mount_ext4(scratch.path(), 64 << 30, &["-N", "6000000"]) {
             eprintln!(
                 "{} has no file system of its own: {error:#}",
                 parent.display()
@@ -82,6 +83,14 @@ impl Scratch {
     pub fn dir(&self, name: &str) -> Result<PathBuf> {
         let dir = self.0.path.join(name);
         fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        Ok(dir)
+    }
+
+    /// A directory below that is an ext4 of its own, on a loop device, of
+    /// `bytes`.
+    pub fn disk(&self, name: &str, bytes: u64) -> Result<PathBuf> {
+        let dir = self.dir(name)?;
+        mount_ext4(&dir, bytes, &[])?;
         Ok(dir)
     }
 
@@ -136,16 +145,17 @@ impl Scratch {
 
 /// Mounts a new ext4 over a directory. Its file is unlinked at once, so that
 /// the mount is all there is to take away.
-fn mount_own_file_system(dir: &Path) -> Result<()> {
+fn mount_ext4(dir: &Path, bytes: u64, options: &[&str]) -> Result<()> {
     use crate::command::run;
     let image = dir.with_extension("ext4");
     let made = File::create(&image)
-        .and_then(|file| file.set_len(64 << 30))
+        .and_then(|file| file.set_len(bytes))
         .map_err(anyhow::Error::from)
         .and_then(|()| {
             run(Command::new("mkfs.ext4")
-                .args(["-q", "-F", "-m", "0", "-N", "6000000"])
+                .args(["-q", "-F", "-m", "0"])
                 .args(["-O", "^has_journal", "-E", "lazy_itable_init=1,nodiscard"])
+                .args(options)
                 .arg(&image))
         })
         .and_then(|_| {

@@ -17,6 +17,7 @@ use sluice_tests::image::{self, Compression, LayoutWriter, Meta, Tarball};
 use sluice_tests::killer::{Killer, signal};
 use sluice_tests::proxy::{Fault, Proxy};
 use sluice_tests::scratch::mount_points;
+use sluice_tests::systemd::UNIT;
 use sluice_tests::{Containerd, Daemon, Registry, Scratch, programs};
 
 const SLUICE: &str = "sluice";
@@ -332,6 +333,54 @@ fn a_new_program_takes_over_under_load() -> Result<()> {
 
 /// What a former process had begun to download, the next one does, without
 /// being asked for the layer.
+/// The shipped unit under a real systemd: what it keeps, how it ends what, and
+/// when it starts again.
+#[test]
+fn reads_survive_kills_and_restarts_under_systemd() -> Result<()> {
+    const ROUNDS: usize = 6;
+    for mode in Mode::ALL {
+        let options = Options {
+            mode: Some(mode),
+            more: "[background]\nenabled = false\n[prefetch]\nenabled = false\n".to_owned(),
+            systemd: true,
+            ..Options::default()
+        };
+        let mounted = Mounted::start_with("estargz", options)?;
+        let systemd = mounted.daemon.systemd()?;
+        let kept = |name: &str| systemd.property(name);
+        assert_eq!(kept("NFileDescriptorStore")?, "2", "a device and its terms");
+        let mut killer = Killer::new(11, Duration::from_millis(100));
+        under_load(&mounted, 4, |reads| {
+            for round in 0..ROUNDS {
+                match round % 2 {
+                    0 => drop(killer.strike(&mounted.daemon)?),
+                    _ => {
+                        let former = mounted.process()?;
+                        systemd.control(&["restart", UNIT])?;
+                        mounted.daemon.wait_for_next(former)?;
+                    }
+                }
+                go_on(reads, 10)?;
+            }
+            Ok(())
+        })?;
+        assert_eq!(mounted.said(TAKEN_OVER), ROUNDS);
+        assert_eq!(mounted.said("stands on layers"), 0);
+        assert_eq!(kept("NRestarts")?, (ROUNDS / 2).to_string(), "after kills");
+        assert_eq!(kept("NFileDescriptorStore")?, "2");
+        mounted.containerd_is_back()?;
+        mounted.containerd.unmount(&mounted.root)?;
+        mounted.containerd.forget_images()?;
+        systemd.control(&["stop", UNIT])?;
+        assert_eq!(kept("Result")?, "success");
+        run(Command::new(programs::snapshotter()?)
+            .args(["cleanup", "--root"])
+            .arg(mounted.daemon.root()))?;
+        assert_eq!(mount_points(&mounted.daemon.root()), [] as [PathBuf; 0]);
+    }
+    Ok(())
+}
+
 #[test]
 fn regression_downloads_go_on_after_a_restart_in_both_modes() -> Result<()> {
     for mode in Mode::ALL {
@@ -420,6 +469,16 @@ fn a_process_without_a_keeper_says_whom_its_end_has_hit() -> Result<()> {
         mounted.root = mounted.containerd.mount(&mounted.reference, SLUICE)?;
         mounted.check_all()?;
         mounted.containerd.unmount(&dead)?;
+        if mode == Mode::Erofs {
+            // By now everything is here, and the kernel reads it alone.
+            let (told, detached) = (mounted.said("stands on layers"), mounted.said("detaching"));
+            mounted.daemon.process().kill()?;
+            mounted.check_all()?;
+            mounted.daemon.start_again()?;
+            assert_eq!(mounted.said("stands on layers"), told, "a false alarm");
+            assert_eq!(mounted.said("detaching"), detached + 1, "only the blobs");
+            mounted.check_all()?;
+        }
         mounted.end()?;
     }
     Ok(())

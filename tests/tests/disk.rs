@@ -233,6 +233,65 @@ fn reads_survive_a_disk_that_is_full_fails_is_slow_or_loses_power() -> Result<()
     rig.daemon.stop()
 }
 
+/// The same on a block device, whose file system puts off what it allocates.
+#[test]
+fn reads_survive_a_full_ext4() -> Result<()> {
+    let scratch = Scratch::new()?;
+    let disk = scratch.disk("disk", 16 << 20)?;
+    let mut rig = Rig::start(
+        &scratch,
+        &Options {
+            layers: Some(disk.clone()),
+            ..quiet(Mode::Erofs)
+        },
+    )?;
+    rig.check(0)?;
+    let ballast = disk.join("ballast");
+    fill(&ballast)?;
+    for number in [1, 2, 3, 1, 0] {
+        rig.check(number)?;
+    }
+    assert_eq!(rig.said("cannot store content"), 1, "once for each cause");
+    ensure!(rig.said("No space left on device") > 0);
+    // An end in order, and a start, with no room to write anything.
+    rig.containerd.unmount(&rig.root)?;
+    rig.daemon.stop()?;
+    rig.daemon.start_again()?;
+    rig.mount_again()?;
+    rig.check(0)?;
+    rig.check(4)?;
+    fs::remove_file(&ballast)?;
+    rig.check_all()?;
+    ensure!(
+        rig.said("content is stored again") > 0,
+        "{}",
+        rig.daemon.log()
+    );
+    rig.containerd.unmount(&rig.root)?;
+    rig.daemon.stop()
+}
+
+fn cut(path: &Path, left: u64) -> Result<()> {
+    let file = File::options().write(true).open(path)?;
+    ensure!(file.metadata()?.len() > left, "{}", path.display());
+    Ok(file.set_len(left)?)
+}
+
+/// Writes until there is no space left.
+fn fill(path: &Path) -> Result<()> {
+    let mut file = File::create(path)?;
+    for piece in [1 << 20, 4096] {
+        let full = loop {
+            if let Err(error) = file.write_all(&vec![1; piece]) {
+                break error;
+            }
+        };
+        assert_eq!(full.kind(), std::io::ErrorKind::StorageFull);
+        file.sync_all()?;
+    }
+    Ok(())
+}
+
 #[test]
 fn files_that_are_damaged_under_a_running_daemon_are_mended() -> Result<()> {
     for mode in Mode::ALL {
@@ -247,16 +306,33 @@ fn files_that_are_damaged_under_a_running_daemon_are_mended() -> Result<()> {
         for number in 0..4 {
             rig.check(number)?;
         }
-        // The daemon has the table mapped: its next look at it kills it, and
-        // the process that follows mends it while the reader waits.
-        let former = rig.daemon.serving().context("no process serves")?;
-        let chunks = File::options().write(true).open(rig.dir().join("chunks"))?;
-        chunks.set_len(4096)?;
-        rig.check(4)?;
-        rig.daemon.wait_for_next(former)?;
-        wait_for("the layer to be mended", || {
-            Ok((rig.said("it has been mended") > 0).then_some(()))
-        })?;
+        // The daemon has these mapped. Its next look at them kills it: a page
+        // that is gone does, and so does it itself where a part of a page is.
+        // The process that follows mends them while the reader waits.
+        let mut damages = vec![("chunks", 4096), ("chunks", 4096 + 70)];
+        if mode == Mode::Fuse {
+            damages.push(("meta.erofs", 2000));
+        }
+        for (times, (name, left)) in (1..).zip(damages) {
+            let former = rig.daemon.serving().context("no process serves")?;
+            cut(&rig.dir().join(name), left)?;
+            rig.check(3 + times)?;
+            rig.daemon.wait_for_next(former)?;
+            wait_for("the layer to be mended", || {
+                Ok((rig.said("it has been mended") >= times).then_some(()))
+            })?;
+        }
+        ensure!(rig.said("killed by signal 7") >= 1, "SIGBUS");
+        ensure!(rig.said("was cut short by another program") >= 1);
+        if mode == Mode::Erofs {
+            // Here the kernel reads the tree: files that it knows nothing of
+            // are errors until somebody has looked.
+            cut(&rig.dir().join("meta.erofs"), 2000)?;
+            let fails = (0..FILES).filter(|&number| rig.check(number).is_err());
+            println!("{} of {FILES} files could not be read", fails.count());
+            let (content, said) = rig.scrub()?;
+            ensure!(content && said.contains("it has been mended"), "{said}");
+        }
         rig.check_all()?;
         rig.containerd.wait_for_snapshotter(SLUICE)?;
         rig.containerd.unmount(&rig.root)?;

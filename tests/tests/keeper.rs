@@ -127,7 +127,10 @@ impl Tree {
         let data = fs::read(&blob)?;
         let kept = Kept::with_content(&data)?;
         let target = kept.scratch.dir("erofs")?;
-        let options = erofs::Options { direct_io: true };
+        let options = erofs::Options {
+            direct_io: true,
+            ..Default::default()
+        };
         erofs::mount(&meta, &kept.file(), &target, options)?;
         Ok(Self {
             kept,

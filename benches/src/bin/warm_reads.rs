@@ -269,7 +269,10 @@ impl Bench {
     }
 
     fn mount_erofs(&self, data: &Path, layer: &Path, direct_io: bool) -> Result<()> {
-        let options = mount::erofs::Options { direct_io };
+        let options = mount::erofs::Options {
+            direct_io,
+            ..Default::default()
+        };
         mount::erofs::mount(&self.root.join("meta.erofs"), data, layer, options)?;
         Ok(())
     }

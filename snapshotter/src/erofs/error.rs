@@ -24,6 +24,9 @@ pub enum Error {
         /// What is too large.
         what: &'static str,
     },
+    /// Somebody has cut the file short since it was mapped.
+    #[error("the EROFS image was cut short by another program")]
+    CutShort,
     /// The image is not one that this program wrote, or was damaged.
     #[error(
         "EROFS image: {what} (inode {nid}); remove the layer's directory so that it is made again"

@@ -25,6 +25,7 @@ use super::format::{
     decode_device, sb,
 };
 use super::xattr::PREFIXES;
+use crate::layer_dir::LastByte;
 use listing::DirBlock;
 
 /// Number of an inode within one image, stable for the life of the layer.
@@ -73,6 +74,7 @@ pub struct Extent {
 /// are, every call returns, and reads only within them.
 pub struct Image<B = Mmap> {
     bytes: B,
+    last: LastByte,
     root: Ino,
     inodes: u64,
     epoch: Mtime,
@@ -147,6 +149,7 @@ impl<B: AsRef<[u8]>> Image<B> {
             },
             xattr_start: u64::from(le32(field(sb::XATTR_BLOCK))) * BLOCK,
             data_size: u64::from(data_blocks) * BLOCK,
+            last: LastByte::of(all),
             bytes,
         };
         if image.attributes(image.root)?.kind != FileType::Directory {
@@ -296,6 +299,9 @@ impl<B: AsRef<[u8]>> Image<B> {
     }
 
     fn inode(&self, ino: Ino) -> Result<Inode, Error> {
+        if !self.last.is_in(self.bytes.as_ref()) {
+            return Err(Error::CutShort);
+        }
         let start = ino
             .0
             .checked_mul(NID_UNIT)

@@ -155,7 +155,10 @@ fn kernel_shows_the_tree() {
 fn direct_reads_give_the_same() {
     let tree = Tree::odd();
     let made = Made::new(&tree, XattrNamespace::Trusted);
-    let mounted = made.mount_with(mount::erofs::Options { direct_io: true });
+    let mounted = made.mount_with(mount::erofs::Options {
+        direct_io: true,
+        ..Default::default()
+    });
     assert_same(
         &tree.expected(XattrNamespace::Trusted),
         &of_directory(&mounted.0),

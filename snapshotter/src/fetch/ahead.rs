@@ -21,6 +21,12 @@ const DISK_PAUSE: Duration = Duration::from_secs(1);
 /// The longest such pause.
 const LONGEST_DISK_PAUSE: Duration = Duration::from_secs(60);
 
+/// After the deadline, a registry that does not deliver is asked again so much
+/// later; it doubles.
+const REST: Duration = Duration::from_secs(60);
+/// The longest such rest.
+const LONGEST_REST: Duration = Duration::from_secs(600);
+
 /// Work that goes on by itself and ends when this is dropped.
 #[derive(Debug)]
 pub struct Handle(AbortHandle);
@@ -61,14 +67,20 @@ impl LazyLayer {
         Handle(task.abort_handle())
     }
 
-    /// Fetches the missing units of the blob, in its order. Gives up
-    /// when the registry does not deliver until the deadline: readers that
-    /// need the bytes will ask for them.
+    /// Fetches the missing units of the blob, in its order. A registry that
+    /// does not deliver until the deadline is left alone for longer and longer:
+    /// readers that need the bytes will ask for them.
     async fn stream(self: &Arc<Self>) {
         let mut patience = Patience::new(self);
+        let mut resting = None;
         let mut next = 0;
         let mut pause = DISK_PAUSE;
         loop {
+            if !self.engine().room().is_left() {
+                tracing::debug!(layer = %self.digest(), "the quota has no room for the rest of it");
+                self.engine().room().wait().await;
+                next = 0;
+            }
             if self.engine().storage().is_failing() {
                 // A few units now and then tell when there is space again.
                 tokio::time::sleep(pause).await;
@@ -89,14 +101,26 @@ impl LazyLayer {
             drop(permit);
             if next > run.start {
                 patience.renew();
+                if resting.take().is_some() {
+                    tracing::info!(layer = %self.digest(), "the rest of it is fetched ahead again");
+                }
             }
             let Err(error) = outcome else { continue };
-            let Some(wait) = patience.after(&error) else {
-                tracing::warn!(
-                    layer = %self.digest(),
-                    "what is not read yet is no longer fetched ahead: {error}"
-                );
-                return;
+            let wait = match (resting, patience.after(&error)) {
+                (None, Some(wait)) => wait,
+                (last, _) => {
+                    if last.is_none() {
+                        tracing::warn!(
+                            layer = %self.digest(),
+                            "the rest of it is fetched ahead when the registry delivers: {error}"
+                        );
+                    }
+                    let rest = last.map_or(REST, |last: Duration| LONGEST_REST.min(last * 2));
+                    resting = Some(rest);
+                    // What readers had claimed may have failed with them.
+                    next = 0;
+                    rest
+                }
             };
             tokio::time::sleep(wait).await;
         }
@@ -128,6 +152,13 @@ impl LazyLayer {
         run
     }
 
+    /// Bytes that a unit takes in `data`.
+    fn stored_size(&self, unit: Unit) -> u64 {
+        let table = self.dir().chunks();
+        let chunks = table.of_unit(unit.offset);
+        chunks.map(|chunk| u64::from(table.get(chunk).size)).sum()
+    }
+
     fn units(&self, from: u64, end: u64) -> impl Iterator<Item = Unit> + '_ {
         self.dir()
             .chunks()
@@ -154,7 +185,7 @@ impl LazyLayer {
             }
             // Nobody's until its bytes are about to arrive: a reader that
             // needs it earlier does not wait for all that lies before.
-            if self.engine().storage().is_failing() {
+            if self.engine().storage().is_failing() || !self.engine().room().is_left() {
                 break;
             }
             let Some(claim) = self.claim(unit) else {
@@ -170,6 +201,7 @@ impl LazyLayer {
             match arriving.take(unit.offset, end).await {
                 Ok(bytes) => {
                     *next = end;
+                    self.engine().room().take(self.stored_size(unit));
                     let more = units
                         .peek()
                         .is_some_and(|unit| arriving.has(unit.offset + unit.size));

@@ -183,6 +183,6 @@ impl LazyLayer {
                 return Ok(false);
             }
         }
-        Ok(true)
+        Ok(self.dir.looked_up_right())
     }
 }

@@ -11,6 +11,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout};
 
 use super::activity::UnderWay;
+use super::room::Room;
 use super::unstored::Storage;
 use super::{Admission, Link, LinkFigures, Request};
 
@@ -69,6 +70,7 @@ struct Shared {
     links: Mutex<HashMap<String, Arc<Link>>>,
     demand: Demand,
     storage: Storage,
+    room: Room,
     under_way: UnderWay,
 }
 
@@ -110,6 +112,7 @@ impl Engine {
                 changed: Notify::new(),
             },
             storage: Storage::new(config.memory / UNSTORED),
+            room: Room::default(),
             under_way: UnderWay::default(),
             config,
         }))
@@ -133,6 +136,17 @@ impl Engine {
     /// How the disk takes what is fetched.
     pub(super) fn storage(&self) -> &Storage {
         &self.0.storage
+    }
+
+    /// Says for how many bytes the background download has room on the disk:
+    /// for any number, until this is called. Readers are not concerned.
+    pub fn set_room(&self, bytes: u64) {
+        self.0.room.set(bytes);
+    }
+
+    /// What there is for the background download.
+    pub(super) fn room(&self) -> &Room {
+        &self.0.room
     }
 
     pub(super) fn under_way(&self) -> &UnderWay {

@@ -23,6 +23,7 @@ mod prefetch;
 mod readahead;
 mod reads;
 mod relatives;
+mod room;
 mod source;
 mod stream;
 mod trace;

@@ -452,6 +452,26 @@ async fn the_background_download_pauses_for_readers_and_resumes() {
 }
 
 #[tokio::test]
+async fn the_background_download_keeps_within_the_room_that_there_is() {
+    let s = setup();
+    s.engine.set_room(0);
+    let _handle = s.layer.download(Duration::ZERO);
+    // Readers get what they read.
+    s.read(12).await.unwrap();
+    let read = s.layer.dir().present().count();
+    assert_eq!(s.source.take_requests().len(), 1);
+    // 40 + 20 + 40 kB: the third unit begins while there is some left.
+    s.engine.set_room(61_000);
+    until(|| s.layer.dir().present().count() == read + 3 && s.nothing_is_held()).await;
+    for _ in 0..20 {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+        assert_eq!(s.layer.dir().present().count(), read + 3);
+    }
+    s.engine.set_room(u64::MAX);
+    until(|| s.layer.dir().is_complete()).await;
+}
+
+#[tokio::test]
 async fn a_dropped_handle_ends_its_stream() {
     let s = setup();
     s.source.gate.send_replace(s.unit(1, 0).0);

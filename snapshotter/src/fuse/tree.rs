@@ -19,8 +19,9 @@ use sluice_layer::Mtime;
 
 use super::Reader;
 use super::session::{guarded, negotiate};
-use super::trees::{Layer, Place, ROOT, Refusal, TreeTable};
-use crate::erofs::{Attributes, FileType, Ino};
+use super::trees::{Layer, NID_BITS, Place, ROOT, Refusal, TreeTable};
+use crate::erofs::{self, Attributes, FileType, Ino};
+use crate::layer_dir::end_for_want_of;
 
 const FOREVER: Duration = Duration::from_secs(u32::MAX as u64);
 /// The names of layers come and go, and are looked up only to mount.
@@ -314,6 +315,13 @@ fn errno(what: &str, inode: INodeNo, refusal: &Refusal) -> Errno {
         Refusal::IsADirectory => Errno::EISDIR,
         Refusal::NotALink => Errno::EINVAL,
         Refusal::NoAttribute => Errno::ENODATA,
+        Refusal::Image(erofs::Error::CutShort) => {
+            let whose = match (inode.0 >> NID_BITS).checked_sub(1) {
+                Some(number) => format!("meta.erofs of the layer at t/{number}"),
+                None => "a layer's meta.erofs".to_owned(),
+            };
+            end_for_want_of(&whose)
+        }
         Refusal::Image(error) => {
             tracing::error!("{what} of inode {:#x}: {error}", inode.0);
             Errno::EIO

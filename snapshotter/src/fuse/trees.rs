@@ -109,7 +109,7 @@ pub(super) const ROOT: u64 = 1;
 
 /// A layer's inodes are numbered by its number and one, and below that by
 /// their numbers in its image: the same in every process.
-const NID_BITS: u32 = 40;
+pub(super) const NID_BITS: u32 = 40;
 const NID_MASK: u64 = (1 << NID_BITS) - 1;
 
 /// What an inode number stands for.

@@ -12,6 +12,7 @@ use sluice_oci::{Digest, Reference};
 
 use super::Identity;
 use super::error::{Error, Problem};
+use super::whole::LastByte;
 
 pub(super) const MAGIC: &[u8; 8] = b"SLCHUNKS";
 pub(super) const VERSION: u32 = 1;
@@ -175,6 +176,7 @@ fn digest_at(bytes: &[u8], at: usize) -> Digest {
 #[derive(Debug)]
 pub struct ChunkTable {
     map: Mmap,
+    last: LastByte,
     chunks: u32,
     crc: u32,
     meta: MetaSum,
@@ -224,6 +226,7 @@ impl ChunkTable {
         // Lookups jump about; reading around them would only take memory.
         let _ = map.advise(Advice::Random);
         let table = Self {
+            last: LastByte::of(&map),
             map,
             chunks,
             crc,
@@ -233,6 +236,11 @@ impl ChunkTable {
             },
         };
         Ok((identity, table))
+    }
+
+    /// Whether nobody has cut the file short so far.
+    pub(super) fn is_whole(&self) -> bool {
+        self.last.is_in(&self.map)
     }
 
     /// Whether `other` describes the same chunks.

@@ -7,6 +7,7 @@ mod create;
 mod error;
 pub mod placement;
 mod present;
+mod whole;
 
 use std::fs::{self, File};
 use std::io;
@@ -24,6 +25,7 @@ pub use chunks::{ChunkId, ChunkTable, Kin, Record};
 pub use create::{NewLayer, create};
 pub use error::{Error, Problem};
 pub use present::Present;
+pub use whole::{LastByte, end_for_want_of};
 
 /// The directory tree as an EROFS image.
 pub const META: &str = "meta.erofs";
@@ -82,7 +84,12 @@ pub struct LayerDir {
     persisted: Mutex<Persisted>,
     /// Held while a chunk is stored; exclusively, to distrust what was.
     storing: RwLock<()>,
+    /// What was seen last of the files that describe the layer.
+    described: Mutex<Option<Described>>,
 }
+
+/// Size and time of `meta.erofs`, and the size of `chunks`.
+type Described = (u64, (i64, i64), u64);
 
 #[derive(Debug, Default)]
 struct Persisted {
@@ -129,7 +136,7 @@ impl LayerDir {
                 Present::empty(chunks.len())
             }
         };
-        Ok(Self {
+        let dir = Self {
             path: path.to_owned(),
             identity,
             claimed: Present::empty(chunks.len()),
@@ -138,7 +145,10 @@ impl LayerDir {
             present,
             persisted: Mutex::default(),
             storing: RwLock::default(),
-        })
+            described: Mutex::default(),
+        };
+        dir.see();
+        Ok(dir)
     }
 
     /// Believes nothing of what `present` names before it was verified: the
@@ -197,11 +207,36 @@ impl LayerDir {
     /// Whether all chunks that overlap `offset..offset + len` of `data` are
     /// present.
     pub fn has(&self, offset: u64, len: u64) -> bool {
+        let present = |chunk| self.present.contains(chunk);
         self.is_complete()
-            || self
-                .chunks
-                .overlapping(offset, len)
-                .all(|chunk| self.present.contains(chunk))
+            || (self.chunks.overlapping(offset, len).all(present) && self.looked_up_right())
+    }
+
+    /// To be asked after what was found in the chunk table has decided that
+    /// there is nothing to fetch. The process does not survive a no.
+    pub fn looked_up_right(&self) -> bool {
+        if !self.chunks.is_whole() {
+            end_for_want_of(&self.path.join(CHUNKS).display());
+        }
+        true
+    }
+
+    /// Whether somebody has touched `chunks` or `meta.erofs` since they were
+    /// seen last: their sizes and, of the latter, its time.
+    pub fn is_touched(&self) -> bool {
+        *self.described.lock() != self.described_by()
+    }
+
+    /// Takes them for what they should be.
+    pub fn see(&self) {
+        *self.described.lock() = self.described_by();
+    }
+
+    fn described_by(&self) -> Option<Described> {
+        let meta = fs::metadata(self.path.join(META)).ok()?;
+        let chunks = fs::metadata(self.path.join(CHUNKS)).ok()?;
+        let time = (meta.mtime(), meta.mtime_nsec());
+        Some((meta.len(), time, chunks.len()))
     }
 
     /// Reads `data`. The caller has made sure that the bytes are present. An

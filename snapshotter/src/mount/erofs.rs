@@ -18,6 +18,21 @@ pub struct Options {
     /// bytes are cached once, by EROFS. Kernels that do not know the option
     /// are asked again without it.
     pub direct_io: bool,
+    /// Whether `data` needs nobody who serves it: see [`is_alone`].
+    pub alone: bool,
+}
+
+/// How the image's path begins to end where nobody serves the content. The
+/// kernel does not list which file that is, but it lists what it was told of
+/// the image, letter for letter, to whatever process asks.
+const ALONE: &str = "./";
+
+/// Whether a mounted layer goes on when whoever mounted it is gone: its `data`
+/// was complete.
+pub fn is_alone(mount: &super::Mount) -> bool {
+    let source = mount.source.as_bytes();
+    let name = source.iter().rposition(|byte| *byte == b'/');
+    mount.kind == "erofs" && name.is_some_and(|at| source[..=at].ends_with(b"/./"))
 }
 
 /// Mounts the image `meta` on the directory `target`, with `data` as the
@@ -28,6 +43,14 @@ pub struct Options {
 /// `nodev` is set, as a lower directory of overlayfs has neither when it is
 /// unpacked: what the container's own mount allows decides.
 pub fn mount(meta: &Path, data: &Path, target: &Path, options: Options) -> Result<(), Error> {
+    let spelled;
+    let meta = match (options.alone, meta.parent(), meta.file_name()) {
+        (true, Some(directory), Some(name)) => {
+            spelled = directory.join(ALONE).join(name);
+            &spelled
+        }
+        _ => meta,
+    };
     let mut text = b"device=".to_vec();
     text.extend_from_slice(data.as_os_str().as_bytes());
     if text.contains(&b',') {
@@ -218,6 +241,27 @@ mod tests {
             Options::default(),
         );
         assert!(error.unwrap_err().to_string().contains("comma"));
+    }
+
+    #[test]
+    fn a_mount_tells_whether_anybody_serves_its_content() {
+        let scratch = tempfile::tempdir().unwrap();
+        for alone in [false, true] {
+            let directory = scratch.path().join(alone.to_string());
+            attempt(&directory).unwrap();
+            let target = directory.join("mnt");
+            super::super::unmount(&target).unwrap();
+            let options = Options {
+                direct_io: false,
+                alone,
+            };
+            let files = ["meta.erofs", "data"].map(|name| directory.join(name));
+            mount(&files[0], &files[1], &target, options).unwrap();
+            let mounts = crate::mount::mounts_below(&target).unwrap();
+            assert_eq!(is_alone(&mounts[0]), alone, "{:?}", mounts[0]);
+            assert_eq!(Path::new(&mounts[0].source), files[0]);
+            super::super::unmount(&target).unwrap();
+        }
     }
 
     #[test]

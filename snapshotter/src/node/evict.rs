@@ -30,6 +30,15 @@ impl Quota {
         self.limit.is_some() || self.min_free > 0
     }
 
+    /// Bytes for which there is room, when content that cannot be evicted
+    /// takes `used` and all that can would leave `free`.
+    fn room(&self, used: u64, free: u64) -> u64 {
+        let below = self
+            .limit
+            .map_or(u64::MAX, |limit| limit.saturating_sub(used));
+        below.min(free.saturating_sub(self.min_free))
+    }
+
     /// Bytes that are too many, when the layers take `used` and `free` are
     /// free.
     fn excess(&self, used: u64, free: u64) -> u64 {
@@ -68,12 +77,15 @@ impl Node {
                 return;
             }
         };
+        stored.retain(|layer| layer.content > 0 && !used.contains(&layer.digest));
+        let idle: u64 = stored.iter().map(|layer| layer.content).sum();
+        let room = quota.room(taken.saturating_sub(idle), free.saturating_add(idle));
+        self.0.engine.set_room(room);
         let mut excess = quota.excess(taken, free);
         if excess == 0 {
             self.0.overfull.store(false, Ordering::Relaxed);
             return;
         }
-        stored.retain(|layer| layer.content > 0 && !used.contains(&layer.digest));
         stored.sort_unstable_by_key(|layer| (layer.last_used, layer.digest));
         for layer in stored {
             if excess == 0 {
@@ -91,7 +103,8 @@ impl Node {
         if excess > 0 && !self.0.overfull.swap(true, Ordering::Relaxed) {
             tracing::warn!(
                 "the layers take {excess} bytes more than the configuration's section [cache] \
-                 allows, and everything that is left is in use; raise the limit, or stop containers"
+                 allows, and everything that is left is in use; only what is read is fetched now; \
+                 raise the limit, or stop containers"
             );
         }
     }
@@ -199,5 +212,9 @@ mod tests {
         assert_eq!(quota.excess(130, 50), 30);
         assert_eq!(quota.excess(130, 10), 40);
         assert_eq!(Quota::default().excess(u64::MAX, 0), 0);
+        assert_eq!(quota.room(70, 70), 20);
+        assert_eq!(quota.room(90, 70), 10);
+        assert_eq!(quota.room(130, 70), 0);
+        assert_eq!(quota.room(0, 40), 0);
     }
 }

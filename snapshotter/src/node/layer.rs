@@ -256,6 +256,7 @@ impl Node {
             // while FUSE reads through the page cache. Complete data is often
             // in the page cache, where direct I/O would not look.
             direct_io: !complete,
+            alone: complete,
         };
         let data = if complete {
             // Bytes that are all here need nobody to serve them.
@@ -355,16 +356,20 @@ impl Node {
 
     /// Makes what has become present durable.
     pub(super) async fn persist(&self) {
-        let slots: Vec<Arc<Slot>> = self.0.slots.lock().values().cloned().collect();
-        for slot in slots {
-            let layer = match slot.0.try_lock() {
-                Ok(place) => place.as_ref().map(|open| Arc::clone(&open.layer)),
-                Err(_) => None,
-            };
-            if let Some(layer) = layer {
-                self.persist_layer(layer).await;
-            }
+        for layer in self.open_layers() {
+            self.persist_layer(layer).await;
         }
+    }
+
+    /// The layers that are open, but for those that are just being opened or
+    /// removed.
+    pub(super) fn open_layers(&self) -> Vec<Arc<LazyLayer>> {
+        let slots: Vec<Arc<Slot>> = self.0.slots.lock().values().cloned().collect();
+        let layers = slots.iter().filter_map(|slot| {
+            let place = slot.0.try_lock().ok()?;
+            place.as_ref().map(|open| Arc::clone(&open.layer))
+        });
+        layers.collect()
     }
 
     pub(super) async fn persist_layer(&self, layer: Arc<LazyLayer>) {

@@ -27,6 +27,8 @@ const DRAFT: &str = "tmp";
 pub(super) struct Left {
     pub(super) blobs: Option<Kept>,
     pub(super) trees: Option<Kept>,
+    /// Mounts that need nobody who serves them.
+    alone: HashSet<PathBuf>,
     pub(super) lost: Lost,
 }
 
@@ -60,6 +62,10 @@ impl Left {
         let mut left = Self {
             blobs: kept(BLOBS, keeper::BLOBS),
             trees: kept(TREES, keeper::TREES),
+            alone: (mounts.iter())
+                .filter(|mount| mount::erofs::is_alone(mount))
+                .map(|mount| mount.target.clone())
+                .collect(),
             lost: Lost::default(),
         };
         let lost: Vec<_> = mounts
@@ -101,10 +107,11 @@ impl Left {
         lost
     }
 
-    /// Whether what is mounted there can be served.
+    /// Whether what is mounted there can be served, or needs nobody.
     pub(super) fn holds(&self, root: &Path, target: &Path) -> bool {
         let below = |directory| target.starts_with(root.join(directory));
         match () {
+            () if self.alone.contains(target) => true,
             () if below(MOUNTS) || below(BLOBS) => self.blobs.is_some(),
             () if below(TREES) => self.trees.is_some(),
             // Not the node's.

@@ -208,6 +208,9 @@ struct Inner {
     doubted: AtomicBool,
     /// Layers whose state could not be made durable, and why.
     unpersisted: Mutex<HashMap<Digest, String>>,
+    /// Layers whose tree or chunk table is damaged and cannot be mended, and
+    /// why.
+    undescribed: Mutex<HashMap<Digest, String>>,
     /// Held while all layers are verified.
     scrubbing: tokio::sync::Mutex<()>,
 }

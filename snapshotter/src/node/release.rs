@@ -40,6 +40,7 @@ impl Node {
             .map_err(failed)?;
         drop(place);
         self.0.unpersisted.lock().remove(&digest);
+        self.0.undescribed.lock().remove(&digest);
         self.forget(digest, &slot);
         Ok(())
     }

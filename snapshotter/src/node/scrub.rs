@@ -231,6 +231,38 @@ impl Node {
         }
     }
 
+    /// Mends what other programs have done to what describes the open layers:
+    /// the kernel reads what is mounted as it is.
+    pub(super) async fn look_at_descriptions(&self) {
+        for layer in self.open_layers() {
+            self.look_at_description(&layer).await;
+        }
+    }
+
+    async fn look_at_description(&self, layer: &Arc<LazyLayer>) {
+        if !layer.dir().is_touched() {
+            return;
+        }
+        // Whoever scrubs may be at it.
+        let Ok(_one_at_a_time) = self.0.scrubbing.try_lock() else {
+            return;
+        };
+        let digest = layer.digest();
+        match self.check_description(layer, digest).await {
+            Ok(_) => {
+                layer.dir().see();
+                self.0.undescribed.lock().remove(&digest);
+            }
+            // Told once for each cause: it is tried again and again.
+            Err(error) => {
+                let mut told = self.0.undescribed.lock();
+                if told.insert(digest, error.clone()).as_ref() != Some(&error) {
+                    tracing::error!(layer = %digest, "its readers may get errors: {error}");
+                }
+            }
+        }
+    }
+
     /// Checks `chunks` and `meta.erofs`, and mends them.
     async fn check_description(
         &self,

@@ -43,6 +43,10 @@ pub(super) const PROFILES: &str = "profiles";
 /// How often what has become present is made durable.
 const PERSIST: Duration = Duration::from_secs(30);
 
+/// How often it is looked whether another program has touched what describes
+/// the open layers.
+const LOOK: Duration = Duration::from_secs(30);
+
 /// A manifest or a TOC that takes longer is not waited for: containerd waits
 /// for the answer, and unpacking the layer is one, too.
 const UNPACK_INSTEAD: Duration = Duration::from_secs(60);
@@ -113,9 +117,14 @@ impl Node {
             marker,
             doubted: AtomicBool::new(before == Before::PowerLoss),
             unpersisted: Mutex::default(),
+            undescribed: Mutex::default(),
             scrubbing: tokio::sync::Mutex::default(),
             config,
         }));
+        if node.0.config.quota.is_set() {
+            // Until it is known what there is.
+            node.0.engine.set_room(0);
+        }
         node.go_on(layers, &left, before)?;
         node.serve(left)?;
         crash_point!("start.served");
@@ -140,6 +149,14 @@ impl Node {
                 tokio::time::sleep(PERSIST).await;
                 let Some(inner) = inner.upgrade() else { return };
                 Self(inner).persist().await;
+            }
+        });
+        let inner = Arc::downgrade(&node.0);
+        runtime.spawn(async move {
+            loop {
+                tokio::time::sleep(LOOK).await;
+                let Some(inner) = inner.upgrade() else { return };
+                Self(inner).look_at_descriptions().await;
             }
         });
         Ok(node)

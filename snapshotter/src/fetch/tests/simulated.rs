@@ -22,6 +22,7 @@ struct WireState {
     free: Mutex<Instant>,
     busy: Mutex<Duration>,
     under_way: Mutex<(usize, usize)>,
+    down: Mutex<bool>,
 }
 
 /// A request: of which layer, when, from where to where.
@@ -74,6 +75,7 @@ impl RangeSource for Server {
         };
         async move {
             sleep(self.wire.0.round_trip).await;
+            self.up()?;
             Ok(Box::new(answer) as Box<dyn RangeBody>)
         }
         .boxed()
@@ -81,6 +83,19 @@ impl RangeSource for Server {
 
     fn host(&self) -> &str {
         "r.example"
+    }
+}
+
+impl Server {
+    fn up(&self) -> Result<(), SourceError> {
+        match *self.wire.0.down.lock() {
+            false => Ok(()),
+            true => Err(SourceError {
+                message: "r.example is down".to_owned(),
+                transient: true,
+                retry_after: None,
+            }),
+        }
     }
 }
 
@@ -112,6 +127,7 @@ impl RangeBody for Answer {
                 None => *self.there.insert(self.send()),
             };
             sleep_until(there).await;
+            self.server.up()?;
             let (start, end) = (self.position, self.packet_end());
             self.position = end;
             self.there = (end < self.end).then(|| self.send());
@@ -153,6 +169,7 @@ impl World {
             free: Mutex::new(started),
             busy: Mutex::default(),
             under_way: Mutex::default(),
+            down: Mutex::new(false),
         }));
         let asked = Arc::new(Mutex::new(Vec::new()));
         let (layers, starts) = (0..)
@@ -518,4 +535,60 @@ async fn a_download_gets_on_a_little_while_readers_wait() {
     assert_eq!(world.asked().len(), 1, "the same request went on");
     let busy = left / BANDWIDTH / went_on.elapsed().as_secs_f64();
     assert!(busy > 0.8, "{busy}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_download_goes_on_after_an_outage_of_hours() {
+    let world = World::new(30, &[small_files(300)]);
+    let down = |down| *world.wire.0.down.lock() = down;
+    let present = || world.layers[0].dir().present().count();
+    let _handle = world.layers[0].download(Duration::ZERO);
+    world.until(|| present() > 10).await;
+    down(true);
+    let before = world.asked().len();
+    sleep(Duration::from_secs(3600)).await;
+    let stopped = present();
+    assert!(stopped < 300, "{stopped}");
+    // In the deadline's five minutes every five seconds, then ever more rarely.
+    let tries = world.asked().len() - before;
+    assert!((60..90).contains(&tries), "{tries}");
+    // A reader that comes first shares its bytes.
+    down(false);
+    world.read_file(0, 299).await;
+    assert!(present() > stopped);
+    let back = Instant::now();
+    while !world.layers[0].dir().is_complete() {
+        sleep(Duration::from_secs(1)).await;
+        assert!(
+            back.elapsed() < Duration::from_secs(700),
+            "it is not resumed"
+        );
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reader_waits_for_minutes_and_no_longer_than_the_deadline() {
+    let world = World::new(30, &[small_files(20)]);
+    let down = |down| *world.wire.0.down.lock() = down;
+    down(true);
+    let layer = Arc::clone(&world.layers[0]);
+    let offset = world.starts[0][7];
+    let mut reader = Box::pin(Arc::clone(&layer).read_missing(offset, 100));
+    let early = tokio::time::timeout(Duration::from_secs(290), &mut reader).await;
+    assert!(early.is_err(), "it waits");
+    down(false);
+    assert_eq!(reader.await.unwrap().len(), 100);
+
+    down(true);
+    let (since, offset) = (Instant::now(), world.starts[0][19]);
+    let failed = Arc::clone(&layer).read_missing(offset, 100).await;
+    assert_eq!(failed.unwrap_err().raw_os_error(), Some(libc::EIO));
+    let waited = since.elapsed().as_secs();
+    assert!((299..=301).contains(&waited), "{waited} s");
+    // The next read tries again, and for as long.
+    let mut reader = Box::pin(layer.read_missing(offset, 100));
+    let early = tokio::time::timeout(Duration::from_secs(200), &mut reader).await;
+    assert!(early.is_err(), "it waits");
+    down(false);
+    assert_eq!(reader.await.unwrap().len(), 100);
 }

@@ -100,6 +100,41 @@ async fn what_was_used_longest_ago_is_evicted_and_fetched_again() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_background_download_keeps_within_the_quota() {
+    const FILES: usize = 40;
+    let root = tempfile::tempdir().unwrap();
+    let sample = Sample::new(files(FILES, 100_000), &Layout::default());
+    let registry = Registry::serve(&[(&sample, labels(&sample))]);
+    let mut config = config(&root);
+    config.background = Some(Duration::ZERO);
+    config.quota.limit = Some(1 << 20);
+    let start = |config: &Config| Node::start(config.clone(), client()).unwrap();
+    let node = start(&config);
+    node.open(request(&registry, &sample)).await.unwrap();
+    let mount = node.mount(sample.digest()).await.unwrap();
+    let size = || content_size(&root, &sample);
+    // Nothing is fetched ahead before it is known what there is.
+    assert_eq!(size(), 0);
+    node.make_room(in_use(&[&sample])).await;
+    until(|| size() > (1 << 20) - 200_000).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    node.make_room(in_use(&[&sample])).await;
+    assert!(size() < (1 << 20) + 100_000, "{}", size());
+    // What is read is fetched all the same.
+    assert_content(&mount, &sample).await;
+    assert!(size() > 2 << 20);
+    node.stop().await;
+    config.quota.limit = Some(100 << 20);
+    let evicted = LayerDir::open(&layer_path(&root, &sample), sample.digest()).unwrap();
+    evicted.evict().unwrap();
+    let node = start(&config);
+    node.mount(sample.digest()).await.unwrap();
+    node.make_room(in_use(&[&sample])).await;
+    until(|| size() > FILES as u64 * 100_000).await;
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_mount_that_is_in_use_after_all_keeps_its_content() {
     let root = tempfile::tempdir().unwrap();
     let sample = sample();
@@ -191,6 +226,54 @@ async fn what_describes_a_layer_is_mended_and_its_content_kept() {
         assert_eq!(registry.take_log().len(), 1, "the table of contents");
         assert_content(&mount, &sample).await;
         assert!(registry.take_log().is_empty(), "the content was there");
+        node.stop().await;
+    }
+}
+
+/// Another program touches what is mounted and mapped.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_describes_a_layer_is_mended_where_it_is_mounted() {
+    let cut = |file: &File| file.set_len(2000).unwrap();
+    let overwrite = |file: &File| {
+        file.write_all_at(&[0xff; 500], 2000).unwrap();
+        // Clocks of file systems are coarse.
+        let then = std::time::SystemTime::now() + Duration::from_secs(1);
+        file.set_modified(then).unwrap();
+    };
+    let cut_within_a_page = |file: &File| {
+        let size = file.metadata().unwrap().len();
+        file.set_len(size - 1).unwrap();
+    };
+    type Damage = fn(&File);
+    let damages: [(&str, Damage); 3] = [
+        ("meta.erofs", cut),
+        ("meta.erofs", overwrite),
+        ("chunks", cut_within_a_page),
+    ];
+    for mode in [Mode::Erofs, Mode::Fuse] {
+        let root = tempfile::tempdir().unwrap();
+        let sample = sample();
+        let registry = Registry::serve(&[(&sample, labels(&sample))]);
+        let mut config = config(&root);
+        config.mode = Some(mode);
+        let node = Node::start(config, client()).unwrap();
+        node.open(request(&registry, &sample)).await.unwrap();
+        let mount = node.mount(sample.digest()).await.unwrap();
+        for (name, damage) in damages {
+            let path = layer_path(&root, &sample).join(name);
+            let whole = fs::read(&path).unwrap();
+            damage(&File::options().write(true).open(&path).unwrap());
+            registry.misbehave(|_| Some(Fault::Status(500)));
+            node.look_at_descriptions().await;
+            assert!(fs::read(&path).unwrap() != whole);
+            registry.misbehave(|_| None);
+            node.look_at_descriptions().await;
+            assert!(fs::read(&path).unwrap() == whole, "{mode:?}: {name}");
+        }
+        registry.take_log();
+        node.look_at_descriptions().await;
+        assert!(registry.take_log().is_empty(), "all is well");
+        assert_content(&mount, &sample).await;
         node.stop().await;
     }
 }
