@@ -21,6 +21,15 @@ const SHIPPED: &str = include_str!("../../systemd/sluice-snapshotter.service");
 /// seems to have been booted by systemd, and in a control group of its own.
 const BECOME_SYSTEMD: &str = r#"
 set -e
+scratch=$1
+shift
+# What other tests have mounted must not be held here.
+for place in $(cut -d ' ' -f 5 /proc/self/mountinfo | tac); do
+    case $place in
+        "$scratch" | "$scratch"/*) ;;
+        "${scratch%/*}"/sluice-*) mount --make-private "$place"; umount --lazy "$place" ;;
+    esac
+done
 mount --bind /run /run
 mount --make-private /run
 mkdir -p /run/systemd
@@ -74,6 +83,7 @@ impl Systemd {
         command
             .args(["--mount", "--propagation", "unchanged"])
             .args(["sh", "-c", BECOME_SYSTEMD, "systemd"])
+            .arg(scratch.path())
             .args(&groups)
             .env("HOME", dir)
             .env("XDG_RUNTIME_DIR", &runtime)

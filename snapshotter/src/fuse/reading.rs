@@ -26,6 +26,11 @@ impl Reader {
         Self { runtime }
     }
 
+    /// Does work that has to wait.
+    pub(super) fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+        self.runtime.spawn(work);
+    }
+
     /// Answers one read of `offset..offset + size` of the content, cut at
     /// `end`. What is present is answered on the calling thread.
     pub fn read<C: Content + ?Sized>(

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use fuser::{BackgroundSession, Config, Filesystem, SessionACL};
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -23,6 +24,8 @@ const THREADS: usize = 4;
 
 /// More bytes than what is agreed on a mount ever takes.
 const MOST_TERMS: u64 = 4096;
+/// How long after its unmounting a file system may still be there.
+const ENDING: Duration = Duration::from_secs(1);
 
 /// A FUSE file system that is mounted and served.
 #[derive(Debug)]
@@ -297,7 +300,17 @@ impl Session {
         let busy = rustix::mount::unmount(&self.mount_point, UnmountFlags::empty()).is_err();
         if busy {
             let _ = rustix::mount::unmount(&self.mount_point, UnmountFlags::DETACH);
-        } else if let Err(error) = session.join() {
+            return;
+        }
+        // Another mount namespace may have a copy of the mount.
+        let since = Instant::now();
+        while self.kept.is_connected() {
+            if since.elapsed() > ENDING {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        if let Err(error) = session.join() {
             tracing::warn!("serving FUSE at {}: {error}", self.mount_point.display());
         }
     }
@@ -363,6 +376,30 @@ mod tests {
             "cannot open /dev/fuse: No such file or directory (os error 2); load the module with \
              `modprobe fuse`, or give the container the device"
         );
+    }
+
+    #[test]
+    fn regression_a_copy_of_the_mount_holds_up_nobody() {
+        let directory = tempfile::tempdir().unwrap();
+        let session = Session::mount(Nothing, directory.path(), "x").unwrap();
+        // It has a mount namespace of its own, with all mounts of this one.
+        let mut holder = std::process::Command::new("unshare")
+            .args(["--mount", "--propagation", "private"])
+            .args(["sh", "-c", "echo; exec cat"])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = [0];
+        (holder.stdout.as_mut().unwrap().read_exact(&mut line)).unwrap();
+        session.unmount();
+        assert!(
+            crate::mount::mounts_below(directory.path())
+                .unwrap()
+                .is_empty()
+        );
+        drop(holder.stdin.take());
+        assert!(holder.wait().unwrap().success());
     }
 
     #[test]

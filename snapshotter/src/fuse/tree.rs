@@ -30,7 +30,7 @@ const NEVER: Duration = Duration::ZERO;
 const BLOCK: u32 = 4096;
 
 /// The file system.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Trees {
     table: TreeTable,
     reader: Reader,
@@ -40,6 +40,25 @@ impl Trees {
     /// Shows what `table` holds.
     pub fn new(table: TreeTable, reader: Reader) -> Self {
         Self { table, reader }
+    }
+
+    /// Answers now, or when the layer of `inode` is there.
+    fn answer(
+        &self,
+        what: &'static str,
+        inode: INodeNo,
+        answer: impl FnOnce(&Self) + Send + 'static,
+    ) {
+        match self.table.awaited(inode.0) {
+            None => guarded(what, || answer(self)),
+            Some(there) => {
+                let me = self.clone();
+                self.reader.spawn(async move {
+                    there.await;
+                    guarded(what, || answer(&me));
+                });
+            }
+        }
     }
 
     fn in_layer(&self, inode: INodeNo) -> Result<(Layer, Ino), Refusal> {
@@ -166,22 +185,25 @@ impl fuser::Filesystem for Trees {
     }
 
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        guarded("lookup", || match self.lookup_entry(parent, name) {
-            Ok((ttl, attributes)) => reply.entry(&ttl, &attributes, Generation(0)),
-            Err(refusal) => reply.error(errno("lookup", parent, &refusal)),
+        let name = name.to_owned();
+        self.answer("lookup", parent, move |me| {
+            match me.lookup_entry(parent, &name) {
+                Ok((ttl, attributes)) => reply.entry(&ttl, &attributes, Generation(0)),
+                Err(refusal) => reply.error(errno("lookup", parent, &refusal)),
+            }
         });
     }
 
     fn getattr(&self, _: &Request, inode: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        guarded("getattr", || match self.attributes(inode) {
+        self.answer("getattr", inode, move |me| match me.attributes(inode) {
             Ok(attributes) => reply.attr(&FOREVER, &attributes),
             Err(refusal) => reply.error(errno("getattr", inode, &refusal)),
         });
     }
 
     fn readlink(&self, _: &Request, inode: INodeNo, reply: ReplyData) {
-        guarded("readlink", || {
-            let read = self.in_layer(inode);
+        self.answer("readlink", inode, move |me| {
+            let read = me.in_layer(inode);
             match read.as_ref().map(|(layer, ino)| layer.target(*ino)) {
                 Ok(Ok(target)) => reply.data(target),
                 Ok(Err(refusal)) => reply.error(errno("readlink", inode, &refusal)),
@@ -216,12 +238,12 @@ impl fuser::Filesystem for Trees {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        guarded("read", || {
-            let found = self
+        self.answer("read", inode, move |me| {
+            let found = me
                 .in_layer(inode)
                 .and_then(|(layer, ino)| Ok((layer.extent(ino)?, layer)));
             match found {
-                Ok((Some(extent), layer)) if offset < extent.size => self.reader.read(
+                Ok((Some(extent), layer)) if offset < extent.size => me.reader.read(
                     layer.content(),
                     extent.offset + offset,
                     size,
@@ -242,9 +264,11 @@ impl fuser::Filesystem for Trees {
         offset: u64,
         mut reply: ReplyDirectory,
     ) {
-        guarded("readdir", || match self.list(inode, offset, &mut reply) {
-            Ok(()) => reply.ok(),
-            Err(refusal) => reply.error(errno("readdir", inode, &refusal)),
+        self.answer("readdir", inode, move |me| {
+            match me.list(inode, offset, &mut reply) {
+                Ok(()) => reply.ok(),
+                Err(refusal) => reply.error(errno("readdir", inode, &refusal)),
+            }
         });
     }
 
@@ -256,8 +280,8 @@ impl fuser::Filesystem for Trees {
         offset: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
-        guarded("readdirplus", || {
-            match self.list_plus(inode, offset, &mut reply) {
+        self.answer("readdirplus", inode, move |me| {
+            match me.list_plus(inode, offset, &mut reply) {
                 Ok(()) => reply.ok(),
                 Err(refusal) => reply.error(errno("readdirplus", inode, &refusal)),
             }
@@ -268,9 +292,10 @@ impl fuser::Filesystem for Trees {
     // later whose directories are opaque.
 
     fn getxattr(&self, _: &Request, inode: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        guarded("getxattr", || {
-            let found = self.in_layer(inode);
-            match found.as_ref().map(|(layer, ino)| layer.xattr(*ino, name)) {
+        let name = name.to_owned();
+        self.answer("getxattr", inode, move |me| {
+            let found = me.in_layer(inode);
+            match found.as_ref().map(|(layer, ino)| layer.xattr(*ino, &name)) {
                 Ok(Ok(value)) => answer_xattr(value, size, reply),
                 // The mount's root has none.
                 Ok(Err(Refusal::NoAttribute)) | Err(Refusal::IsADirectory) => {
@@ -283,8 +308,8 @@ impl fuser::Filesystem for Trees {
     }
 
     fn listxattr(&self, _: &Request, inode: INodeNo, size: u32, reply: ReplyXattr) {
-        guarded("listxattr", || {
-            let names = match self.in_layer(inode) {
+        self.answer("listxattr", inode, move |me| {
+            let names = match me.in_layer(inode) {
                 Ok((layer, ino)) => layer.xattr_names(ino),
                 Err(Refusal::IsADirectory) => Ok(Vec::new()),
                 Err(refusal) => Err(refusal),

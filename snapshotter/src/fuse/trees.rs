@@ -5,8 +5,10 @@ use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::RwLock;
+use tokio::sync::watch;
 
 use super::Content;
 use crate::erofs::{self, Attributes, Extent, FileType, Image, Ino};
@@ -34,7 +36,23 @@ impl std::fmt::Debug for Tree {
 
 /// The layers whose trees the mount shows. Clones share them.
 #[derive(Clone, Default)]
-pub struct TreeTable(Arc<RwLock<HashMap<u64, Arc<Tree>>>>);
+pub struct TreeTable {
+    trees: Arc<RwLock<HashMap<u64, Arc<Tree>>>>,
+    expected: Arc<RwLock<HashMap<u64, Expected>>>,
+}
+
+/// A layer that is not there yet.
+#[derive(Clone)]
+struct Expected {
+    decided: watch::Receiver<()>,
+    deadline: Duration,
+}
+
+/// While it lives, whoever asks for anything of its layer waits.
+#[derive(Debug)]
+pub struct Expectation {
+    _decided: watch::Sender<()>,
+}
 
 impl TreeTable {
     /// A mount that shows nothing.
@@ -46,13 +64,36 @@ impl TreeTable {
     /// remembers what it saw: no other layer may have that number while the
     /// mount lives. Numbers are below 2^23.
     pub fn insert(&self, number: u64, tree: Tree) {
-        self.0.write().insert(number, Arc::new(tree));
+        self.trees.write().insert(number, Arc::new(tree));
+        self.expected.write().remove(&number);
+    }
+
+    /// A layer that the kernel knows under this number is not there, but may
+    /// be soon: until the answer is dropped, and for `deadline` at most, those
+    /// who ask for something of it wait.
+    pub fn expect(&self, number: u64, deadline: Duration) -> Expectation {
+        let (sender, decided) = watch::channel(());
+        let expected = Expected { decided, deadline };
+        self.expected.write().insert(number, expected);
+        Expectation { _decided: sender }
+    }
+
+    /// What to wait for before asking for something of the layer that the
+    /// mount's inode number belongs to.
+    pub(super) fn awaited(&self, inode: u64) -> Option<impl Future<Output = ()> + Send + use<>> {
+        let number = (inode >> NID_BITS).checked_sub(1)?;
+        let mut expected = self.expected.read().get(&number)?.clone();
+        Some(async move {
+            let decided = expected.decided.changed();
+            let _ = tokio::time::timeout(expected.deadline, decided).await;
+        })
     }
 
     /// Hides it. Whoever has a file of it open gets an error from the next
     /// read of what the kernel does not have.
     pub fn remove(&self, number: u64) {
-        self.0.write().remove(&number);
+        self.trees.write().remove(&number);
+        self.expected.write().remove(&number);
     }
 
     /// The directory's name in the mount.
@@ -62,7 +103,7 @@ impl TreeTable {
 
     /// The numbers of all layers, in order.
     pub(super) fn numbers(&self) -> Vec<u64> {
-        let mut numbers: Vec<u64> = self.0.read().keys().copied().collect();
+        let mut numbers: Vec<u64> = self.trees.read().keys().copied().collect();
         numbers.sort_unstable();
         numbers
     }
@@ -78,7 +119,7 @@ impl TreeTable {
 
     /// The layer of this number.
     pub(super) fn layer(&self, number: u64) -> Result<Layer, Refusal> {
-        match self.0.read().get(&number) {
+        match self.trees.read().get(&number) {
             Some(tree) => Ok(Layer {
                 number,
                 tree: Arc::clone(tree),
@@ -100,7 +141,7 @@ impl TreeTable {
 
 impl std::fmt::Debug for TreeTable {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_set().entries(self.0.read().keys()).finish()
+        f.debug_set().entries(self.trees.read().keys()).finish()
     }
 }
 

@@ -84,13 +84,20 @@ impl Node {
         let meta = self
             .layer_path(identity.digest)
             .join(crate::layer_dir::META);
-        if tree && let Ok(image) = Image::open(&meta) {
-            self.0
-                .trees
-                .insert(identity.number, Tree::new(image, pending));
+        let trees = &self.0.trees;
+        let mut expectation = None;
+        if tree {
+            match Image::open(&meta) {
+                Ok(image) => trees.insert(identity.number, Tree::new(image, pending)),
+                Err(_) => {
+                    let deadline = self.0.config.fetch.deadline;
+                    expectation = Some(trees.expect(identity.number, deadline));
+                }
+            }
         }
         let node = Arc::downgrade(&self.0);
         tokio::spawn(async move {
+            let _expectation = expectation;
             let digest = identity.digest;
             let mut pause = PAUSE;
             loop {
