@@ -95,7 +95,7 @@ pub struct Fetch {
     /// Memory for everything in flight, in MiB. Default 64.
     pub memory_mib: NonZeroU64,
     /// Memory for tables of contents that are being read, in MiB. Default 160,
-    /// which is enough for a layer of some 350,000 files. One that needs more
+    /// which is enough for a layer of some 280,000 files. One that needs more
     /// is unpacked.
     pub toc_memory_mib: NonZeroU64,
     /// Requests to registries at once. Default 32.

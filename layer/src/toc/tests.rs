@@ -894,3 +894,42 @@ fn limits_hold() {
         Err(TocError::TooLarge { limit: 1000 })
     ));
 }
+
+/// What `docs/reliability.md` says of very large layers comes from this.
+#[test]
+fn a_file_takes_some_hundreds_of_bytes() {
+    const FILES: usize = 2000;
+    let digest = Digest::of(b"content");
+    let entries: Vec<_> = (0..FILES)
+        .map(|file| {
+            format!(
+                "{{'name':'usr/lib/python3/package{}/a_module_{file}.py','type':'reg','size':100,\
+                 'modtime':'2024-01-01T00:00:00Z','mode':33188,'offset':{},'digest':'{digest}',\
+                 'chunkDigest':'{digest}'}}",
+                file / 50,
+                file * 100
+            )
+        })
+        .collect();
+    let entries: Vec<_> = entries.iter().map(String::as_str).collect();
+    let size = json(&entries).len();
+    let fits = |memory: usize| {
+        let limits = Limits {
+            max_memory: memory as u64,
+            ..Limits::default()
+        };
+        read_with(&entries, &limits).is_ok()
+    };
+    let (mut low, mut high) = (0, 1000 * FILES);
+    while high - low > FILES {
+        let middle = (low + high) / 2;
+        match fits(size + middle) {
+            true => high = middle,
+            false => low = middle,
+        }
+    }
+    let (tree, text) = (high / FILES, size / FILES);
+    println!("{tree} bytes a file, and {text} of JSON");
+    assert!((300..400).contains(&tree), "{tree}");
+    assert!((300..400).contains(&text), "{text}");
+}
