@@ -54,6 +54,15 @@ pub struct Expectation {
     _decided: watch::Sender<()>,
 }
 
+#[cfg(test)]
+impl Expectation {
+    /// How many wait.
+    pub(super) fn waiting(&self) -> usize {
+        // The table has a receiver as well.
+        self._decided.receiver_count() - 1
+    }
+}
+
 impl TreeTable {
     /// A mount that shows nothing.
     pub fn new() -> Self {

@@ -196,6 +196,37 @@ fn a_removed_layer_is_gone_and_others_stay() {
 }
 
 #[test]
+fn who_asks_for_a_layer_that_is_being_mended_waits() {
+    use rustix::fs::{OFlags, openat};
+    let node = Node::new();
+    let mut tree = testing::Tree::new();
+    tree.file("one", 10).file("other", 10);
+    node.add(0, &tree, XattrNamespace::Trusted, true);
+    let root = File::open(node.path(0)).unwrap();
+    let open = |name: &str| openat(&root, name, OFlags::RDONLY, rustix::fs::Mode::empty());
+    for (name, mended) in [("one", true), ("other", false)] {
+        node.table.remove(0);
+        let expected = node.table.expect(0, Duration::from_secs(600));
+        std::thread::scope(|scope| {
+            let reader = scope.spawn(|| open(name));
+            while expected.waiting() == 0 {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            assert!(!reader.is_finished());
+            if mended {
+                node.add(0, &tree, XattrNamespace::Trusted, true);
+            }
+            drop(expected);
+            let opened = reader.join().unwrap();
+            assert_eq!(opened.err(), (!mended).then_some(rustix::io::Errno::STALE));
+        });
+    }
+    // Nor does anybody wait for ever.
+    let _never = node.table.expect(0, Duration::from_millis(10));
+    assert_eq!(open("other").unwrap_err(), rustix::io::Errno::STALE);
+}
+
+#[test]
 fn overlayfs_hides_what_the_layer_deletes() {
     let node = Node::new();
     for (number, ns, option) in [
