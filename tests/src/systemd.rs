@@ -23,11 +23,14 @@ const BECOME_SYSTEMD: &str = r#"
 set -e
 scratch=$1
 shift
-# What other tests have mounted must not be held here.
-for place in $(cut -d ' ' -f 5 /proc/self/mountinfo | tac); do
+# What other tests have mounted must not be held here. Their own file systems
+# go with all that is in them, which nobody may look at: it may be served by
+# nobody now.
+for place in $(cut -d ' ' -f 5 /proc/self/mountinfo); do
     case $place in
-        "$scratch" | "$scratch"/*) ;;
-        "${scratch%/*}"/sluice-*) mount --make-private "$place"; umount --lazy "$place" ;;
+        "$scratch" | "${scratch%/*}"/sluice-*/*) ;;
+        "${scratch%/*}"/sluice-*)
+            if mount --make-rprivate "$place"; then umount --lazy "$place" || true; fi ;;
     esac
 done
 mount --bind /run /run
