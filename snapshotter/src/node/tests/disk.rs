@@ -399,5 +399,25 @@ async fn scrub_finds_what_has_rotted_and_has_it_fetched_again() {
     let node = Node::start(config(&root), client()).unwrap();
     assert!(scrub(&node).await[0].is_clean());
     assert!(node.0.slots.lock().is_empty());
+
+    // On a timer, when so long has passed since the last time.
+    const HOUR: Duration = Duration::from_secs(3600);
+    let start_timer = || {
+        let timer = node.clone();
+        tokio::spawn(async move { timer.scrub_every(HOUR).await })
+    };
+    let stamp = File::open(root.path().join("scrubbed")).unwrap();
+    let last = || stamp.metadata().unwrap().modified().unwrap();
+    flip(&dir.data_path(), at);
+    let before = last();
+    let timer = start_timer();
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    timer.abort();
+    assert_eq!(last(), before, "it is not due");
+    stamp.set_modified(before - HOUR * 2).unwrap();
+    let timer = start_timer();
+    until(|| last() >= before).await;
+    timer.abort();
+    assert!(!look(&root, &sample).present().contains(wrong));
     node.stop().await;
 }
