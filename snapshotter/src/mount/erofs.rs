@@ -22,9 +22,9 @@ pub struct Options {
     pub alone: bool,
 }
 
-/// How the image's path begins to end where nobody serves the content. The
-/// kernel does not list which file that is, but it lists what it was told of
-/// the image, letter for letter, to whatever process asks.
+/// What stands before the image's name where nobody serves the content. The
+/// kernel does not list which file has the content, but it lists the image as
+/// it was told, letter for letter, also to the next process.
 const ALONE: &str = "./";
 
 /// Whether a mounted layer goes on when whoever mounted it is gone: its `data`
