@@ -1,6 +1,6 @@
 //! Decoding a unit of a blob and verifying the chunks in it.
 
-use std::io::{self, Read};
+use std::io::{self, BufRead, Read};
 use std::ops::{Deref, Range};
 
 use sluice_oci::Digest;
@@ -96,12 +96,12 @@ pub enum DecodeError {
 ///
 /// `wanted` is in the order of `inner_offset` without overlap; exact
 /// duplicates may follow each other.
-pub fn decode_unit(
+pub fn decode_unit<'a>(
     format: Format,
-    compressed: &[u8],
+    compressed: &'a [u8],
     wanted: &[Wanted],
     mut each: impl FnMut(usize, VerifiedChunk<'_>),
-) -> Result<(), DecodeError> {
+) -> Result<Decoded<'a>, DecodeError> {
     let mut unit =
         OpenUnit::new(format, compressed, wanted).map_err(|source| DecodeError::Corrupt {
             index: 0,
@@ -143,7 +143,125 @@ pub fn decode_unit(
         }
         each(index, VerifiedChunk(unit.chunk()));
     }
-    Ok(())
+    Ok(Decoded {
+        format,
+        compressed,
+        whole: match unit {
+            OpenUnit::Whole { bytes, end, .. } => Some((bytes, end)),
+            OpenUnit::Stream { .. } => None,
+        },
+    })
+}
+
+/// A unit whose wanted chunks were handed out.
+#[derive(Debug)]
+pub struct Decoded<'a> {
+    format: Format,
+    compressed: &'a [u8],
+    /// What was decoded at once, and where in `compressed` that ends.
+    whole: Option<(Vec<u8>, usize)>,
+}
+
+impl Decoded<'_> {
+    /// The unit's uncompressed bytes that belong to none of `chunks`, ranges
+    /// of them in order: what the tar has between files. `None` where they are
+    /// more than `limit`, or the unit does not end where its data does.
+    pub fn rest(self, chunks: &[Range<u64>], limit: usize) -> Option<Vec<u8>> {
+        let mut rest = Vec::new();
+        let mut between = Between::new(chunks);
+        let mut push = |bytes: &[u8]| {
+            between.push(bytes, |piece| rest.extend_from_slice(piece));
+            rest.len() <= limit
+        };
+        let mut left = self.compressed;
+        if let Some((bytes, end)) = &self.whole
+            && (self.format == Format::ZstdChunked || is_one_member(left, bytes))
+        {
+            if !push(bytes) {
+                return None;
+            }
+            left = &left[*end..];
+        }
+        if !left.is_empty() {
+            let mut reader = unpack(self.format, left).ok()?;
+            let mut buffer = vec![0; 64 << 10];
+            loop {
+                match reader.read(&mut buffer) {
+                    Ok(0) => break,
+                    Ok(count) if push(&buffer[..count]) => {}
+                    Ok(_) | Err(_) => return None,
+                }
+            }
+        }
+        Some(rest)
+    }
+}
+
+/// Whether a gzip member that was decoded is all of `compressed`: the last
+/// trailer is its own.
+fn is_one_member(compressed: &[u8], bytes: &[u8]) -> bool {
+    let trailer = compressed.last_chunk::<8>();
+    trailer.is_some_and(|t| t[..4] == libdeflater::crc32(bytes).to_le_bytes())
+}
+
+/// Passes over the chunks of a unit, and on what lies between them.
+#[derive(Debug)]
+pub struct Between<'c> {
+    chunks: &'c [Range<u64>],
+    position: u64,
+}
+
+impl<'c> Between<'c> {
+    /// For the uncompressed bytes of a unit with chunks at these ranges, which
+    /// are in order.
+    pub fn new(chunks: &'c [Range<u64>]) -> Self {
+        Self {
+            chunks,
+            position: 0,
+        }
+    }
+
+    /// Takes the next bytes of the unit, and hands out those between chunks.
+    pub fn push(&mut self, mut bytes: &[u8], mut each: impl FnMut(&[u8])) {
+        let split = |bytes: &[u8], len: u64| {
+            let len = usize::try_from(len).map_or(bytes.len(), |len| len.min(bytes.len()));
+            (len, len as u64)
+        };
+        while !bytes.is_empty() {
+            let Some(chunk) = self.chunks.first() else {
+                self.position += bytes.len() as u64;
+                return each(bytes);
+            };
+            if chunk.end <= self.position {
+                self.chunks = &self.chunks[1..];
+                continue;
+            }
+            let before = chunk.start.saturating_sub(self.position);
+            let (at, len) = match before {
+                0 => split(bytes, chunk.end - self.position),
+                before => split(bytes, before),
+            };
+            if before > 0 {
+                each(&bytes[..at]);
+            }
+            self.position += len;
+            bytes = &bytes[at..];
+        }
+    }
+}
+
+/// Decompresses a part of a blob that begins and ends between units: all that
+/// is in it, one member or frame after the other.
+pub fn unpack<'a>(format: Format, compressed: impl BufRead + 'a) -> io::Result<Box<dyn Read + 'a>> {
+    Ok(match format {
+        Format::Estargz => Box::new(flate2::bufread::MultiGzDecoder::new(compressed)),
+        Format::ZstdChunked => {
+            let mut decoder = zstd::stream::read::Decoder::with_buffer(compressed)?;
+            // Memory that a frame asks for, whatever it holds.
+            decoder.window_log_max(ZSTD_WINDOW_LOG)?;
+            Box::new(decoder)
+        }
+    })
 }
 
 /// Most that is set aside for a chunk before its bytes are there.
@@ -158,7 +276,12 @@ const AT_ONCE: u64 = 128 << 20;
 /// A unit and the chunk of it that was read last.
 enum OpenUnit<'a> {
     /// Decoded at once, which takes half the time of streaming.
-    Whole { bytes: Vec<u8>, chunk: Range<usize> },
+    Whole {
+        bytes: Vec<u8>,
+        chunk: Range<usize>,
+        /// Where what was decoded ends in the compressed bytes.
+        end: usize,
+    },
     /// Decoded as far as read.
     Stream {
         reader: Box<dyn Read + 'a>,
@@ -173,23 +296,20 @@ impl<'a> OpenUnit<'a> {
         });
         let limit = needed.saturating_add(SURPLUS).min(AT_ONCE);
         let whole = match format {
-            Format::Estargz => gunzip_at_once(compressed, limit),
+            Format::Estargz => {
+                gunzip_at_once(compressed, limit).map(|bytes| (bytes, compressed.len()))
+            }
             Format::ZstdChunked => unzstd_at_once(compressed, limit),
         };
-        if let Some(bytes) = whole.filter(|bytes| bytes.len() as u64 >= needed) {
-            return Ok(Self::Whole { bytes, chunk: 0..0 });
+        if let Some((bytes, end)) = whole.filter(|(bytes, _)| bytes.len() as u64 >= needed) {
+            return Ok(Self::Whole {
+                bytes,
+                chunk: 0..0,
+                end,
+            });
         }
-        let reader: Box<dyn Read + 'a> = match format {
-            Format::Estargz => Box::new(flate2::bufread::MultiGzDecoder::new(compressed)),
-            Format::ZstdChunked => {
-                let mut decoder = zstd::stream::read::Decoder::with_buffer(compressed)?;
-                // Memory that a frame asks for, whatever it holds.
-                decoder.window_log_max(ZSTD_WINDOW_LOG)?;
-                Box::new(decoder)
-            }
-        };
         Ok(Self::Stream {
-            reader,
+            reader: unpack(format, compressed)?,
             chunk: Vec::new(),
         })
     }
@@ -197,7 +317,7 @@ impl<'a> OpenUnit<'a> {
     /// Passes over `skip` bytes and reads up to `size`; how many there were.
     fn advance(&mut self, skip: u64, size: u64) -> io::Result<u64> {
         match self {
-            Self::Whole { bytes, chunk } => {
+            Self::Whole { bytes, chunk, .. } => {
                 let place = |from: usize, more: u64| {
                     let to = from.saturating_add(usize::try_from(more).unwrap_or(usize::MAX));
                     to.min(bytes.len())
@@ -221,7 +341,7 @@ impl<'a> OpenUnit<'a> {
 
     fn chunk(&self) -> &[u8] {
         match self {
-            Self::Whole { bytes, chunk } => &bytes[chunk.clone()],
+            Self::Whole { bytes, chunk, .. } => &bytes[chunk.clone()],
             Self::Stream { chunk, .. } => chunk,
         }
     }
@@ -244,15 +364,17 @@ pub(crate) fn gunzip_at_once(compressed: &[u8], limit: u64) -> Option<Vec<u8>> {
 }
 
 /// Decompresses the first Zstandard frame, if its header says its size and
-/// that is within `limit`. What comes after is left alone.
-fn unzstd_at_once(compressed: &[u8], limit: u64) -> Option<Vec<u8>> {
+/// that is within `limit`, and says where it ends. What comes after is left
+/// alone.
+fn unzstd_at_once(compressed: &[u8], limit: u64) -> Option<(Vec<u8>, usize)> {
     let size = zstd::zstd_safe::get_frame_content_size(compressed)
         .ok()
         .flatten()
         .filter(|size| *size <= limit)?;
     let end = zstd::zstd_safe::find_frame_compressed_size(compressed).ok()?;
     let size = usize::try_from(size).ok()?;
-    zstd::bulk::decompress(compressed.get(..end)?, size).ok()
+    let bytes = zstd::bulk::decompress(compressed.get(..end)?, size).ok()?;
+    Some((bytes, end))
 }
 
 #[cfg(test)]

@@ -14,7 +14,9 @@ mod toc;
 pub mod write;
 
 pub use annotations::LayerAnnotations;
-pub use decode::{DecodeError, VerifiedChunk, Wanted, decode_unit, verify_chunk};
+pub use decode::{
+    Between, DecodeError, Decoded, VerifiedChunk, Wanted, decode_unit, unpack, verify_chunk,
+};
 pub use footer::{FOOTER_MAX, FooterError, TocLocation, locate_toc};
 pub use format::Format;
 pub use profile::{Profile, ProfileError};

@@ -105,6 +105,8 @@ pub const POINTS: &[&str] = &[
     "fill.written",
     "fill.present",
     "fill.told",
+    "rest.opened",
+    "rest.written",
     "persist.taken",
     "persist.data-synced",
     "persist.new-made",
@@ -112,6 +114,11 @@ pub const POINTS: &[&str] = &[
     "persist.new-synced",
     "persist.named",
     "persist.synced",
+    // What a layer's tar is becomes known.
+    "prove.known",
+    "prove.written",
+    "prove.named",
+    "prove.rest-removed",
     // The daemon stops in good order.
     "stop.begun",
     "stop.drained",

@@ -120,6 +120,8 @@ async fn serve_node(
     let again = node.clone();
     tokio::spawn(async move { again.mount_lost().await });
     let _room = AbortOnDropHandle::new(tokio::spawn(keep_room(Arc::clone(&snapshots))));
+    let watched = Arc::clone(&snapshots);
+    let _claims = AbortOnDropHandle::new(tokio::spawn(async move { watched.watch_claims().await }));
     let timer = node.clone();
     let interval = Duration::from_secs(config.scrub.interval_hours.saturating_mul(3600));
     let _scrub = AbortOnDropHandle::new(tokio::spawn(async move {

@@ -24,6 +24,7 @@ mod scan;
 mod sparse;
 mod split;
 mod tail;
+mod tar_tree;
 mod tarsplit;
 mod time;
 
@@ -33,6 +34,7 @@ pub use compress::{CompressedUnit, UnitCompressor};
 pub use order::{Order, TarIndex};
 pub use split::{RawUnit, Split, Splitter, Units};
 pub use tail::{Assembler, Tail, finish};
+pub use tar_tree::{Origin, TarTree, TarTreeError, Unpacked};
 
 /// Name of the TOC's entry in the tar of an eStargz layer.
 pub(crate) const TOC_NAME: &str = "stargz.index.json";

@@ -387,10 +387,16 @@ fn emit(unit: RawUnit, units: &mut Units<'_>) {
 
 /// Names that the formats keep for themselves; an input that was seekable
 /// has them.
-fn is_reserved(header: &Header) -> bool {
+pub(super) fn is_reserved(header: &Header) -> bool {
     let Ok(name) = std::str::from_utf8(&header.name) else {
         return false;
     };
     header.kind == Kind::Regular
         && [TOC_NAME, PREFETCH_LANDMARK, NO_PREFETCH_LANDMARK].contains(&clean_name(name).as_str())
+}
+
+/// Whether an entry is the TOC of an eStargz layer.
+pub(super) fn is_toc(header: &Header) -> bool {
+    let name = std::str::from_utf8(&header.name);
+    header.kind == Kind::Regular && name.is_ok_and(|name| clean_name(name) == TOC_NAME)
 }

@@ -5,6 +5,7 @@
 
 mod archive;
 mod listing;
+mod rebuilt;
 mod reference;
 mod skopeo;
 
@@ -265,5 +266,33 @@ fn a_layer_looks_as_containerd_unpacks_it() {
             let ours = read_blob(&blob, &tail.annotations).with_certain_parts(&implied);
             ours.assert_equals(&unpacked, &format.to_string());
         }
+    }
+}
+
+/// What is decoded unit by unit, chunks and the bytes between, is the tar.
+#[test]
+fn a_layer_is_put_together_to_the_tar_that_it_was() {
+    let plain = odd_layer();
+    let named = ["usr/bin/small", "usr/sparse"];
+    let mut layers = Vec::new();
+    for format in FORMATS {
+        for prioritized in [&[][..], &named[..]] {
+            let (blob, annotations) = reference::build(&plain, format, 10_000, prioritized);
+            layers.push((format!("reference, {format}, {prioritized:?}"), blob, annotations));
+            let names: Vec<String> = prioritized.iter().map(|n| (*n).to_owned()).collect();
+            let options = Options {
+                chunk_size: 10_000,
+                ..Options::new(format)
+            };
+            for tar in [&plain, &contradictory_layer()] {
+                let (blob, tail) = write_layer(tar, &options, &names).unwrap();
+                layers.push((format!("ours, {format}, {prioritized:?}"), blob, tail.annotations));
+            }
+        }
+    }
+    let (blob, annotations) = skopeo::convert(&plain);
+    layers.push(("skopeo".to_owned(), blob, annotations));
+    for (which, blob, annotations) in layers {
+        rebuilt::check(&which, &blob, &annotations);
     }
 }

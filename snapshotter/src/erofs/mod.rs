@@ -18,7 +18,7 @@ pub use error::Error;
 pub(crate) use format::crc32c;
 pub use image::{Attributes, Entries, Entry, Extent, FileType, Image, Ino, XattrRef, Xattrs};
 pub use write::{Summary, write_image};
-pub use xattr::XattrNamespace;
+pub use xattr::{XattrNamespace, image_xattrs};
 
 #[cfg(test)]
 mod tests;

@@ -1,7 +1,7 @@
 //! Extended attributes: names in the format's short form, and which ones are
 //! stored once and shared.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use sluice_layer::{Node, NodeId, NodeKind, Toc};
 
@@ -79,6 +79,13 @@ pub(super) fn stored(node: &Node, ns: XattrNamespace) -> impl Iterator<Item = St
                 value,
             })
         })
+}
+
+/// The extended attributes that an image has for `node`, by name, in order.
+pub fn image_xattrs(node: &Node, ns: XattrNamespace) -> BTreeMap<Vec<u8>, &[u8]> {
+    let prefix = |number: u8| PREFIXES.iter().find(|(n, _)| *n == number).map_or(&b""[..], |p| p.1);
+    let all = stored(node, ns);
+    all.map(|xattr| ([prefix(xattr.prefix), xattr.name].concat(), xattr.value)).collect()
 }
 
 /// Values longer than this are kept away from the inodes, so that a walk does

@@ -39,8 +39,13 @@ impl Drop for Handle {
 
 impl LazyLayer {
     /// Downloads what is missing, after `delay`, in one stream that pauses
-    /// while any reader of the node waits, and makes it durable.
-    pub fn download(self: &Arc<Self>, delay: Duration) -> Handle {
+    /// while any reader of the node waits, and makes it durable. `then` is
+    /// done when all is here.
+    pub fn download(
+        self: &Arc<Self>,
+        delay: Duration,
+        then: impl Future<Output = ()> + Send + 'static,
+    ) -> Handle {
         let layer = Arc::clone(self);
         self.go(async move {
             tokio::time::sleep(delay).await;
@@ -51,15 +56,19 @@ impl LazyLayer {
             });
             match persisted.await {
                 Ok((layer, Err(error))) => tracing::warn!(layer = %layer.digest(), "{error}"),
-                Ok((layer, Ok(_))) if layer.dir().is_complete() => {
-                    tracing::info!(layer = %layer.digest(), "the whole layer is present");
+                Ok((layer, Ok(new))) if layer.dir().is_complete() => {
+                    if new {
+                        tracing::info!(layer = %layer.digest(), "the whole layer is present");
+                    }
+                    then.await;
                 }
                 _ => {}
             }
         })
     }
 
-    pub(super) fn go(self: &Arc<Self>, work: impl Future<Output = ()> + Send + 'static) -> Handle {
+    /// Does something that ends with the layer.
+    pub fn go(self: &Arc<Self>, work: impl Future<Output = ()> + Send + 'static) -> Handle {
         let closed = self.closed().clone();
         let task = self.engine().runtime().spawn(async move {
             closed.run_until_cancelled(work).await;

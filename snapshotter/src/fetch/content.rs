@@ -2,10 +2,10 @@
 //! layers, in the order of need, as one compressed stream.
 
 use std::collections::HashMap;
-use std::io::{self, BufRead, Read};
+use std::io::{self, Read};
 use std::sync::Arc;
 
-use bytes::{Buf as _, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 use futures_util::future::select_all;
 use futures_util::stream::{FuturesOrdered, StreamExt as _};
 use sluice_layer::profile::decode_content;
@@ -14,11 +14,12 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::ahead::Handle;
+use super::incoming::{Arrived, Incoming};
 use super::inflight::Claim;
 use super::layer::LazyLayer;
 use super::reads::Planned;
 use super::stream::{Patience, courtesy};
-use super::{Link, Permit, Priority, RangeSource, SourceError, Unstored};
+use super::{Link, Priority, RangeSource, SourceError, Unstored};
 use crate::layer_dir::{ChunkId, Present};
 
 /// Readers of what is within so many uncompressed bytes of the place that the
@@ -45,9 +46,6 @@ pub struct Content {
     /// What is in it, in its order.
     pub pieces: Vec<Piece>,
 }
-
-/// A range that arrived, and its part of the memory budget.
-type Arrived = (Bytes, Permit);
 
 impl Content {
     /// Receives it and stores what is missing, each chunk once it has the
@@ -191,52 +189,10 @@ async fn more(
     Ok(())
 }
 
-/// Ranges as one reader, for a thread that blocks.
-struct Arriving {
-    receiver: mpsc::Receiver<Arrived>,
-    current: Option<Arrived>,
-}
-
-impl BufRead for Arriving {
-    fn fill_buf(&mut self) -> io::Result<&[u8]> {
-        while self
-            .current
-            .as_ref()
-            .is_none_or(|(bytes, _)| bytes.is_empty())
-        {
-            // Its memory is free now.
-            self.current = None;
-            match self.receiver.blocking_recv() {
-                Some(next) => self.current = Some(next),
-                None => return Ok(&[]),
-            }
-        }
-        Ok(self.current.as_ref().map_or(&[], |(bytes, _)| bytes))
-    }
-
-    fn consume(&mut self, count: usize) {
-        if let Some((bytes, _)) = &mut self.current {
-            bytes.advance(count.min(bytes.len()));
-        }
-    }
-}
-
-impl Read for Arriving {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let count = self.fill_buf()?.read(buffer)?;
-        self.consume(count);
-        Ok(count)
-    }
-}
-
 /// Decodes, verifies and stores. What does not verify is passed over: whoever
 /// reads it asks the image's registry.
 fn decode(pieces: Vec<Piece>, receiver: mpsc::Receiver<Arrived>) -> io::Result<()> {
-    let arriving = Arriving {
-        receiver,
-        current: None,
-    };
-    let mut decoder = decode_content(arriving)?;
+    let mut decoder = decode_content(Incoming::new(receiver))?;
     let mut claims = Claims::default();
     let mut bytes = Vec::new();
     let mut wrong = 0;

@@ -1,12 +1,12 @@
 //! From a unit's compressed bytes to verified chunks in `data`.
 
 use bytes::Bytes;
-use sluice_layer::{DecodeError, Format, Unit, Wanted, decode_unit};
+use sluice_layer::{DecodeError, Decoded, Format, Unit, Wanted, decode_unit};
 
 use super::inflight::Claim;
 use super::layer::LazyLayer;
 use super::{FetchError, Priority, Unstored};
-use crate::layer_dir::{ChunkId, LayerDir};
+use crate::layer_dir::{ChunkId, LONGEST_PIECE, LayerDir, Piece};
 
 /// A unit that has arrived.
 pub(super) struct Arrived {
@@ -24,6 +24,7 @@ pub(super) fn decode_all(
     arrived: Vec<Arrived>,
 ) -> Vec<Claim> {
     let mut wrong = Vec::new();
+    let mut rests = Vec::new();
     for Arrived {
         claim,
         bytes,
@@ -34,10 +35,11 @@ pub(super) fn decode_all(
         let digest = layer.digest();
         crash_point!("fill.arrived");
         match decode_one(layer, unit.offset, &bytes, claim.is_awaited()) {
-            Ok(unstored) => {
+            Ok((unstored, decoded)) => {
                 layer.count_decoded(priority, bytes.len() as u64);
                 claim.finish(Ok(unstored));
                 crash_point!("fill.told");
+                rests.extend(rest_of(layer.dir(), unit, decoded).map(|rest| (unit.offset, rest)));
             }
             Err(error) if !again => {
                 tracing::warn!(
@@ -56,7 +58,33 @@ pub(super) fn decode_all(
             })),
         }
     }
+    keep(layer, &rests);
     wrong
+}
+
+/// What the tar has between the chunks of a unit, if that is still wanted. More
+/// than that is fetched by itself.
+fn rest_of(dir: &LayerDir, unit: Unit, decoded: Decoded<'_>) -> Option<Vec<u8>> {
+    if !dir.rest().is_needed() || !dir.is_span(unit.offset, unit.size) {
+        return None;
+    }
+    let chunks = dir.chunks_in(unit.offset);
+    let ranges: Vec<_> = chunks.into_iter().map(|(range, _)| range).collect();
+    decoded.rest(&ranges, LONGEST_PIECE)
+}
+
+fn keep(layer: &LazyLayer, rests: &[(u64, Vec<u8>)]) {
+    let pieces = rests.iter().map(|(span, bytes)| Piece {
+        span: *span,
+        at: 0,
+        last: true,
+        bytes,
+    });
+    let pieces: Vec<Piece<'_>> = pieces.collect();
+    if let Err(error) = layer.dir().rest().append(&pieces) {
+        // It is fetched again when all else is there.
+        tracing::debug!(layer = %layer.digest(), "what lies between files is not kept: {error}");
+    }
 }
 
 /// Bytes of memory that decoding a unit takes at most: a small one may hold
@@ -80,13 +108,13 @@ pub(super) fn decoded_size(dir: &LayerDir, unit: Unit) -> u64 {
 }
 
 /// Stores the unit's chunks that are missing, and returns those that could not
-/// be, if somebody waits for them.
-fn decode_one(
+/// be, if somebody waits for them, and the unit.
+fn decode_one<'a>(
     layer: &LazyLayer,
     unit_offset: u64,
-    bytes: &[u8],
+    bytes: &'a [u8],
     awaited: bool,
-) -> Result<Unstored, DecodeError> {
+) -> Result<(Unstored, Decoded<'a>), DecodeError> {
     let dir = layer.dir();
     let missing: Vec<ChunkId> = dir
         .chunks()
@@ -108,11 +136,11 @@ fn decode_one(
     wanted.sort_by_key(|(wanted, _)| (wanted.inner_offset, wanted.size, wanted.digest));
     let (wanted, chunks): (Vec<Wanted>, Vec<ChunkId>) = wanted.into_iter().unzip();
     let mut unstored = Unstored::default();
-    decode_unit(dir.identity().format, bytes, &wanted, |index, chunk| {
+    let decoded = decode_unit(dir.identity().format, bytes, &wanted, |index, chunk| {
         layer.look_into(chunks[index], &chunk, awaited);
         if !layer.store(chunks[index], &chunk) && awaited {
             unstored.add(chunks[index], layer.keep_unstored(chunks[index], &chunk));
         }
     })?;
-    Ok(unstored)
+    Ok((unstored, decoded))
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio::time::{Instant, timeout};
 
 use super::activity::UnderWay;
@@ -72,6 +72,7 @@ struct Shared {
     storage: Storage,
     room: Room,
     under_way: UnderWay,
+    proving: Semaphore,
 }
 
 /// Part of the memory that may hold what the disk does not take.
@@ -114,6 +115,7 @@ impl Engine {
             storage: Storage::new(config.memory / UNSTORED),
             room: Room::default(),
             under_way: UnderWay::default(),
+            proving: Semaphore::new(1),
             config,
         }))
     }
@@ -192,6 +194,12 @@ impl Engine {
             _output: output.await.ok()?,
             _core: Arc::clone(&self.0.decoders).acquire_owned().await.ok()?,
         })
+    }
+
+    /// Waits for the turn to put a layer's tar together: one at a time does
+    /// it. None when the engine ends.
+    pub async fn prover(&self) -> Option<SemaphorePermit<'_>> {
+        self.0.proving.acquire().await.ok()
     }
 
     /// A reader waits until the guard is dropped.

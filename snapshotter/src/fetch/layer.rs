@@ -113,7 +113,8 @@ impl LazyLayer {
         &self.reads
     }
 
-    pub(super) fn closed(&self) -> &CancellationToken {
+    /// What is cancelled when the layer is closed.
+    pub fn closed(&self) -> &CancellationToken {
         &self.closed
     }
 

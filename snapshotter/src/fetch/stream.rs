@@ -87,7 +87,7 @@ impl Arriving {
     }
 
     /// What to call when the bytes are wrong.
-    fn blame(&self) -> Blame {
+    pub(super) fn blame(&self) -> Blame {
         self.body.blame()
     }
 

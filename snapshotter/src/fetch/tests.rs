@@ -412,7 +412,7 @@ async fn prefetch_takes_the_prioritized_files_and_nothing_else() {
 async fn a_reader_does_not_wait_for_what_a_stream_has_before_it() {
     let s = setup();
     s.source.gate.send_replace(s.unit(1, 0).0 + 10);
-    let _handle = s.layer.download(Duration::ZERO);
+    let _handle = s.layer.download(Duration::ZERO, async {});
     until(|| s.layer.dir().present().count() == 2).await;
     // The stream stands in file 1; a reader of file 9 has a request of its own.
     let reader = s.read(9);
@@ -431,7 +431,7 @@ async fn a_reader_does_not_wait_for_what_a_stream_has_before_it() {
 async fn the_background_download_pauses_for_readers_and_resumes() {
     let s = setup();
     s.source.gate.send_replace(s.unit(1, 0).0);
-    let _handle = s.layer.download(Duration::ZERO);
+    let _handle = s.layer.download(Duration::ZERO, async {});
     until(|| s.layer.dir().present().count() == 2).await;
     let reader = s.engine.demand();
     s.source.gate.send_replace(u64::MAX);
@@ -475,7 +475,7 @@ async fn the_background_download_keeps_within_the_room_that_there_is() {
 async fn a_dropped_handle_ends_its_stream() {
     let s = setup();
     s.source.gate.send_replace(s.unit(1, 0).0);
-    let handle = s.layer.download(Duration::ZERO);
+    let handle = s.layer.download(Duration::ZERO, async {});
     until(|| s.layer.dir().present().count() == 2).await;
     drop(handle);
     until(|| s.nothing_is_held()).await;
@@ -490,7 +490,7 @@ async fn a_stream_passes_over_what_is_present() {
     s.read(12).await.unwrap();
     s.read(5).await.unwrap();
     s.source.take_requests();
-    let _handle = s.layer.download(Duration::ZERO);
+    let _handle = s.layer.download(Duration::ZERO, async {});
     until(|| s.layer.dir().is_complete()).await;
     let requests = s.source.take_requests();
     // The large file at the end is not asked for; whether file 5 is left out

@@ -1,5 +1,6 @@
-//! A layer on a node: the directory with `meta.erofs`, `chunks`, `data` and
-//! `present`. `docs/layer-directory.md` draws the files byte by byte.
+//! A layer on a node: the directory with `meta.erofs`, `chunks`, `data`,
+//! `present`, and what shows that it is the layer that its image names.
+//! `docs/layer-directory.md` draws the files byte by byte.
 
 mod checks;
 mod chunks;
@@ -7,6 +8,9 @@ mod create;
 mod error;
 pub mod placement;
 mod present;
+mod proof;
+mod rest;
+mod tar;
 mod whole;
 
 use std::fs::{self, File};
@@ -25,6 +29,9 @@ pub use chunks::{ChunkId, ChunkTable, Kin, Record};
 pub use create::{NewLayer, create};
 pub use error::{Error, Problem};
 pub use present::Present;
+pub use proof::Proof;
+pub use rest::{LONGEST_PIECE, Piece, RestIndex, TarRest};
+pub use tar::Span;
 pub use whole::{LastByte, end_for_want_of};
 
 /// The directory tree as an EROFS image.
@@ -35,6 +42,12 @@ pub const CHUNKS: &str = "chunks";
 pub const DATA: &str = "data";
 /// Which chunks of `data` hold verified bytes.
 pub const PRESENT: &str = "present";
+/// What the tar has between its files, until its digest is known.
+pub const TAR_REST: &str = "tar-rest";
+/// What the tar's digest is, once that is known.
+pub const DIFF_ID: &str = "diff-id";
+/// The next `diff-id`, while it is written.
+pub const DIFF_ID_DRAFT: &str = "diff-id.new";
 /// The next `data`, while it is made.
 pub const DATA_DRAFT: &str = "data.new";
 /// The next `present`, while it is written.
@@ -86,6 +99,8 @@ pub struct LayerDir {
     storing: RwLock<()>,
     /// What was seen last of the files that describe the layer.
     described: Mutex<Option<Described>>,
+    rest: TarRest,
+    proof: Mutex<Option<Proof>>,
 }
 
 /// Size and time of `meta.erofs`, and the size of `chunks`.
@@ -136,7 +151,10 @@ impl LayerDir {
                 Present::empty(chunks.len())
             }
         };
+        let proof = Proof::load(path, &digest);
         let dir = Self {
+            rest: TarRest::new(path.join(TAR_REST), digest, proof.is_none()),
+            proof: Mutex::new(proof),
             path: path.to_owned(),
             identity,
             claimed: Present::empty(chunks.len()),
@@ -319,6 +337,28 @@ impl LayerDir {
         Ok(true)
     }
 
+    /// What its tar has between the contents of its files.
+    pub fn rest(&self) -> &TarRest {
+        &self.rest
+    }
+
+    /// What its tar has turned out to be, if that is known.
+    pub fn proof(&self) -> Option<Proof> {
+        *self.proof.lock()
+    }
+
+    /// Notes durably what its tar has turned out to be.
+    pub fn prove(&self, proof: Proof) -> Result<(), Error> {
+        let persisted = self.persisted.lock();
+        if !persisted.retired {
+            proof.save(&self.path, &self.identity.digest)?;
+            self.rest.finish();
+            crash_point!("prove.rest-removed");
+        }
+        *self.proof.lock() = Some(proof);
+        Ok(())
+    }
+
     /// Takes back everything that is not known to be on the disk.
     fn distrust(&self) {
         // No chunk may be between its bytes and its bit meanwhile.
@@ -337,6 +377,8 @@ impl LayerDir {
     pub fn evict(&self) -> Result<(), Error> {
         let mut persisted = self.persisted.lock();
         persisted.retired = true;
+        // It would come again with the content.
+        self.rest.finish();
         empty(&self.path, self.identity.data_size)
     }
 
@@ -361,7 +403,7 @@ impl LayerDir {
     pub fn usage(path: &Path) -> Result<Option<(u64, u64)>, Error> {
         let mut bytes = 0;
         let mut inodes = 0;
-        for name in ["", META, CHUNKS, DATA, PRESENT] {
+        for name in ["", META, CHUNKS, DATA, PRESENT, TAR_REST, DIFF_ID] {
             let path = path.join(name);
             match fs::metadata(&path) {
                 Ok(found) => {

@@ -194,12 +194,15 @@ impl Node {
         (layers, whole)
     }
 
-    /// Starts to download what a mounted layer lacks.
+    /// Starts to download what a mounted layer lacks, and to find out whether
+    /// it is what its image says.
     fn download(&self, open: &mut Open) {
+        let dir = open.layer.dir();
         if let (Some(delay), None) = (self.0.config.background, &open.download)
-            && !open.layer.dir().is_complete()
+            && (!dir.is_complete() || dir.proof().is_none())
         {
-            open.download = Some(open.layer.download(delay));
+            let prove = self.clone().prove(Arc::clone(&open.layer));
+            open.download = Some(open.layer.download(delay, prove));
         }
     }
 
@@ -403,6 +406,11 @@ impl Open {
     pub(super) fn end(self) -> Arc<LazyLayer> {
         self.layer.close();
         self.layer
+    }
+
+    /// The layer.
+    pub(super) fn layer(&self) -> Arc<LazyLayer> {
+        Arc::clone(&self.layer)
     }
 
     fn status(&self) -> LayerStatus {

@@ -25,9 +25,11 @@ mod memory;
 mod mend;
 mod paths;
 mod plans;
+mod prove;
 mod recording;
 mod release;
 mod revive;
+mod same_tree;
 mod scrub;
 mod start;
 mod status;
@@ -41,6 +43,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use sluice_oci::{Digest, Reference};
 use tokio::sync::Semaphore;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 
 use crate::descriptors::Seats;
 use crate::fetch::{self, Engine};
@@ -51,7 +54,7 @@ use crate::mount::{self, users::Overlay};
 use crate::profiles::{ImageId, ProfileError, Profiles};
 use crate::remote::Remote;
 use crate::service::{
-    ImageUse, InUse, LayerRequest, LazyLayers, MountError, NotLazy, Owner, Usage,
+    ImageUse, InUse, LayerRequest, LazyLayers, MountError, NotLazy, Owner, Proof, Usage,
 };
 
 pub use allowed::LazyFrom;
@@ -213,6 +216,10 @@ struct Inner {
     undescribed: Mutex<HashMap<Digest, String>>,
     /// Held while all layers are verified.
     scrubbing: tokio::sync::Mutex<()>,
+    /// Layers of which something new is known, for whoever compares it.
+    proven: (UnboundedSender<Digest>, tokio::sync::Mutex<UnboundedReceiver<Digest>>),
+    /// Layers that are being proven from their whole blobs.
+    doubts: Mutex<HashSet<Digest>>,
 }
 
 impl Node {
@@ -297,6 +304,18 @@ impl LazyLayers for Node {
 
     async fn make_room(&self, in_use: InUse) {
         self.evict_layers(&in_use).await;
+    }
+
+    async fn proof(&self, layer: Digest) -> Option<Proof> {
+        self.layer_proof(layer).await
+    }
+
+    fn doubt(&self, layer: Digest) {
+        self.doubt_layer(layer);
+    }
+
+    async fn next_proof(&self) -> Digest {
+        self.next_proven().await
     }
 }
 

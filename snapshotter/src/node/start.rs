@@ -93,6 +93,7 @@ impl Node {
         clear(root)?;
         let profiles = Profiles::open(root.join(PROFILES), config.profiles.images)?;
         let runtime = Handle::current();
+        let proven = tokio::sync::mpsc::unbounded_channel();
         let node = Self(Arc::new(Inner {
             engine: Engine::new(config.fetch.clone(), runtime.clone()),
             remote: Remote::new(
@@ -119,6 +120,8 @@ impl Node {
             unpersisted: Mutex::default(),
             undescribed: Mutex::default(),
             scrubbing: tokio::sync::Mutex::default(),
+            proven: (proven.0, tokio::sync::Mutex::new(proven.1)),
+            doubts: Mutex::default(),
             config,
         }));
         if node.0.config.quota.is_set() {

@@ -110,7 +110,7 @@ impl Taken {
     }
 
     /// What the tree may take of it.
-    pub(super) fn for_tree(&self) -> u64 {
+    pub fn for_tree(&self) -> u64 {
         self.bytes / TREE.1 * TREE.0
     }
 }

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::claims::Contradiction;
 use super::filter::FilterError;
 use super::lazy_layers::MountError;
 use super::snapshot::{EmptyKey, Key, Kind};
@@ -36,6 +37,9 @@ pub enum Error {
         /// Its state.
         kind: Kind,
     },
+    /// What it would show is not what it is named for.
+    #[error("{0}")]
+    Contradicted(Box<Contradiction>),
     /// A committed snapshot has no mounts.
     #[error("snapshot '{0}' is committed and has no mounts; prepare or view a child of it")]
     Committed(Key),
@@ -106,6 +110,7 @@ impl Error {
             Self::NotFound(_) | Self::ParentNotFound(_) => ErrorKind::NotFound,
             Self::AlreadyExists(_) => ErrorKind::AlreadyExists,
             Self::NotActive { .. }
+            | Self::Contradicted(_)
             | Self::Committed(_)
             | Self::HasChildren(_)
             | Self::Layer(MountError::Unknown(_)) => ErrorKind::FailedPrecondition,

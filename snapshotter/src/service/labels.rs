@@ -43,6 +43,11 @@ pub(crate) fn serves(labels: &Labels, target: &Key) -> bool {
     labels.get(TARGET).map(String::as_str) == Some(target.as_str())
 }
 
+/// The image through which a snapshot was asked for.
+pub(crate) fn image(labels: &Labels) -> Option<String> {
+    REFERENCE.iter().find_map(|name| labels.get(*name)).cloned()
+}
+
 /// Adds why the layer that the labels ask for is not served lazily.
 pub(crate) fn tell_not_lazy(labels: &mut Labels, reason: &str) {
     let reason = reason.chars().take(MAX_REASON).collect();

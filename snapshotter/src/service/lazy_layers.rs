@@ -58,6 +58,19 @@ pub struct Owner {
     pub gid: u32,
 }
 
+/// What is known of a layer since all of its tar was seen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Proof {
+    /// Digest of the tar; none where the blob holds no tar that is cut as its
+    /// table of contents says.
+    pub diff_id: Option<Digest>,
+    /// Whether the layer shows what the tar unpacks to.
+    pub tree_fits: bool,
+    /// Whether this is so for certain. Otherwise only what is as it should be
+    /// is: some bytes that it is made of may not be the blob's.
+    pub certain: bool,
+}
+
 /// Asks which layers some snapshot is mounted from now, or is about to be.
 /// Blocks. None when that cannot be told.
 pub type InUse = Arc<dyn Fn() -> Option<HashSet<Digest>> + Send + Sync>;
@@ -160,4 +173,14 @@ pub trait LazyLayers: Send + Sync + 'static {
     /// stay: what is dropped is fetched again when it is read. `in_use` is
     /// asked again right before each, while nobody can mount it.
     fn make_room(&self, in_use: InUse) -> impl Future<Output = ()> + Send;
+
+    /// What is known of a layer's tar, if it was seen.
+    fn proof(&self, layer: Digest) -> impl Future<Output = Option<Proof>> + Send;
+
+    /// What is known of the layer contradicts its name, but is not certain:
+    /// finds out.
+    fn doubt(&self, layer: Digest);
+
+    /// The next layer of which more is known than before.
+    fn next_proof(&self) -> impl Future<Output = Digest> + Send;
 }

@@ -11,6 +11,7 @@ use parking_lot::Mutex;
 use sluice_oci::Digest;
 use tokio::sync::OwnedMutexGuard;
 
+use super::claims::Standing;
 use super::directories::{Directories, Found};
 use super::error::Error;
 use super::filter::Filter;
@@ -19,7 +20,7 @@ use super::lazy_layers::{ImageUse, LayerRequest, LazyLayers, MountError, Owner, 
 use super::mounts::{Mount, OverlayOptions, mounts};
 use super::pins::{Pinned, Pins};
 use super::snapshot::{Content, Info, Key, Kind, Labels, SnapshotId};
-use super::store::{LabelChange, NewSnapshot, Store, UsageSource};
+use super::store::{LabelChange, NewSnapshot, Serving, Store, UsageSource};
 
 /// The snapshots of one root directory.
 #[derive(Debug)]
@@ -176,6 +177,14 @@ impl<L: LazyLayers> Snapshots<L> {
         self.store.update(key, change, SystemTime::now()).await
     }
 
+    pub(super) fn store(&self) -> &Store {
+        &self.store
+    }
+
+    pub(super) fn layers(&self) -> &L {
+        &self.layers
+    }
+
     /// The key of the snapshot whose changes are in the directory `upper`.
     pub async fn key_of(&self, upper: &Path) -> Option<Key> {
         let id = self.directories.id_of(upper)?;
@@ -238,9 +247,13 @@ impl<L: LazyLayers> Snapshots<L> {
         parent: &Option<Key>,
         labels: &Labels,
     ) -> Result<Lazily, Error> {
+        self.refuse_contradicted(parent.as_ref()).await?;
         let serving = self.store.serving(target.clone(), parent.clone());
-        if serving.await? {
-            return Ok(Lazily::Served);
+        let serving = serving.await?;
+        if let Some(serving) = &serving
+            && let Some(served) = self.serves_all(serving, labels).await?
+        {
+            return Ok(served);
         }
         let request = match labels::layer_request(labels) {
             Ok(request) => request,
@@ -250,6 +263,27 @@ impl<L: LazyLayers> Snapshots<L> {
             }
         };
         self.commit_lazily(target, parent, labels, request).await
+    }
+
+    /// What whoever asks by `labels` gets of the snapshot `serving` that has
+    /// the wanted name. None when its layer is theirs, but it is not known to
+    /// be what the name says: they may name another TOC.
+    async fn serves_all(&self, serving: &Serving, labels: &Labels) -> Result<Option<Lazily>, Error> {
+        let Some(layer) = serving.layer else {
+            return Ok(Some(Lazily::Served));
+        };
+        let asked = labels::layer_request(labels).ok().map(|request| request.digest);
+        let standing = self.standing(&serving.name).await?;
+        Ok(match standing {
+            Standing::Verified => Some(Lazily::Served),
+            _ if asked.is_some_and(|asked| asked != layer) => Some(Lazily::Not(format!(
+                "this node has layer {layer} under the name of this one, and does not know whether \
+                 they are the same"
+            ))),
+            Standing::Contradicted(why) => return Err(Error::Contradicted(Box::new(why))),
+            Standing::Unknown if asked.is_none() => Some(Lazily::Served),
+            Standing::Unknown => None,
+        })
     }
 
     async fn commit_lazily(
@@ -282,7 +316,15 @@ impl<L: LazyLayers> Snapshots<L> {
                 tracing::info!(image, %layer, snapshot = %target, "served lazily");
                 Ok(Lazily::Served)
             }
-            Err(Error::AlreadyExists(_)) => Ok(Lazily::Served),
+            Err(Error::AlreadyExists(_)) => {
+                // Somebody was faster, perhaps with another layer.
+                let serving = self.store.serving(target.clone(), parent.clone());
+                let served = match serving.await? {
+                    Some(serving) => self.serves_all(&serving, labels).await?,
+                    None => None,
+                };
+                Ok(served.unwrap_or(Lazily::Served))
+            }
             Err(error) => {
                 if let Err(error) = self.remove_unused(layer).await {
                     tracing::warn!(%error, "a layer without a snapshot stays until the next cleanup");
@@ -300,6 +342,7 @@ impl<L: LazyLayers> Snapshots<L> {
         labels: Labels,
     ) -> Result<Vec<Mount>, Error> {
         let below = self.store.would_create(key.clone(), parent.clone()).await?;
+        self.refuse_contradicted(parent.as_ref()).await?;
         // Until it is recorded that something is mounted from them.
         let _pinned = self.pin(&below);
         let lower = self.lower(&below).await?;

@@ -1,6 +1,7 @@
 //! containerd's snapshots service: what a snapshot is, which mounts show it,
 //! and the state that survives a restart.
 
+mod claims;
 mod directories;
 mod error;
 mod filter;
@@ -15,13 +16,14 @@ mod store;
 #[cfg(test)]
 mod tests;
 
+pub use claims::{Contradiction, Standing};
 pub use error::{Error, ErrorKind};
 pub use filter::{Filter, FilterError};
 pub use grpc::{Adapter, server};
 #[cfg(any(test, fuzzing))]
 pub(crate) use labels::{layer_request, target};
 pub use lazy_layers::{
-    ImageUse, InUse, LayerRequest, LazyLayers, MountError, NotLazy, Owner, Usage,
+    ImageUse, InUse, LayerRequest, LazyLayers, MountError, NotLazy, Owner, Proof, Usage,
 };
 pub use logic::Snapshots;
 pub use mounts::{Mount, OverlayOptions};

@@ -1,6 +1,6 @@
 //! The service over a strict fake of the data plane.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -34,6 +34,8 @@ struct FakeState {
     /// What the last call to make room was told.
     in_use: Option<HashSet<Digest>>,
     starts: Vec<ImageUse>,
+    proofs: HashMap<Digest, Proof>,
+    doubted: HashSet<Digest>,
 }
 
 impl Fake {
@@ -144,6 +146,18 @@ impl LazyLayers for Fake {
     async fn make_room(&self, in_use: InUse) {
         let in_use = tokio::task::spawn_blocking(move || in_use()).await;
         self.state.lock().in_use = in_use.unwrap();
+    }
+
+    async fn proof(&self, layer: Digest) -> Option<Proof> {
+        self.state.lock().proofs.get(&layer).copied()
+    }
+
+    fn doubt(&self, layer: Digest) {
+        self.state.lock().doubted.insert(layer);
+    }
+
+    async fn next_proof(&self) -> Digest {
+        std::future::pending().await
     }
 }
 

@@ -48,7 +48,7 @@ async fn a_full_disk_fails_no_read_and_is_used_again_when_there_is_space() {
     assert_eq!(s.source.take_requests(), [], "it is kept for a moment");
     assert_eq!(s.count(), stored);
     // Nothing is fetched ahead in vain, and reads go on meanwhile.
-    let _download = s.layer.download(Duration::ZERO);
+    let _download = s.layer.download(Duration::ZERO, async {});
     s.read_through(5).await;
     assert_eq!(s.count(), stored);
     std::fs::remove_file(ballast).unwrap();
@@ -97,7 +97,7 @@ async fn what_is_doubted_is_verified_before_it_is_read() {
     let again = setup_of(dir.doubted(), super::sample(), config());
     assert_eq!(again.count(), 0);
     // Background work neither fetches nor passes what is doubted.
-    let _download = again.layer.download(Duration::ZERO);
+    let _download = again.layer.download(Duration::ZERO, async {});
     for file in 0..13 {
         again.read_through(file).await;
     }

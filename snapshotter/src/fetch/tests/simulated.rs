@@ -521,7 +521,7 @@ async fn regression_a_few_chunks_in_a_row_do_not_fetch_the_whole_file() {
 async fn a_download_gets_on_a_little_while_readers_wait() {
     let world = World::new(30, &[small_files(300)]);
     let reader = world.engine.demand();
-    let _handle = world.layers[0].download(Duration::ZERO);
+    let _handle = world.layers[0].download(Duration::ZERO, async {});
     let present = || world.layers[0].dir().present().count();
     sleep(Duration::from_secs(20)).await;
     let before = present();

@@ -24,6 +24,7 @@ use sluice_oci::Digest;
 
 use super::error::{Error, is_full};
 use super::filter::Filter;
+use super::claims::Claim;
 use super::lazy_layers::Usage;
 use super::snapshot::{Chain, Content, Info, Key, Kind, Labels, SnapshotId};
 use database::Database;
@@ -141,6 +142,14 @@ pub(crate) struct NewSnapshot {
     pub(crate) now: SystemTime,
 }
 
+/// A committed snapshot that has the name that somebody wants.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Serving {
+    pub(crate) name: Key,
+    /// Its layer, if that is mounted lazily.
+    pub(crate) layer: Option<Digest>,
+}
+
 /// What a removal leaves to be done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Removed {
@@ -242,7 +251,7 @@ impl Store {
     ) -> Result<(), Error> {
         self.writer
             .write(move |tables| {
-                if tables.serving(&new.key, new.parent.as_ref())? {
+                if tables.serving(&new.key, new.parent.as_ref())?.is_some() {
                     return Err(Error::AlreadyExists(new.key));
                 }
                 if tables.get(&new.key)?.is_some() {
@@ -392,12 +401,32 @@ impl Store {
         .await
     }
 
-    /// Whether a committed snapshot serves as `target` over `parent`. Fails
-    /// when the parent cannot be one.
-    pub(crate) async fn serving(&self, target: Key, parent: Option<Key>) -> Result<bool, Error> {
+    /// The committed snapshot that serves as `target` over `parent`. Fails when
+    /// the parent cannot be one.
+    pub(crate) async fn serving(
+        &self,
+        target: Key,
+        parent: Option<Key>,
+    ) -> Result<Option<Serving>, Error> {
         self.read(move |tables| {
             tables.parent_id(parent.as_ref())?;
             tables.serving(&target, parent.as_ref())
+        })
+        .await
+    }
+
+    /// What a committed snapshot and those below it are said to be, nearest
+    /// first.
+    pub(crate) async fn claims(&self, name: Key) -> Result<Vec<Claim>, Error> {
+        self.read(move |tables| tables.claims(name)).await
+    }
+
+    /// The same of every committed snapshot of a lazily mounted layer.
+    pub(crate) async fn all_claims(&self) -> Result<Vec<Vec<Claim>>, Error> {
+        self.read(|tables| {
+            let mut lazy = Vec::new();
+            tables.each(|key, record| lazy.extend(record.layer.map(|_| key)))?;
+            lazy.into_iter().map(|key| tables.claims(key)).collect()
         })
         .await
     }

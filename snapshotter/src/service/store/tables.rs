@@ -20,7 +20,8 @@ use serde::{Deserialize, Serialize};
 use sluice_oci::Digest;
 
 use super::journal::Entry;
-use super::{Error, LabelChange, NewSnapshot, StoreError};
+use super::{Error, LabelChange, NewSnapshot, Serving, StoreError};
+use crate::service::claims::Claim;
 use crate::service::labels;
 use crate::service::lazy_layers::Usage;
 use crate::service::snapshot::{Content, Info, Key, Kind, Labels, SnapshotId};
@@ -280,13 +281,20 @@ where
         Ok(!self.children(id)?.is_empty())
     }
 
-    /// Whether there is a committed snapshot that serves as `target` over
-    /// `parent`: one of that name, or one that is labelled so.
-    pub(super) fn serving(&self, target: &Key, parent: Option<&Key>) -> Result<bool, Error> {
+    /// The committed snapshot that serves as `target` over `parent`: one of
+    /// that name, or one that is labelled so.
+    pub(super) fn serving(
+        &self,
+        target: &Key,
+        parent: Option<&Key>,
+    ) -> Result<Option<Serving>, Error> {
         let over =
             |record: &Record| record.kind == Kind::Committed && record.parent.as_ref() == parent;
-        if self.get(target)?.as_ref().is_some_and(over) {
-            return Ok(true);
+        if let Some(record) = self.get(target)?.filter(over) {
+            return Ok(Some(Serving {
+                name: target.clone(),
+                layer: record.layer,
+            }));
         }
         // Rare: the name was taken by a snapshot over another parent.
         let others = other_names(target);
@@ -298,10 +306,26 @@ where
             }
             let record = self.parse(key.value(), value.value())?;
             if over(&record) && labels::serves(&record.labels, target) {
-                return Ok(true);
+                return Ok(Some(Serving {
+                    name: Key::try_from(key.value())?,
+                    layer: record.layer,
+                }));
             }
         }
-        Ok(false)
+        Ok(None)
+    }
+
+    /// What a committed snapshot and those below it are said to be, nearest
+    /// first.
+    pub(super) fn claims(&self, name: Key) -> Result<Vec<Claim>, Error> {
+        let mut claims = Vec::new();
+        let mut next = Some(name);
+        while let Some(name) = next {
+            let record = self.need(&name)?;
+            next = record.parent;
+            claims.push(Claim::new(name, &record.labels, record.layer));
+        }
+        Ok(claims)
     }
 
     pub(super) fn layer_in_use(&self, layer: Digest) -> Result<bool, Error> {

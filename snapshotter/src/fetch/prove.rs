@@ -1,0 +1,406 @@
+//! A layer's tar, once its content is here: what nobody has read of it is
+//! fetched, and the whole is handed to whoever wants to know what it is.
+
+use std::io::{self, BufRead, Read};
+use std::iter::Peekable;
+use std::ops::Range;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+use std::vec::IntoIter;
+
+use sluice_layer::{Between, unpack};
+use sluice_oci::{Digest, Hasher};
+use tokio::sync::mpsc;
+use tokio::task::spawn_blocking;
+
+use super::incoming::{Arrived, Incoming};
+use super::layer::LazyLayer;
+use super::stream::{Arriving, Patience};
+use super::{Blame, Priority, SourceError};
+use crate::layer_dir::{ChunkId, LONGEST_PIECE, Piece, Span};
+
+/// Bytes that are asked memory for at once, and read at once.
+const PIECE: u64 = 256 << 10;
+/// Pieces that have arrived and wait.
+const QUEUED: usize = 2;
+/// However busy readers are, a little is done after this time.
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+const PAUSE: Duration = Duration::from_millis(5);
+/// A tar shrinks by less than this: more is a bomb. The first bytes are free.
+const MOST_UNPACKED: u64 = 200;
+const FREE: u64 = 64 << 20;
+
+/// Why a layer's tar is not to be had.
+#[derive(Debug, thiserror::Error)]
+pub enum ProveError {
+    /// The registry does not deliver it.
+    #[error("{0}")]
+    Source(#[from] SourceError),
+    /// Something here fails.
+    #[error("{0}")]
+    Local(#[from] io::Error),
+    /// What was delivered is no tar, cut as the TOC says.
+    #[error("{0}")]
+    Content(String),
+    /// The layer is closed.
+    #[error("the layer is closed")]
+    Closed,
+}
+
+impl LazyLayer {
+    /// Digest of the tar, put together from what is on the disk and what is
+    /// fetched for it. All content has to be there.
+    pub async fn diff_id(self: &Arc<Self>) -> Result<Digest, ProveError> {
+        self.fetch_rest().await?;
+        let layer = Arc::clone(self);
+        let done = spawn_blocking(move || {
+            let whole = || match layer.dir().is_complete() {
+                true => Ok(()),
+                false => Err(io::Error::other("not all of its content is here")),
+            };
+            whole()?;
+            let mut hasher = Hasher::new();
+            let mut pauses = Pauses::new(&layer);
+            let mut rest = layer.dir().rest().index()?;
+            layer.dir().put_together(&mut rest, true, |bytes, _| {
+                hasher.update(bytes);
+                pauses.after(bytes.len())
+            })?;
+            whole()?;
+            Ok(hasher.finish())
+        });
+        done.await.map_err(io::Error::other)?
+    }
+
+    /// The same, unpacked from the whole blob as it arrives, after whose digest
+    /// there is no doubt. What the tar has between files is kept anew.
+    pub async fn diff_id_of_blob(self: &Arc<Self>) -> Result<Digest, ProveError> {
+        let size = self.dir().identity().blob_size;
+        self.dir().rest().begin_again();
+        let layer = Arc::clone(self);
+        let (done, blame) = self
+            .receive(0, size, move |incoming| {
+                let mut hashed = Hashed {
+                    inner: incoming,
+                    hasher: Hasher::new(),
+                };
+                let mut left = FREE + size.saturating_mul(MOST_UNPACKED);
+                let mut tar = Hasher::new();
+                let spans: Vec<Span> = layer.dir().spans(size).collect();
+                let unpacked = spans.iter().try_for_each(|span| {
+                    let mut compared = Compared::new(&layer, *span);
+                    layer.keep_rest(*span, &mut hashed, &mut left, &mut |bytes| {
+                        tar.update(bytes);
+                        compared.push(bytes)
+                    })
+                });
+                // To the end, whatever is in it, for the digest.
+                io::copy(&mut hashed, &mut io::sink())?;
+                Ok((unpacked, hashed.hasher.finish(), tar.finish()))
+            })
+            .await?;
+        let (unpacked, digest, diff_id) = done?;
+        if digest != self.digest() {
+            blame();
+            return Err(ProveError::Source(SourceError {
+                message: format!("what was delivered as the blob has digest {digest}"),
+                transient: true,
+                retry_after: None,
+            }));
+        }
+        unpacked.map(|()| diff_id)
+    }
+
+    /// Hands out the tar as it was put together last, with zeros for its
+    /// content, and where that is in `data`. Blocks.
+    pub fn outline(
+        &self,
+        each: impl FnMut(&[u8], Option<u64>) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let mut rest = self.dir().rest().index()?;
+        self.dir().put_together(&mut rest, false, each)
+    }
+
+    /// Fetches what the tar has between files as far as it was not kept when
+    /// the files came.
+    async fn fetch_rest(self: &Arc<Self>) -> Result<(), ProveError> {
+        let layer = Arc::clone(self);
+        let missing = spawn_blocking(move || {
+            let rest = layer.dir().rest().index()?;
+            let spans = layer.dir().spans(layer.dir().tar_end());
+            let missing = spans.filter(|span| rest.size(span.start).is_none());
+            Ok::<Vec<Span>, io::Error>(missing.collect())
+        });
+        let missing = missing.await.map_err(io::Error::other)??;
+        let gap = self.link().worthwhile_gap();
+        let close = |a: &Span, b: &Span| b.start - a.end <= gap;
+        for run in missing.chunk_by(close) {
+            let (Some(first), Some(last)) = (run.first(), run.last()) else {
+                continue;
+            };
+            let (start, end) = (first.start, last.end);
+            let (layer, run) = (Arc::clone(self), run.to_vec());
+            let received = self.receive(start, end, move |mut incoming| {
+                let mut at = start;
+                let mut left = FREE + (end - start).saturating_mul(MOST_UNPACKED);
+                for span in run {
+                    let skip = span.start - at;
+                    io::copy(&mut (&mut incoming).take(skip), &mut io::sink())?;
+                    layer.keep_rest(span, &mut incoming, &mut left, &mut |_| Ok(()))?;
+                    at = span.end;
+                }
+                Ok(())
+            });
+            received.await?.0?;
+        }
+        Ok(())
+    }
+
+    /// Unpacks a span, all of which goes to `each`, and keeps what it has
+    /// between chunks.
+    fn keep_rest(
+        &self,
+        span: Span,
+        from: &mut impl BufRead,
+        left: &mut u64,
+        each: &mut dyn FnMut(&[u8]) -> Result<(), ProveError>,
+    ) -> Result<(), ProveError> {
+        let chunks = self.dir().chunks_in(span.start);
+        let ranges: Vec<_> = chunks.into_iter().map(|(range, _)| range).collect();
+        let mut between = Between::new(&ranges);
+        let mut pending = Vec::new();
+        let mut at = 0;
+        let mut flush = |bytes: &[u8], last: bool| {
+            let piece = Piece {
+                span: span.start,
+                at,
+                last,
+                bytes,
+            };
+            at += bytes.len() as u64;
+            self.dir().rest().append(&[piece])
+        };
+        let mut pauses = Pauses::new(self);
+        self.unpacked(span, from, left, |bytes| {
+            pauses.after(bytes.len())?;
+            each(bytes)?;
+            between.push(bytes, |piece| pending.extend_from_slice(piece));
+            while pending.len() > LONGEST_PIECE {
+                flush(&pending[..LONGEST_PIECE], false)?;
+                pending.drain(..LONGEST_PIECE);
+            }
+            Ok(())
+        })?;
+        flush(&pending, true)?;
+        Ok(())
+    }
+
+    /// Unpacks a span, and reads it to its end.
+    fn unpacked(
+        &self,
+        span: Span,
+        from: &mut impl BufRead,
+        left: &mut u64,
+        mut each: impl FnMut(&[u8]) -> Result<(), ProveError>,
+    ) -> Result<(), ProveError> {
+        let format = self.dir().identity().format;
+        let mut part = from.take(span.end - span.start);
+        let mut buffer = vec![0; PIECE as usize];
+        let mut reader = unpack(format, &mut part)?;
+        loop {
+            let count = match reader.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(count) => count,
+                Err(error) => {
+                    let what = format!("{}..{} of the blob: {error}", span.start, span.end);
+                    return Err(ProveError::Content(what));
+                }
+            };
+            *left = left.checked_sub(count as u64).ok_or_else(|| {
+                ProveError::Content("it unpacks to more than a tar can".to_owned())
+            })?;
+            each(&buffer[..count])?;
+        }
+        drop(reader);
+        io::copy(&mut part, &mut io::sink())?;
+        Ok(())
+    }
+
+    /// Lets a thread that blocks read `start..end` of the blob as it arrives.
+    /// Also returns what to call if that is wrong.
+    async fn receive<T: Send + 'static>(
+        self: &Arc<Self>,
+        start: u64,
+        end: u64,
+        work: impl FnOnce(Incoming) -> Result<T, ProveError> + Send + 'static,
+    ) -> Result<(Result<T, ProveError>, Blame), ProveError> {
+        let (sender, receiver) = mpsc::channel(QUEUED);
+        let working = spawn_blocking(move || work(Incoming::new(receiver)));
+        let sent = self.send(start, end, sender).await;
+        let done = working.await.map_err(io::Error::other)?;
+        Ok((done, sent?))
+    }
+
+    /// Sends `start..end` of the blob, in one request as long as that works.
+    /// Ends early when nobody takes it any more.
+    async fn send(
+        &self,
+        start: u64,
+        end: u64,
+        to: mpsc::Sender<Arrived>,
+    ) -> Result<Blame, SourceError> {
+        let mut patience = Patience::new(self);
+        let mut at = start;
+        let mut blame: Blame = Box::new(|| {});
+        while at < end {
+            let before = at;
+            let error = match self.send_some(&mut at, end, &to, &mut blame).await {
+                Ok(()) => break,
+                Err(error) => error,
+            };
+            if at > before {
+                patience.renew();
+            }
+            let wait = patience.after(&error).ok_or(error)?;
+            tokio::time::sleep(wait).await;
+        }
+        Ok(blame)
+    }
+
+    async fn send_some(
+        &self,
+        at: &mut u64,
+        end: u64,
+        to: &mpsc::Sender<Arrived>,
+        blame: &mut Blame,
+    ) -> Result<(), SourceError> {
+        self.engine().idle(LONGEST_PAUSE).await;
+        let mut arriving = Arriving::request(self, *at, end, Priority::Background).await?;
+        while *at < end {
+            if !self.engine().is_idle() {
+                arriving.pause();
+                self.engine().idle(LONGEST_PAUSE).await;
+            }
+            let len = PIECE.min(end - *at);
+            let admission = self.engine().admission();
+            let permit = admission.admit(Priority::Background, len).await;
+            let bytes = arriving.take(*at, *at + len).await?;
+            *at += len;
+            self.count_decoded(Priority::Background, len);
+            if to.send((bytes, permit)).await.is_err() {
+                break;
+            }
+        }
+        *blame = arriving.blame();
+        Ok(())
+    }
+}
+
+/// Compares the chunks of a span of the whole blob with their digests: a
+/// registry can send one thing to who asks for parts and another to who asks
+/// for the whole.
+struct Compared<'a> {
+    layer: &'a LazyLayer,
+    chunks: Peekable<IntoIter<(Range<u64>, ChunkId)>>,
+    position: u64,
+    chunk: Hasher,
+}
+
+impl<'a> Compared<'a> {
+    fn new(layer: &'a LazyLayer, span: Span) -> Self {
+        Self {
+            layer,
+            chunks: layer.dir().chunks_in(span.start).into_iter().peekable(),
+            position: 0,
+            chunk: Hasher::new(),
+        }
+    }
+
+    fn push(&mut self, mut bytes: &[u8]) -> Result<(), ProveError> {
+        while !bytes.is_empty() {
+            let Some((range, id)) = self.chunks.peek() else {
+                return Ok(());
+            };
+            let inside = range.start <= self.position;
+            let end = if inside { range.end } else { range.start };
+            let len = usize::try_from(end - self.position).unwrap_or(usize::MAX);
+            let (part, next) = bytes.split_at(bytes.len().min(len));
+            self.position += part.len() as u64;
+            bytes = next;
+            if !inside {
+                continue;
+            }
+            self.chunk.update(part);
+            if self.position == range.end {
+                let found = std::mem::take(&mut self.chunk).finish();
+                if found != self.layer.dir().chunks().get(*id).digest {
+                    let what = "the whole blob holds another content than parts of it that were \
+                                fetched";
+                    return Err(ProveError::Content(what.to_owned()));
+                }
+                self.chunks.next();
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A reader that digests what passes.
+struct Hashed {
+    inner: Incoming,
+    hasher: Hasher,
+}
+
+impl BufRead for Hashed {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        self.inner.fill_buf()
+    }
+
+    fn consume(&mut self, count: usize) {
+        if let Ok(bytes) = self.inner.fill_buf() {
+            self.hasher.update(&bytes[..count]);
+        }
+        self.inner.consume(count);
+    }
+}
+
+impl Read for Hashed {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.fill_buf()?.read(buffer)?;
+        self.consume(count);
+        Ok(count)
+    }
+}
+
+/// Gives readers the processor and the disk now and then.
+struct Pauses<'a> {
+    layer: &'a LazyLayer,
+    bytes: u64,
+}
+
+impl<'a> Pauses<'a> {
+    fn new(layer: &'a LazyLayer) -> Self {
+        Self { layer, bytes: 0 }
+    }
+
+    /// So many more bytes were worked on. An error when the layer is closed.
+    fn after(&mut self, bytes: usize) -> io::Result<()> {
+        self.bytes += bytes as u64;
+        if self.bytes < PIECE {
+            return Ok(());
+        }
+        self.bytes = 0;
+        let since = Instant::now();
+        while !self.layer.engine().is_idle() && since.elapsed() < LONGEST_PAUSE {
+            if self.layer.closed().is_cancelled() {
+                break;
+            }
+            thread::sleep(PAUSE);
+        }
+        match self.layer.closed().is_cancelled() {
+            true => Err(io::Error::other(ProveError::Closed)),
+            false => Ok(()),
+        }
+    }
+}
