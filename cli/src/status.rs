@@ -72,6 +72,9 @@ pub(crate) struct Layer {
     pub(crate) image: String,
     pub(crate) mounted: bool,
     pub(crate) profile: Option<&'static str>,
+    /// Whether it is what its image says: `verified`, `unknown` or
+    /// `contradicted`.
+    pub(crate) content: String,
     #[serde(flatten)]
     pub(crate) figures: Figures,
 }
@@ -274,6 +277,7 @@ impl View {
             "LAYER",
             "SIZE",
             "PRESENT",
+            "CONTENT",
             "READS",
             "HITS",
             "ON-DEMAND",
@@ -288,6 +292,7 @@ impl View {
                 short(&layer.digest).to_owned(),
                 HumanBytes(layer.figures.blob_bytes).to_string(),
                 layer.figures.present(),
+                layer.content.clone(),
                 HumanCount(layer.figures.reads).to_string(),
                 layer.figures.hits(),
                 HumanBytes(fetched.on_demand).to_string(),
@@ -329,6 +334,7 @@ fn layer(layer: api::Layer) -> Layer {
     let fetched = layer.fetched.unwrap_or_default();
     Layer {
         profile: source(layer.profile()),
+        content: layer.content,
         digest: layer.digest,
         image: layer.image,
         mounted: layer.mounted,

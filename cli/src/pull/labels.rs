@@ -7,6 +7,10 @@ use super::node::Labels;
 
 /// Names the snapshot that a `Prepare` is about.
 const SNAPSHOT_REF: &str = "containerd.io/snapshot.ref";
+/// The image through which a layer was asked for.
+pub(super) const IMAGE_REF: &str = "containerd.io/snapshot/cri.image-ref";
+/// The layer's digest.
+pub(super) const LAYER_DIGEST: &str = "containerd.io/snapshot/cri.layer-digest";
 /// Only labels that begin so are passed on to a snapshotter.
 const TO_SNAPSHOTTER: &str = "containerd.io/snapshot/";
 /// Annotations of a layer that a snapshotter needs although they do not begin
@@ -40,11 +44,8 @@ pub(crate) fn for_snapshot(
         labels.insert(key.to_owned(), value);
     };
     put(SNAPSHOT_REF, chain_id.to_string());
-    put("containerd.io/snapshot/cri.image-ref", image.to_string());
-    put(
-        "containerd.io/snapshot/cri.layer-digest",
-        layers[0].digest.to_string(),
-    );
+    put(IMAGE_REF, image.to_string());
+    put(LAYER_DIGEST, layers[0].digest.to_string());
     put(
         "containerd.io/snapshot/cri.manifest-digest",
         manifest_digest.to_string(),

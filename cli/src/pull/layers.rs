@@ -19,6 +19,9 @@ use super::report::Report;
 const DOWNLOADS: usize = 3;
 /// By this label a snapshotter tells why it does not serve a layer lazily.
 const NOT_LAZY: &str = "containerd.io/snapshot/sluice.not-lazy";
+/// By this one, whether a snapshot of a lazily mounted layer is what it is named
+/// for.
+const STANDING: &str = "containerd.io/snapshot/sluice.content";
 
 /// What became of a layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -93,6 +96,8 @@ impl Layers {
         );
         if self.node.has_snapshot(&self.snapshotter, &name).await? {
             self.node.hold_snapshot(&self.snapshotter, &name).await?;
+            let told = self.node.snapshot_labels(&self.snapshotter, &name).await;
+            check_present(&name, &image.manifest.layers[index], &told)?;
             return Ok(Outcome::Present);
         }
         // The collector can take a snapshot between the answer that it exists
@@ -190,6 +195,29 @@ impl Layers {
             let task = AbortOnDropHandle::new(tokio::spawn(task));
             self.downloads.insert(layer.digest, task);
         }
+    }
+}
+
+/// Fails unless a snapshot that is there can be taken for `layer`. containerd
+/// takes it by its name alone, which is what another image says of a layer that
+/// nobody has downloaded yet.
+fn check_present(name: &str, layer: &Descriptor, told: &Labels) -> anyhow::Result<()> {
+    let of = told.get(labels::IMAGE_REF).map_or("another", String::as_str);
+    match told.get(STANDING).map(String::as_str) {
+        Some("contradicted") => bail!(
+            "snapshot {name}, which the node has from image {of}, is not what it is named for; \
+             remove that image, and every other that shows this snapshot, then pull again"
+        ),
+        Some("unknown") => {}
+        _ => return Ok(()),
+    }
+    match told.get(labels::LAYER_DIGEST) {
+        Some(other) if *other != layer.digest.to_string() => bail!(
+            "the node has layer {other} of image {of} under the name of this one, {name}, and it \
+             is not known yet whether they are the same; wait until 'sluice status' shows that \
+             image as verified, or remove it, then pull again"
+        ),
+        _ => Ok(()),
     }
 }
 

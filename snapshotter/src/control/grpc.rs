@@ -5,10 +5,11 @@ use std::time::SystemTime;
 use sluice_proto::control::v1 as api;
 use tonic::{Request, Response, Status};
 
-use super::{Control, ControlError, UsedImage};
+use super::{Control, ControlError, Looked, UsedImage};
 use crate::fetch::Priority;
 use crate::node::{LayerStatus, Mode, ProfileSource};
 use crate::profiles::{ImageId, Stored};
+use crate::service::Standing;
 
 /// The longest message: a profile's document and what is around it.
 pub const MAX_MESSAGE: usize = sluice_layer::profile::MAX_BYTES + (64 << 10);
@@ -28,7 +29,12 @@ impl api::control_server::Control for Adapter {
         &self,
         _: Request<api::StatusRequest>,
     ) -> Result<Response<api::StatusResponse>, Status> {
-        let (node, images) = self.0.status().await?;
+        let Looked {
+            node,
+            images,
+            standings,
+        } = self.0.status().await?;
+        let layers = node.layers.iter();
         let budget = |(used, limit)| Some(api::Budget { used, limit });
         let fetches = node.requests.iter().map(|request| api::Fetch {
             layer: request.layer.to_string(),
@@ -55,7 +61,7 @@ impl api::control_server::Control for Adapter {
             }
             .to_owned(),
             images: images.into_iter().map(to_image).collect(),
-            layers: node.layers.iter().map(to_layer).collect(),
+            layers: layers.map(|layer| to_layer(layer, standings.get(&layer.digest))).collect(),
             fetches: fetches.collect(),
             waiting_readers: node.waiting,
             memory: budget(node.memory),
@@ -160,7 +166,7 @@ fn to_image(used: UsedImage) -> api::Image {
     }
 }
 
-fn to_layer(layer: &LayerStatus) -> api::Layer {
+fn to_layer(layer: &LayerStatus, standing: Option<&Standing>) -> api::Layer {
     let [on_demand, prefetch, background] = layer.activity.fetched;
     api::Layer {
         digest: layer.digest.to_string(),
@@ -177,6 +183,7 @@ fn to_layer(layer: &LayerStatus) -> api::Layer {
             background,
         }),
         profile: to_source(layer.profile).into(),
+        content: standing.unwrap_or(&Standing::Unknown).as_str().to_owned(),
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod grpc;
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use sluice_layer::Profile;
@@ -9,7 +10,7 @@ use sluice_oci::Digest;
 
 use crate::node::{Node, NodeStatus, ProfileSource, Recorded};
 use crate::profiles::{ImageId, Stored};
-use crate::service::Snapshots;
+use crate::service::{self, Snapshots, Standing};
 
 pub use grpc::{Adapter, MAX_MESSAGE, server};
 
@@ -40,6 +41,17 @@ pub struct UsedImage {
     pub recording: bool,
 }
 
+/// What a look at the daemon shows.
+#[derive(Debug)]
+pub struct Looked {
+    /// The node.
+    pub node: NodeStatus,
+    /// The images that are in use.
+    pub images: Vec<UsedImage>,
+    /// Whether layers are what their snapshots are named for.
+    pub standings: HashMap<Digest, Standing>,
+}
+
 /// Answers what the daemon is asked about itself.
 #[derive(Clone)]
 pub struct Control {
@@ -58,10 +70,12 @@ impl Control {
         &self.node
     }
 
-    /// What the node holds and does, and the images that are in use.
-    pub async fn status(&self) -> Result<(NodeStatus, Vec<UsedImage>), ControlError> {
-        let used = self.snapshots.images().await;
-        let used = used.map_err(|error| ControlError::Failed(error.to_string()))?;
+    /// What the node holds and does, the images that are in use, and what is
+    /// known of their layers.
+    pub async fn status(&self) -> Result<Looked, ControlError> {
+        let failed = |error: service::Error| ControlError::Failed(error.to_string());
+        let used = self.snapshots.images().await.map_err(failed)?;
+        let standings = self.snapshots.standings().await.map_err(failed)?;
         let node = self.node.status();
         let images = used.into_iter().map(|(image, users)| {
             let profile = node
@@ -81,8 +95,11 @@ impl Control {
                 profile,
             }
         });
-        let images = images.collect();
-        Ok((node, images))
+        Ok(Looked {
+            images: images.collect(),
+            node,
+            standings,
+        })
     }
 
     /// All stored profiles, those least recently used first.

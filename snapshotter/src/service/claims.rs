@@ -13,7 +13,7 @@ use sluice_oci::Digest;
 use super::error::Error;
 use super::lazy_layers::{LazyLayers, Proof};
 use super::logic::Snapshots;
-use super::snapshot::{Key, Labels};
+use super::snapshot::{Info, Key, Kind, Labels};
 
 /// A committed snapshot, with what it is said to be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,6 +61,17 @@ pub struct Contradiction {
     layer: Digest,
     claimed: Digest,
     what: String,
+}
+
+impl Standing {
+    /// In one word.
+    pub fn as_str(&self) -> &'static str {
+        match self {
+            Self::Verified => "verified",
+            Self::Unknown => "unknown",
+            Self::Contradicted(_) => "contradicted",
+        }
+    }
 }
 
 impl fmt::Display for Contradiction {
@@ -143,26 +154,50 @@ impl<L: LazyLayers> Snapshots<L> {
     /// What is known of a committed snapshot and all below it.
     pub async fn standing(&self, parent: &Key) -> Result<Standing, Error> {
         let chain = self.store().claims(parent.clone()).await?;
-        self.judge(&chain).await
+        Ok(self.judge(&chain, &mut HashMap::new()).await)
+    }
+
+    /// What is known of a snapshot. One of a lazily mounted layer has a label
+    /// more, which tells whether it is what it is named for.
+    pub async fn stat_with_standing(&self, key: Key) -> Result<Info, Error> {
+        let mut info = self.stat(key).await?;
+        if info.kind == Kind::Committed {
+            let chain = self.store().claims(info.name.clone()).await?;
+            if chain.first().is_some_and(|claim| claim.layer.is_some()) {
+                let standing = self.judge(&chain, &mut HashMap::new()).await;
+                super::labels::tell_standing(&mut info.labels, &standing);
+            }
+        }
+        Ok(info)
     }
 
     /// Fails when a snapshot over `parent` would show what is not what it is
     /// named for.
     pub(super) async fn refuse_contradicted(&self, parent: Option<&Key>) -> Result<(), Error> {
         let Some(parent) = parent else { return Ok(()) };
-        match self.standing(parent).await? {
-            Standing::Contradicted(why) => Err(Error::Contradicted(Box::new(why))),
-            Standing::Verified | Standing::Unknown => Ok(()),
+        match self.standing(parent).await {
+            Ok(Standing::Contradicted(why)) => Err(Error::Contradicted(Box::new(why))),
+            // Who goes on finds out that it was removed.
+            Ok(Standing::Verified | Standing::Unknown) | Err(Error::NotFound(_)) => Ok(()),
+            Err(error) => Err(error),
         }
     }
 
-    /// `chain` is given nearest first.
-    async fn judge(&self, chain: &[Claim]) -> Result<Standing, Error> {
+    /// `chain` is given nearest first; `proofs` are those that were looked up.
+    async fn judge(
+        &self,
+        chain: &[Claim],
+        proofs: &mut HashMap<Digest, Option<Proof>>,
+    ) -> Standing {
         let mut standing = Standing::Verified;
         let mut below = None;
         for claim in chain.iter().rev() {
             if let Some(layer) = claim.layer {
-                let proof = self.layers().proof(layer).await;
+                let proof = match proofs.get(&layer) {
+                    Some(proof) => *proof,
+                    None => self.layers().proof(layer).await,
+                };
+                proofs.insert(layer, proof);
                 let own = compare(claim, below, proof).unwrap_or_else(|| {
                     self.layers().doubt(layer);
                     Standing::Unknown
@@ -171,18 +206,19 @@ impl<L: LazyLayers> Snapshots<L> {
             }
             below = Some(claim);
         }
-        Ok(standing)
+        standing
     }
 
     /// Of every lazily mounted layer, the worst that is known of a snapshot of
     /// it.
     pub async fn standings(&self) -> Result<HashMap<Digest, Standing>, Error> {
         let mut all: HashMap<Digest, Standing> = HashMap::new();
+        let mut proofs = HashMap::new();
         for chain in self.store().all_claims().await? {
             let Some(layer) = chain.first().and_then(|claim| claim.layer) else {
                 continue;
             };
-            let own = self.judge(&chain).await?;
+            let own = self.judge(&chain, &mut proofs).await;
             let known = all.remove(&layer).unwrap_or(Standing::Verified);
             all.insert(layer, together(known, own));
         }
@@ -206,13 +242,12 @@ impl<L: LazyLayers> Snapshots<L> {
                 |chain: &&Vec<Claim>| chain.first().is_some_and(|c| c.layer == Some(layer));
             for chain in chains.iter().filter(of_layer) {
                 let snapshot = &chain[0].name;
-                match self.judge(chain).await {
-                    Ok(Standing::Contradicted(why)) => tracing::error!("{why}"),
-                    Ok(Standing::Verified) => {
+                match self.judge(chain, &mut HashMap::new()).await {
+                    Standing::Contradicted(why) => tracing::error!("{why}"),
+                    Standing::Verified => {
                         tracing::info!(%layer, %snapshot, "it is what its image says");
                     }
-                    Ok(Standing::Unknown) => {}
-                    Err(error) => tracing::warn!(%layer, "{error}"),
+                    Standing::Unknown => {}
                 }
             }
         }

@@ -153,7 +153,8 @@ impl<L: LazyLayers> api::snapshots_server::Snapshots for Adapter<L> {
         let span = tracing::info_span!("stat", key = request.key);
         let info = self
             .call(span, |snapshots| async move {
-                snapshots.stat(Key::try_from(request.key)?).await
+                let key = Key::try_from(request.key)?;
+                snapshots.stat_with_standing(key).await
             })
             .await?;
         Ok(Response::new(api::StatSnapshotResponse {

@@ -2,6 +2,7 @@
 
 use sluice_oci::{Digest, Reference};
 
+use super::claims::Standing;
 use super::lazy_layers::{ImageUse, LayerRequest};
 use super::snapshot::{Key, Labels};
 
@@ -27,6 +28,8 @@ const IMAGE_LAYERS: [&str; 2] = [
 ];
 /// Tells the client why a layer has to be unpacked.
 const NOT_LAZY: &str = "containerd.io/snapshot/sluice.not-lazy";
+/// Tells whether a lazily mounted layer is what its snapshot is named for.
+pub(crate) const STANDING: &str = "containerd.io/snapshot/sluice.content";
 /// Characters; well below containerd's bound of 4096 bytes on a label.
 const MAX_REASON: usize = 500;
 /// Asks for a recording of what the snapshot's container reads, by a name.
@@ -52,6 +55,11 @@ pub(crate) fn image(labels: &Labels) -> Option<String> {
 pub(crate) fn tell_not_lazy(labels: &mut Labels, reason: &str) {
     let reason = reason.chars().take(MAX_REASON).collect();
     labels.insert(NOT_LAZY.to_owned(), reason);
+}
+
+/// Adds whether the content is what the name says.
+pub(crate) fn tell_standing(labels: &mut Labels, standing: &Standing) {
+    labels.insert(STANDING.to_owned(), standing.as_str().to_owned());
 }
 
 /// The layer that the labels ask for, or what is missing to know it.
@@ -99,6 +107,20 @@ pub(crate) fn layer_request(labels: &Labels) -> Result<LayerRequest, String> {
         annotations,
         image_layers,
     })
+}
+
+/// Whether two requests for one layer come with the same trust: of the same
+/// image, or with the same annotations.
+pub(crate) fn trust_the_same(one: &LayerRequest, other: &LayerRequest) -> bool {
+    let names = [REFERENCE, LAYER, IMAGE_LAYERS].concat();
+    let annotations = |request: &LayerRequest| {
+        let mut annotations = request.annotations.clone();
+        annotations.retain(|name, _| name != MANIFEST && !names.contains(&name.as_str()));
+        annotations
+    };
+    let same_image =
+        one.manifest_digest.is_some() && one.manifest_digest == other.manifest_digest;
+    same_image || annotations(one) == annotations(other)
 }
 
 /// The image of `layers`, lowest first, from the labels of its topmost

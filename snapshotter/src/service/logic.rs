@@ -247,9 +247,9 @@ impl<L: LazyLayers> Snapshots<L> {
         parent: &Option<Key>,
         labels: &Labels,
     ) -> Result<Lazily, Error> {
-        self.refuse_contradicted(parent.as_ref()).await?;
         let serving = self.store.serving(target.clone(), parent.clone());
         let serving = serving.await?;
+        self.refuse_contradicted(parent.as_ref()).await?;
         if let Some(serving) = &serving
             && let Some(served) = self.serves_all(serving, labels).await?
         {
@@ -266,23 +266,36 @@ impl<L: LazyLayers> Snapshots<L> {
     }
 
     /// What whoever asks by `labels` gets of the snapshot `serving` that has
-    /// the wanted name. None when its layer is theirs, but it is not known to
-    /// be what the name says: they may name another TOC.
-    async fn serves_all(&self, serving: &Serving, labels: &Labels) -> Result<Option<Lazily>, Error> {
+    /// the wanted name. None when its layer is theirs, but they may name
+    /// another TOC, and it is not known which is right.
+    async fn serves_all(
+        &self,
+        serving: &Serving,
+        labels: &Labels,
+    ) -> Result<Option<Lazily>, Error> {
         let Some(layer) = serving.layer else {
             return Ok(Some(Lazily::Served));
         };
-        let asked = labels::layer_request(labels).ok().map(|request| request.digest);
-        let standing = self.standing(&serving.name).await?;
+        let Ok(asked) = labels::layer_request(labels) else {
+            return Ok(Some(Lazily::Served));
+        };
+        let standing = match self.standing(&serving.name).await {
+            // It was removed meanwhile.
+            Err(Error::NotFound(_)) => return Ok(None),
+            standing => standing?,
+        };
         Ok(match standing {
             Standing::Verified => Some(Lazily::Served),
-            _ if asked.is_some_and(|asked| asked != layer) => Some(Lazily::Not(format!(
-                "this node has layer {layer} under the name of this one, and does not know whether \
-                 they are the same"
+            _ if asked.digest != layer => Some(Lazily::Not(format!(
+                "this node has layer {layer} under the name of this one, and it is not known \
+                 whether they are the same"
             ))),
             Standing::Contradicted(why) => return Err(Error::Contradicted(Box::new(why))),
-            Standing::Unknown if asked.is_none() => Some(Lazily::Served),
-            Standing::Unknown => None,
+            Standing::Unknown => {
+                let known = labels::layer_request(&serving.labels);
+                let same = known.is_ok_and(|known| labels::trust_the_same(&known, &asked));
+                same.then_some(Lazily::Served)
+            }
         })
     }
 

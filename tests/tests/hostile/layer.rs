@@ -110,6 +110,14 @@ impl Content {
         entry
     }
 
+    /// What an honest TOC says of the directory.
+    pub(crate) fn directory(&self) -> Value {
+        json!({
+            "name": format!("{}/", self.name), "type": "dir", "mode": 0o40755,
+            "modtime": "2020-09-13T12:26:40Z",
+        })
+    }
+
     /// What an honest TOC says.
     pub(crate) fn honest(&self) -> Value {
         self.entry(&self.path("inside"), json!({}))
@@ -153,6 +161,11 @@ impl Layer {
             annotations: BTreeMap::from([(TOC_DIGEST.to_owned(), toc_digest.to_string())]),
             outcome,
         })
+    }
+
+    /// Digest of the blob.
+    pub(crate) fn digest(&self) -> Digest {
+        Digest::of(&self.blob)
     }
 
     /// With the last bytes of the blob replaced.

@@ -19,6 +19,7 @@ use sluice_tests::node::{Node, snapshotter};
 #[path = "../../../layer/tests/blobs/mod.rs"]
 #[allow(dead_code, reason = "shared with the layer crate's tests")]
 mod blobs;
+mod claims;
 mod kinds;
 mod layer;
 mod memory;

@@ -146,6 +146,7 @@ pub(crate) struct NewSnapshot {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Serving {
     pub(crate) name: Key,
+    pub(crate) labels: Labels,
     /// Its layer, if that is mounted lazily.
     pub(crate) layer: Option<Digest>,
 }

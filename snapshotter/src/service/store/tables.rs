@@ -293,6 +293,7 @@ where
         if let Some(record) = self.get(target)?.filter(over) {
             return Ok(Some(Serving {
                 name: target.clone(),
+                labels: record.labels,
                 layer: record.layer,
             }));
         }
@@ -308,6 +309,7 @@ where
             if over(&record) && labels::serves(&record.labels, target) {
                 return Ok(Some(Serving {
                     name: Key::try_from(key.value())?,
+                    labels: record.labels,
                     layer: record.layer,
                 }));
             }

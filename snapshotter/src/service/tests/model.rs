@@ -81,12 +81,29 @@ fn expect(world: &mut World, op: &Op) -> Option<ErrorKind> {
             Ok(())
         }),
         Op::Lazy(a, b, layer) => parent_of(world, b).and_then(|parent| {
-            let serving = world.iter().any(|(n, m)| {
-                m.kind == Kind::Committed
-                    && m.parent == parent
-                    && (*n == name(a) || n.starts_with(&format!("{}@", name(a))))
-            });
-            if !serving {
+            let serves = |m: &&Model| m.kind == Kind::Committed && m.parent == parent;
+            let others = format!("{}@", name(a));
+            let others = || world.iter().filter(|(n, _)| n.starts_with(&others));
+            let named = world.get(&name(a)).filter(serves);
+            let serving = named.or_else(|| others().map(|(_, m)| m).find(serves));
+            let serving = serving.map(|m| m.layer);
+            if let Some(Some(other)) = serving
+                && other != layer
+            {
+                // Nobody knows which is right: each gets its own.
+                let own = Model {
+                    kind: Kind::Active,
+                    parent,
+                    layer: None,
+                    labelled: false,
+                    was: None,
+                };
+                return match world.contains_key("extract") {
+                    true => Err(AlreadyExists),
+                    false => Ok(drop(world.insert("extract".to_owned(), own))),
+                };
+            }
+            if serving.is_none() {
                 // Only its beginning is fixed when the name itself is taken.
                 let mut at = name(a);
                 if world.contains_key(&at) {

@@ -1,0 +1,173 @@
+//! Layers whose tars are put together and compared with their trees.
+
+use std::io::Read as _;
+
+use sluice_layer::write::Options;
+use sluice_layer::{Format, unpack};
+
+use super::*;
+use crate::layer_dir::{DIFF_ID, TAR_REST};
+use crate::service::Proof;
+
+#[path = "../../../../layer/tests/blobs/mod.rs"]
+#[allow(dead_code, reason = "shared with the layer crate's tests")]
+mod blobs;
+
+const FORMATS: [Format; 2] = [Format::Estargz, Format::ZstdChunked];
+
+fn downloading(root: &TempDir) -> Config {
+    Config {
+        background: Some(Duration::ZERO),
+        ..config(root)
+    }
+}
+
+/// A layer as the converter writes it.
+fn converted(format: Format) -> Sample {
+    let mut all = files(40, 3_000);
+    all.push(SampleFile {
+        name: "large".to_owned(),
+        content: noise(7, 300_000),
+    });
+    let options = Options {
+        chunk_size: 64 << 10,
+        ..Options::new(format)
+    };
+    Sample::converted(all, &options).0
+}
+
+/// What unpacking the whole blob gives.
+fn diff_id(format: Format, blob: &[u8]) -> Digest {
+    let mut tar = Vec::new();
+    unpack(format, blob).unwrap().read_to_end(&mut tar).unwrap();
+    Digest::of(&tar)
+}
+
+/// The layer without its TOC, and another TOC.
+fn with_other_toc(format: Format, sample: &Sample, change: (&str, &str)) -> Sample {
+    let toc = sample.toc();
+    let size = sample.blob.len() as u64;
+    let location = sluice_layer::locate_toc(&sample.blob, size).unwrap();
+    let compressed = location.slice_of(&sample.blob, size).unwrap();
+    let read = sluice_layer::UntrustedToc::read(&location, compressed, &Default::default());
+    let json = String::from_utf8(read.unwrap().json().to_vec()).unwrap();
+    let json = json.replacen(change.0, change.1, 1);
+    let units = sample.blob[..toc.toc_offset() as usize].to_vec();
+    let other = blobs::Blob::with_toc(format, units, json.into_bytes());
+    Sample {
+        toc_digest: Digest::of(&other.json),
+        blob: other.bytes,
+        files: Vec::new(),
+    }
+}
+
+fn certain(proof: Proof) -> Proof {
+    Proof {
+        certain: true,
+        ..proof
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_layers_tar_is_is_known_when_all_of_it_is_here() {
+    for format in FORMATS {
+        let root = tempfile::tempdir().unwrap();
+        let sample = converted(format);
+        let digest = sample.digest();
+        let registry = Registry::serve(&[(&sample, labels(&sample))]);
+        let node = Node::start(downloading(&root), client()).unwrap();
+        node.open(request(&registry, &sample)).await.unwrap();
+        assert_eq!(node.proof(digest).await, None);
+        registry.take_log();
+        node.mount(digest).await.unwrap();
+        assert_eq!(node.next_proof().await, digest);
+        let proof = Proof {
+            diff_id: Some(diff_id(format, &sample.blob)),
+            tree_fits: true,
+            certain: false,
+        };
+        assert_eq!(node.proof(digest).await, Some(proof), "{format}");
+        let directory = node.layer_path(digest);
+        assert!(directory.join(DIFF_ID).exists() && !directory.join(TAR_REST).exists());
+        // No byte came twice but for the TOC of an eStargz layer, which is in
+        // its tar.
+        let fetched: u64 = registry.take_ranges().iter().map(|(from, to)| to - from).sum();
+        let size = sample.blob.len() as u64;
+        assert!(fetched <= size + (size - sample.toc().toc_offset()), "{format}: {fetched}");
+        // In doubt it is found out from the whole blob.
+        node.doubt(digest);
+        assert_eq!(node.next_proof().await, digest);
+        assert_eq!(node.proof(digest).await, Some(certain(proof)), "{format}");
+        node.stop().await;
+        // It is known for good.
+        let node = Node::start(downloading(&root), client()).unwrap();
+        assert_eq!(node.proof(digest).await, Some(certain(proof)));
+        node.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_not_kept_of_a_tar_or_is_damaged_is_fetched_again() {
+    let damages: [fn(&std::path::Path); 3] = [
+        |rest| fs::remove_file(rest).unwrap(),
+        |rest| {
+            let mut bytes = fs::read(rest).unwrap();
+            let middle = bytes.len() / 2;
+            bytes[middle] ^= 1;
+            fs::write(rest, bytes).unwrap();
+        },
+        |rest| {
+            let bytes = fs::read(rest).unwrap();
+            fs::write(rest, &bytes[..bytes.len() - 3]).unwrap();
+        },
+    ];
+    for (format, damage) in FORMATS.into_iter().cycle().zip(damages) {
+        let root = tempfile::tempdir().unwrap();
+        let sample = converted(format);
+        let digest = sample.digest();
+        let (registry, node, mount) = mounted(&root, &sample).await;
+        assert_content(&mount, &sample).await;
+        node.stop().await;
+        let rest = root.path().join("layers").join(digest.hex()).join(TAR_REST);
+        damage(&rest);
+        registry.take_log();
+        let node = Node::start(downloading(&root), client()).unwrap();
+        node.mount(digest).await.unwrap();
+        assert_eq!(node.next_proof().await, digest);
+        let proof = node.proof(digest).await.unwrap();
+        assert_eq!(proof.diff_id, Some(diff_id(format, &sample.blob)));
+        assert!(proof.tree_fits);
+        node.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_toc_that_describes_another_tree_than_the_tar_is_found_out() {
+    let honest = converted(Format::ZstdChunked);
+    let expected = diff_id(Format::ZstdChunked, &honest.blob);
+    for (from, to) in [
+        ("\"mode\":292", "\"mode\":2541"),
+        ("dir/file00001", "dir/other"),
+        ("\"type\":\"reg\"", "\"uid\":7,\"type\":\"reg\""),
+
+    ] {
+        let root = tempfile::tempdir().unwrap();
+        let liar = with_other_toc(Format::ZstdChunked, &honest, (from, to));
+        let digest = liar.digest();
+        let registry = Registry::serve(&[(&liar, labels(&liar))]);
+        let node = Node::start(downloading(&root), client()).unwrap();
+        node.open(request(&registry, &liar)).await.unwrap();
+        node.mount(digest).await.unwrap();
+        assert_eq!(node.next_proof().await, digest);
+        let proof = Proof {
+            diff_id: Some(expected),
+            tree_fits: false,
+            certain: false,
+        };
+        assert_eq!(node.proof(digest).await, Some(proof), "{to}");
+        node.doubt(digest);
+        assert_eq!(node.next_proof().await, digest);
+        assert_eq!(node.proof(digest).await, Some(certain(proof)), "{to}");
+        node.stop().await;
+    }
+}

@@ -1,0 +1,122 @@
+//! Images that say of their layers what is true of others': once all of such a
+//! layer is here that is known, and nobody is given it any more.
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::json;
+use sluice_layer::Format;
+use sluice_tests::command::{attempt, refusal, run, text, wait_for};
+use sluice_tests::containerd::Containerd;
+use sluice_tests::daemon::Mode;
+use sluice_tests::node::{Node, snapshotter};
+use sluice_tests::programs::sluice_command;
+
+use super::layer::{Content, Layer, Outcome};
+use super::push;
+
+const SETTINGS: &str = "[prefetch]\nenabled = false\n[background]\ndelay_seconds = 0\n";
+
+/// A layer with one file, of which all is true that is said.
+fn honest(name: &str) -> Result<Layer> {
+    let content = Content::new(Format::ZstdChunked, name)?;
+    let entries = [content.directory(), content.honest()];
+    content.with(&entries, Outcome::Any)
+}
+
+/// Waits until the daemon says of a layer that `what`.
+fn wait_for_log(node: &Node, mode: Mode, layer: &Layer, what: &str) -> Result<()> {
+    let digest = layer.digest().to_string();
+    wait_for(what, || {
+        let log = node.daemon(mode).log();
+        let told = log.lines().any(|line| line.contains(&digest) && line.contains(what));
+        Ok(told.then_some(()))
+    })
+    .with_context(|| format!("the daemon's log:\n{}", node.daemon(mode).log()))
+}
+
+/// How the daemon sees a layer.
+fn content(node: &Node, mode: Mode, layer: &Layer) -> Result<String> {
+    let status = sluice_command()?
+        .args(["status", "--json", "--address"])
+        .arg(node.daemon(mode).socket())
+        .output()?;
+    let status: serde_json::Value = serde_json::from_slice(&status.stdout)?;
+    let digest = layer.digest().to_string();
+    let layers = status["layers"].as_array().context("no layers")?;
+    let layer = layers.iter().find(|layer| layer["digest"] == *digest);
+    let content = layer.context("the layer is not open")?["content"].as_str();
+    Ok(content.unwrap_or_default().to_owned())
+}
+
+/// Whether a new view of an image's snapshot can be made.
+fn view(containerd: &Containerd, reference: &str, mode: Mode, key: &str) -> Result<String> {
+    let top = containerd.top_snapshot(reference)?;
+    let view = ["snapshots", "--snapshotter", snapshotter(mode), "view", key, &top];
+    let answer = attempt(containerd.ctr().args(view))?;
+    Ok(match answer.status.success() {
+        true => String::new(),
+        false => String::from_utf8_lossy(&answer.stderr).into_owned(),
+    })
+}
+
+#[test]
+fn a_layer_under_anothers_name_is_given_to_nobody() -> Result<()> {
+    let node = Node::start(SETTINGS)?;
+    for (mode, lie) in [(Mode::Erofs, "content"), (Mode::Fuse, "tree")] {
+        let name = format!("{lie}-{}", mode.name());
+        let good = honest(&name)?;
+        let liar = match lie {
+            // Another layer under its name.
+            "content" => Layer {
+                diff_id: good.diff_id,
+                ..honest(&format!("evil-{name}"))?
+            },
+            // Its own tar, with a table of contents that says something else.
+            _ => {
+                let content = Content::new(Format::ZstdChunked, &name)?;
+                let more = json!({"mode": 0o104755});
+                let entries = [content.directory(), content.entry(&content.path("inside"), more)];
+                content.with(&entries, Outcome::Any)?
+            }
+        };
+        ensure!(good.diff_id == liar.diff_id && good.digest() != liar.digest());
+        let evil = push(&node, &format!("evil:{name}"), &[liar.clone()])?;
+        let honest = push(&node, &format!("good:{name}"), &[good.clone()])?;
+        let containerd = &node.containerd;
+
+        // Before anybody can know: who comes by the daemon gets its own.
+        containerd.lazy_pull(&evil, snapshotter(mode))?;
+        let elsewhere = ["--namespace", "elsewhere"];
+        let mut pull = containerd.lazy_pull_command(&honest, snapshotter(mode))?;
+        let said = text(pull.args(elsewhere))?;
+        ensure!(said.contains("unpacked"), "{said}");
+        // In the same namespace containerd would not even ask.
+        let refused = refusal(&mut containerd.lazy_pull_command(&honest, snapshotter(mode))?)?;
+        let named = [liar.digest().to_string(), evil.clone()];
+        ensure!(named.iter().all(|name| refused.contains(name)), "{refused}");
+
+        // Once it is mounted, the rest is downloaded and compared.
+        let dir = containerd.mount(&evil, snapshotter(mode))?;
+        wait_for_log(&node, mode, &liar, "is not what the image says")?;
+        ensure!(content(&node, mode, &liar)? == "contradicted");
+        let inside = dir.join(&liar.name).join("inside");
+        ensure!(inside.exists(), "who runs goes on");
+        let said = view(containerd, &evil, mode, &format!("{name}-again"))?;
+        let named = ["pull again", &liar.digest().to_string(), &evil];
+        ensure!(named.iter().all(|name| said.contains(name)), "{said}");
+        let refused = refusal(&mut containerd.lazy_pull_command(&honest, snapshotter(mode))?)?;
+        ensure!(refused.contains("not what it is named for"), "{refused}");
+
+        // The remedy that was told.
+        containerd.unmount(&dir)?;
+        containerd.forget_images()?;
+        let dir = node.mount_lazily(&honest, mode)?;
+        wait_for_log(&node, mode, &good, "it is what its image says")?;
+        ensure!(content(&node, mode, &good)? == "verified");
+        let read = std::fs::read(dir.join(&good.name).join("inside"))?;
+        ensure!(read == Content::new(good.format, &good.name)?.file);
+        // Now the name is as good as the content.
+        run(&mut containerd.lazy_pull_command(&honest, snapshotter(mode))?)?;
+        containerd.unmount(&dir)?;
+    }
+    Ok(())
+}
