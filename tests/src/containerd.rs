@@ -159,12 +159,22 @@ impl Containerd {
 
     /// The command of [`Self::lazy_pull`].
     pub fn lazy_pull_command(&self, reference: &str, snapshotter: &str) -> Result<Command> {
+        self.lazy_pull_command_in(&self.namespace, reference, snapshotter)
+    }
+
+    /// The same, into another namespace.
+    pub fn lazy_pull_command_in(
+        &self,
+        namespace: &str,
+        reference: &str,
+        snapshotter: &str,
+    ) -> Result<Command> {
         let mut command = crate::programs::sluice_command()?;
         command
             .args(["pull", "--plain-http", "--snapshotter", snapshotter])
             .arg("--containerd")
             .arg(&self.socket)
-            .args(["--namespace", &self.namespace])
+            .args(["--namespace", namespace])
             .arg(reference);
         Ok(command)
     }

@@ -202,7 +202,9 @@ impl Layers {
 /// takes it by its name alone, which is what another image says of a layer that
 /// nobody has downloaded yet.
 fn check_present(name: &str, layer: &Descriptor, told: &Labels) -> anyhow::Result<()> {
-    let of = told.get(labels::IMAGE_REF).map_or("another", String::as_str);
+    let of = told
+        .get(labels::IMAGE_REF)
+        .map_or("another", String::as_str);
     match told.get(STANDING).map(String::as_str) {
         Some("contradicted") => bail!(
             "snapshot {name}, which the node has from image {of}, is not what it is named for; \

@@ -278,7 +278,11 @@ fn a_layer_is_put_together_to_the_tar_that_it_was() {
     for format in FORMATS {
         for prioritized in [&[][..], &named[..]] {
             let (blob, annotations) = reference::build(&plain, format, 10_000, prioritized);
-            layers.push((format!("reference, {format}, {prioritized:?}"), blob, annotations));
+            layers.push((
+                format!("reference, {format}, {prioritized:?}"),
+                blob,
+                annotations,
+            ));
             let names: Vec<String> = prioritized.iter().map(|n| (*n).to_owned()).collect();
             let options = Options {
                 chunk_size: 10_000,
@@ -286,7 +290,11 @@ fn a_layer_is_put_together_to_the_tar_that_it_was() {
             };
             for tar in [&plain, &contradictory_layer()] {
                 let (blob, tail) = write_layer(tar, &options, &names).unwrap();
-                layers.push((format!("ours, {format}, {prioritized:?}"), blob, tail.annotations));
+                layers.push((
+                    format!("ours, {format}, {prioritized:?}"),
+                    blob,
+                    tail.annotations,
+                ));
             }
         }
     }

@@ -66,7 +66,10 @@ pub(crate) fn check(which: &str, blob: &[u8], annotations: &BTreeMap<String, Str
             let next = units.range(at..).next().map_or(end, |(next, _)| *next);
             let mut bytes = Vec::new();
             let part = &blob[at as usize..next as usize];
-            unpack(format, part).unwrap().read_to_end(&mut bytes).unwrap();
+            unpack(format, part)
+                .unwrap()
+                .read_to_end(&mut bytes)
+                .unwrap();
             push(&bytes, None);
             at = next;
             continue;
@@ -95,7 +98,10 @@ pub(crate) fn check(which: &str, blob: &[u8], annotations: &BTreeMap<String, Str
 
     // What anybody else makes of the blob.
     let mut whole = Vec::new();
-    unpack(format, blob).unwrap().read_to_end(&mut whole).unwrap();
+    unpack(format, blob)
+        .unwrap()
+        .read_to_end(&mut whole)
+        .unwrap();
     assert_eq!(hasher.finish(), Digest::of(&whole), "{which}");
     if let TocTrust::Uncompressed(digest) = trust {
         let in_tar = (format == Format::Estargz).then_some(digest);
@@ -124,7 +130,16 @@ fn same(which: &str, ours: &Toc, theirs: &Toc, each: &dyn Fn(usize, &Node)) {
     let mut pairs = vec![(String::new(), 0, 0)];
     while let Some((path, a, b)) = pairs.pop() {
         let (one, other) = (&ours.nodes()[a], &theirs.nodes()[b]);
-        let attributes = |n: &Node| (n.mode, n.uid, n.gid, n.mtime.secs, n.links, n.xattrs.clone());
+        let attributes = |n: &Node| {
+            (
+                n.mode,
+                n.uid,
+                n.gid,
+                n.mtime.secs,
+                n.links,
+                n.xattrs.clone(),
+            )
+        };
         assert_eq!(attributes(one), attributes(other), "{which}: {path}");
         match (&one.kind, &other.kind) {
             (NodeKind::Directory(one), NodeKind::Directory(other)) => {
@@ -136,7 +151,11 @@ fn same(which: &str, ours: &Toc, theirs: &Toc, each: &dyn Fn(usize, &Node)) {
                 assert_eq!(names(one), names(other), "{which}: {path}");
                 for (one, other) in one.children.iter().zip(&other.children) {
                     let name = String::from_utf8_lossy(&one.name);
-                    pairs.push((format!("{path}/{name}"), one.node.index(), other.node.index()));
+                    pairs.push((
+                        format!("{path}/{name}"),
+                        one.node.index(),
+                        other.node.index(),
+                    ));
                 }
             }
             (NodeKind::Regular(one), NodeKind::Regular(file)) => {

@@ -61,7 +61,9 @@ impl api::control_server::Control for Adapter {
             }
             .to_owned(),
             images: images.into_iter().map(to_image).collect(),
-            layers: layers.map(|layer| to_layer(layer, standings.get(&layer.digest))).collect(),
+            layers: layers
+                .map(|layer| to_layer(layer, standings.get(&layer.digest)))
+                .collect(),
             fetches: fetches.collect(),
             waiting_readers: node.waiting,
             memory: budget(node.memory),

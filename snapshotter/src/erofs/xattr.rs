@@ -83,9 +83,15 @@ pub(super) fn stored(node: &Node, ns: XattrNamespace) -> impl Iterator<Item = St
 
 /// The extended attributes that an image has for `node`, by name, in order.
 pub fn image_xattrs(node: &Node, ns: XattrNamespace) -> BTreeMap<Vec<u8>, &[u8]> {
-    let prefix = |number: u8| PREFIXES.iter().find(|(n, _)| *n == number).map_or(&b""[..], |p| p.1);
+    let prefix = |number: u8| {
+        PREFIXES
+            .iter()
+            .find(|(n, _)| *n == number)
+            .map_or(&b""[..], |p| p.1)
+    };
     let all = stored(node, ns);
-    all.map(|xattr| ([prefix(xattr.prefix), xattr.name].concat(), xattr.value)).collect()
+    all.map(|xattr| ([prefix(xattr.prefix), xattr.name].concat(), xattr.value))
+        .collect()
 }
 
 /// Values longer than this are kept away from the inodes, so that a walk does

@@ -26,6 +26,9 @@ const LONGEST_DISK_PAUSE: Duration = Duration::from_secs(60);
 const REST: Duration = Duration::from_secs(60);
 /// The longest such rest.
 const LONGEST_REST: Duration = Duration::from_secs(600);
+/// When it is looked again for what readers were fetching when all else was
+/// there; it doubles.
+const PASSED_OVER: Duration = Duration::from_millis(100);
 
 /// Work that goes on by itself and ends when this is dropped.
 #[derive(Debug)]
@@ -49,7 +52,14 @@ impl LazyLayer {
         let layer = Arc::clone(self);
         self.go(async move {
             tokio::time::sleep(delay).await;
+            let mut pause = PASSED_OVER;
             layer.stream().await;
+            while !layer.dir().is_complete() && pause < LONGEST_PAUSE {
+                // What readers have claimed, they bring, unless they give up.
+                tokio::time::sleep(pause).await;
+                pause *= 2;
+                layer.stream().await;
+            }
             let persisted = tokio::task::spawn_blocking(move || {
                 let done = layer.dir().persist();
                 (layer, done)

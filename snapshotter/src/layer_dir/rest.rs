@@ -266,7 +266,10 @@ impl RestIndex {
 }
 
 fn cut_short() -> io::Error {
-    io::Error::new(io::ErrorKind::UnexpectedEof, "tar-rest was changed meanwhile")
+    io::Error::new(
+        io::ErrorKind::UnexpectedEof,
+        "tar-rest was changed meanwhile",
+    )
 }
 
 fn header(layer: Digest) -> Vec<u8> {

@@ -24,7 +24,10 @@ impl LayerDir {
     pub fn spans(&self, end: u64) -> impl Iterator<Item = Span> + '_ {
         let toc = self.identity.toc_offset;
         let units = self.chunks.units_from(0).map(|unit| unit.offset);
-        let mut starts = units.filter(|&start| start > 0).chain([toc, end]).peekable();
+        let mut starts = units
+            .filter(|&start| start > 0)
+            .chain([toc, end])
+            .peekable();
         let mut start = 0;
         std::iter::from_fn(move || {
             loop {

@@ -217,7 +217,10 @@ struct Inner {
     /// Held while all layers are verified.
     scrubbing: tokio::sync::Mutex<()>,
     /// Layers of which something new is known, for whoever compares it.
-    proven: (UnboundedSender<Digest>, tokio::sync::Mutex<UnboundedReceiver<Digest>>),
+    proven: (
+        UnboundedSender<Digest>,
+        tokio::sync::Mutex<UnboundedReceiver<Digest>>,
+    ),
     /// Layers that are being proven from their whole blobs.
     doubts: Mutex<HashSet<Digest>>,
 }

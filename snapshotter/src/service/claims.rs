@@ -281,14 +281,26 @@ mod tests {
         let ab = Digest::of(format!("{a} {b}").as_bytes());
         let (base, top) = (claim(Some(a), b"1"), claim(Some(ab), b"2"));
         let fits = proof(Some(b), true, false);
-        assert_eq!(compare(&base, None, proof(Some(a), true, false)), Some(Standing::Verified));
+        assert_eq!(
+            compare(&base, None, proof(Some(a), true, false)),
+            Some(Standing::Verified)
+        );
         assert_eq!(compare(&top, Some(&base), fits), Some(Standing::Verified));
         assert_eq!(compare(&top, Some(&base), None), Some(Standing::Unknown));
-        assert_eq!(compare(&top, Some(&claim(None, b"1")), fits), Some(Standing::Unknown));
+        assert_eq!(
+            compare(&top, Some(&claim(None, b"1")), fits),
+            Some(Standing::Unknown)
+        );
         for (diff_id, tree_fits) in [(Some(x), true), (Some(b), false), (None, false)] {
-            assert_eq!(compare(&top, Some(&base), proof(diff_id, tree_fits, false)), None);
+            assert_eq!(
+                compare(&top, Some(&base), proof(diff_id, tree_fits, false)),
+                None
+            );
             let certain = compare(&top, Some(&base), proof(diff_id, tree_fits, true));
-            assert!(matches!(certain, Some(Standing::Contradicted(_))), "{certain:?}");
+            assert!(
+                matches!(certain, Some(Standing::Contradicted(_))),
+                "{certain:?}"
+            );
         }
         // Right, but of something else.
         assert_eq!(compare(&top, None, fits), None);

@@ -118,8 +118,7 @@ pub(crate) fn trust_the_same(one: &LayerRequest, other: &LayerRequest) -> bool {
         annotations.retain(|name, _| name != MANIFEST && !names.contains(&name.as_str()));
         annotations
     };
-    let same_image =
-        one.manifest_digest.is_some() && one.manifest_digest == other.manifest_digest;
+    let same_image = one.manifest_digest.is_some() && one.manifest_digest == other.manifest_digest;
     same_image || annotations(one) == annotations(other)
 }
 

@@ -640,8 +640,14 @@ fn nothing_new_is_made_from_what_is_not_what_it_is_named_for() {
     let rig = Rig::new();
     let (below, top) = (layer(10), chain_id(layer(10), layer(20)));
     let (below, top) = (below.to_string(), top.to_string());
-    assert_kind(rig.prepare("x", "", lazy(&below, layer(1))), ErrorKind::AlreadyExists);
-    assert_kind(rig.prepare("x", &below, lazy(&top, layer(2))), ErrorKind::AlreadyExists);
+    assert_kind(
+        rig.prepare("x", "", lazy(&below, layer(1))),
+        ErrorKind::AlreadyExists,
+    );
+    assert_kind(
+        rig.prepare("x", &below, lazy(&top, layer(2))),
+        ErrorKind::AlreadyExists,
+    );
     assert_eq!(rig.standing(&top), "unknown");
     rig.prepare("early", &top, Labels::new()).unwrap();
 
@@ -667,7 +673,12 @@ fn nothing_new_is_made_from_what_is_not_what_it_is_named_for() {
         let error = refused.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::FailedPrecondition);
         let text = error.to_string();
-        let named = [&top, &layer(2).to_string(), &layer(66).to_string(), "r.io/app:1"];
+        let named = [
+            &top,
+            &layer(2).to_string(),
+            &layer(66).to_string(),
+            "r.io/app:1",
+        ];
         assert!(named.iter().all(|part| text.contains(*part)), "{text}");
     }
     // Who runs goes on, and the honest layer is not in the way of others.
@@ -684,7 +695,10 @@ fn nobody_is_given_anothers_layer_before_it_is_known_to_be_theirs() {
     let rig = Rig::new();
     let name = layer(10).to_string();
     let why = "containerd.io/snapshot/sluice.not-lazy";
-    assert_kind(rig.prepare("x", "", lazy(&name, layer(1))), ErrorKind::AlreadyExists);
+    assert_kind(
+        rig.prepare("x", "", lazy(&name, layer(1))),
+        ErrorKind::AlreadyExists,
+    );
     let unpacked = |key: &str, labels: Labels| {
         rig.prepare(key, "", labels).unwrap();
         rig.stat(key).unwrap().labels[why].clone()
@@ -693,11 +707,17 @@ fn nobody_is_given_anothers_layer_before_it_is_known_to_be_theirs() {
     assert!(told.contains(&layer(1).to_string()), "{told}");
     // The same layer with another table of contents is looked at.
     let mut other = lazy(&name, layer(1));
-    other.insert("containerd.io/snapshot/stargz/toc.digest".into(), "t".into());
+    other.insert(
+        "containerd.io/snapshot/stargz/toc.digest".into(),
+        "t".into(),
+    );
     rig.fake.state.lock().not_lazy.insert(layer(1));
     assert_eq!(unpacked("b", other.clone()), "it has no table of contents");
     rig.fake.state.lock().not_lazy.clear();
-    assert_kind(rig.prepare("c", "", other.clone()), ErrorKind::AlreadyExists);
+    assert_kind(
+        rig.prepare("c", "", other.clone()),
+        ErrorKind::AlreadyExists,
+    );
 
     rig.proves(layer(1), layer(66), true);
     let told = unpacked("d", lazy(&name, layer(2)));

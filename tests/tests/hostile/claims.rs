@@ -1,6 +1,8 @@
 //! Images that say of their layers what is true of others': once all of such a
 //! layer is here that is known, and nobody is given it any more.
 
+use std::process::Command;
+
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
 use sluice_layer::Format;
@@ -27,7 +29,9 @@ fn wait_for_log(node: &Node, mode: Mode, layer: &Layer, what: &str) -> Result<()
     let digest = layer.digest().to_string();
     wait_for(what, || {
         let log = node.daemon(mode).log();
-        let told = log.lines().any(|line| line.contains(&digest) && line.contains(what));
+        let told = log
+            .lines()
+            .any(|line| line.contains(&digest) && line.contains(what));
         Ok(told.then_some(()))
     })
     .with_context(|| format!("the daemon's log:\n{}", node.daemon(mode).log()))
@@ -50,7 +54,14 @@ fn content(node: &Node, mode: Mode, layer: &Layer) -> Result<String> {
 /// Whether a new view of an image's snapshot can be made.
 fn view(containerd: &Containerd, reference: &str, mode: Mode, key: &str) -> Result<String> {
     let top = containerd.top_snapshot(reference)?;
-    let view = ["snapshots", "--snapshotter", snapshotter(mode), "view", key, &top];
+    let view = [
+        "snapshots",
+        "--snapshotter",
+        snapshotter(mode),
+        "view",
+        key,
+        &top,
+    ];
     let answer = attempt(containerd.ctr().args(view))?;
     Ok(match answer.status.success() {
         true => String::new(),
@@ -74,7 +85,10 @@ fn a_layer_under_anothers_name_is_given_to_nobody() -> Result<()> {
             _ => {
                 let content = Content::new(Format::ZstdChunked, &name)?;
                 let more = json!({"mode": 0o104755});
-                let entries = [content.directory(), content.entry(&content.path("inside"), more)];
+                let entries = [
+                    content.directory(),
+                    content.entry(&content.path("inside"), more),
+                ];
                 content.with(&entries, Outcome::Any)?
             }
         };
@@ -85,10 +99,20 @@ fn a_layer_under_anothers_name_is_given_to_nobody() -> Result<()> {
 
         // Before anybody can know: who comes by the daemon gets its own.
         containerd.lazy_pull(&evil, snapshotter(mode))?;
-        let elsewhere = ["--namespace", "elsewhere"];
-        let mut pull = containerd.lazy_pull_command(&honest, snapshotter(mode))?;
-        let said = text(pull.args(elsewhere))?;
+        let pull = containerd.lazy_pull_command_in("elsewhere", &honest, snapshotter(mode));
+        let said = text(&mut pull?)?;
         ensure!(said.contains("unpacked"), "{said}");
+        // containerd would find what it has verified by itself.
+        let forget = [
+            "--namespace",
+            "elsewhere",
+            "images",
+            "remove",
+            "--sync",
+            &honest,
+        ];
+        let mut ctr = Command::new("ctr");
+        run(ctr.arg("--address").arg(containerd.socket()).args(forget))?;
         // In the same namespace containerd would not even ask.
         let refused = refusal(&mut containerd.lazy_pull_command(&honest, snapshotter(mode))?)?;
         let named = [liar.digest().to_string(), evil.clone()];

@@ -91,9 +91,16 @@ async fn what_a_layers_tar_is_is_known_when_all_of_it_is_here() {
         assert!(directory.join(DIFF_ID).exists() && !directory.join(TAR_REST).exists());
         // No byte came twice but for the TOC of an eStargz layer, which is in
         // its tar.
-        let fetched: u64 = registry.take_ranges().iter().map(|(from, to)| to - from).sum();
+        let fetched: u64 = registry
+            .take_ranges()
+            .iter()
+            .map(|(from, to)| to - from)
+            .sum();
         let size = sample.blob.len() as u64;
-        assert!(fetched <= size + (size - sample.toc().toc_offset()), "{format}: {fetched}");
+        assert!(
+            fetched <= size + (size - sample.toc().toc_offset()),
+            "{format}: {fetched}"
+        );
         // In doubt it is found out from the whole blob.
         node.doubt(digest);
         assert_eq!(node.next_proof().await, digest);
@@ -149,7 +156,6 @@ async fn a_toc_that_describes_another_tree_than_the_tar_is_found_out() {
         ("\"mode\":292", "\"mode\":2541"),
         ("dir/file00001", "dir/other"),
         ("\"type\":\"reg\"", "\"uid\":7,\"type\":\"reg\""),
-
     ] {
         let root = tempfile::tempdir().unwrap();
         let liar = with_other_toc(Format::ZstdChunked, &honest, (from, to));
@@ -170,4 +176,25 @@ async fn a_toc_that_describes_another_tree_than_the_tar_is_found_out() {
         assert_eq!(node.proof(digest).await, Some(certain(proof)), "{to}");
         node.stop().await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_layer_after_another() {
+    let root = tempfile::tempdir().unwrap();
+    let one = converted(Format::ZstdChunked);
+    let other = with_other_toc(Format::ZstdChunked, &one, ("dir/file00001", "dir/other"));
+    let all = [&one, &other].map(|sample| (sample, labels(sample)));
+    let registry = Registry::serve(&all);
+    let node = Node::start(downloading(&root), client()).unwrap();
+    for (sample, _) in all.iter().rev() {
+        let digest = sample.digest();
+        node.open(request(&registry, sample)).await.unwrap();
+        node.mount(digest).await.unwrap();
+        assert_eq!(node.next_proof().await, digest);
+        node.doubt(digest);
+        assert_eq!(node.next_proof().await, digest);
+        node.remove(digest).await.unwrap();
+        assert_eq!(node.in_use(), (0, 0));
+    }
+    node.stop().await;
 }

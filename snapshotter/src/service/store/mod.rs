@@ -22,9 +22,9 @@ use std::time::SystemTime;
 
 use sluice_oci::Digest;
 
+use super::claims::Claim;
 use super::error::{Error, is_full};
 use super::filter::Filter;
-use super::claims::Claim;
 use super::lazy_layers::Usage;
 use super::snapshot::{Chain, Content, Info, Key, Kind, Labels, SnapshotId};
 use database::Database;
