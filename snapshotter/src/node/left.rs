@@ -13,7 +13,9 @@ use super::start::{BLOBS, LAYERS, MOUNTS, TREES, failed};
 use super::{Mode, Node, StartError};
 use crate::fuse::{Kept, Session, TreeTable};
 use crate::keeper::{self, Keeper};
-use crate::layer_dir::{DATA_DRAFT, Identity, LayerDir, PRESENT_DRAFT, TEMPORARY};
+use crate::layer_dir::{
+    DATA_DRAFT, DIFF_ID_DRAFT, Identity, LayerDir, PRESENT_DRAFT, Proof, TAR_REST, TEMPORARY,
+};
 use crate::mount::{self, users::Overlay};
 use crate::service::MountError;
 
@@ -172,11 +174,17 @@ pub(super) fn tidy(layers: &Path) -> Result<Vec<Identity>, StartError> {
             crash_point!("start.tidied");
             continue;
         }
-        for draft in [PRESENT_DRAFT, DATA_DRAFT] {
+        for draft in [PRESENT_DRAFT, DATA_DRAFT, DIFF_ID_DRAFT] {
             remove_draft(&path.join(draft))?;
         }
         match LayerDir::identify(&path) {
-            Ok(identity) => found.push(identity),
+            Ok(identity) => {
+                if Proof::load(&path, &identity.digest).is_some() {
+                    // Nobody asks for it any more.
+                    remove_draft(&path.join(TAR_REST))?;
+                }
+                found.push(identity);
+            }
             // One bad layer is no reason not to start.
             Err(error) => tracing::error!("the layer's readers get an error: {error}"),
         }

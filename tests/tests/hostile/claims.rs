@@ -93,8 +93,8 @@ fn a_layer_under_anothers_name_is_given_to_nobody() -> Result<()> {
             }
         };
         ensure!(good.diff_id == liar.diff_id && good.digest() != liar.digest());
-        let evil = push(&node, &format!("evil:{name}"), &[liar.clone()])?;
-        let honest = push(&node, &format!("good:{name}"), &[good.clone()])?;
+        let evil = push(&node, &format!("evil:{name}"), std::slice::from_ref(&liar))?;
+        let honest = push(&node, &format!("good:{name}"), std::slice::from_ref(&good))?;
         let containerd = &node.containerd;
 
         // Before anybody can know: who comes by the daemon gets its own.

@@ -190,6 +190,54 @@ impl World<'_> {
         self.is_empty()
     }
 
+    /// What a layer's tar is becomes known once all of it is here, with a death
+    /// at each point; the process after it finds out the same.
+    fn deaths_in_proving(&self, points: &[&str]) -> Result<()> {
+        let configuration = self.daemon.root().with_file_name("config.toml");
+        let text = fs::read_to_string(&configuration)?;
+        let (off, on) = (
+            "[background]\nenabled = false",
+            "[background]\ndelay_seconds = 0",
+        );
+        ensure!(text.contains(off), "{text}");
+        for point in points {
+            self.pull()?;
+            let root = self.mount()?;
+            fs::write(&configuration, text.replace(off, on))?;
+            self.crash(&[point], || self.daemon.process().signal(Signal::HUP))?;
+            self.wait_until_proven()?;
+            self.agrees(true)?;
+            fs::write(&configuration, &text)?;
+            self.restart()?;
+            for file in &self.source.files {
+                content::check(&root, file)?;
+            }
+            self.containerd.unmount(&root)?;
+            self.remove_image()?;
+            self.is_empty()?;
+        }
+        Ok(())
+    }
+
+    fn wait_until_proven(&self) -> Result<()> {
+        let layers = self.daemon.root().join("layers");
+        let top = self.containerd.top_snapshot(&self.source.reference)?;
+        wait_for("the layers to be what the image says", || {
+            let stat = self.containerd.ctr_text(&[
+                "snapshots",
+                "--snapshotter",
+                world::SLUICE,
+                "info",
+                &top,
+            ])?;
+            let proven = fs::read_dir(&layers)?
+                .map(|layer| Ok(layer?.path().join("diff-id").exists()))
+                .collect::<Result<Vec<_>>>()?;
+            let verified = stat.contains("\"containerd.io/snapshot/sluice.content\": \"verified\"");
+            Ok((verified && proven == [true, true]).then_some(()))
+        })
+    }
+
     fn wait_until_evicted(&self) -> Result<()> {
         let layers = self.daemon.root().join("layers");
         wait_for("the eviction", || {
@@ -343,6 +391,7 @@ fn in_mode_erofs(source: &Source) -> Result<Vec<(String, u32)>> {
             "fill.written",
             "fill.present",
             "fill.told",
+            "rest.written",
         ],
         &[
             "persist.taken",
@@ -375,6 +424,7 @@ fn in_mode_erofs(source: &Source) -> Result<Vec<(String, u32)>> {
                 "start.ready",
                 "verify.layer-done",
                 "verify.settled",
+                "rest.opened",
             ][..],
             &ADOPT,
         ]
@@ -388,6 +438,12 @@ fn in_mode_erofs(source: &Source) -> Result<Vec<(String, u32)>> {
         "evict.data-made",
         "evict.data-named",
         "evict.synced",
+    ])?;
+    world.deaths_in_proving(&[
+        "prove.known",
+        "prove.written",
+        "prove.named",
+        "prove.rest-removed",
     ])?;
     world.deaths_at_the_end()?;
     let mut struck = world.orders.struck()?;

@@ -15,7 +15,7 @@ use sluice_tests::image::{self, Compression, LayoutWriter, Meta, Tarball};
 use sluice_tests::relay::Relay;
 use sluice_tests::{Containerd, Daemon, Registry, Scratch, programs};
 
-const SLUICE: &str = "sluice";
+pub(crate) const SLUICE: &str = "sluice";
 const LAYERS: usize = 2;
 /// Files of a layer, each with a chunk of its own.
 const FILES: usize = 40;

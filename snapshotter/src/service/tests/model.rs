@@ -100,7 +100,10 @@ fn expect(world: &mut World, op: &Op) -> Option<ErrorKind> {
                 };
                 return match world.contains_key("extract") {
                     true => Err(AlreadyExists),
-                    false => Ok(drop(world.insert("extract".to_owned(), own))),
+                    false => {
+                        world.insert("extract".to_owned(), own);
+                        Ok(())
+                    }
                 };
             }
             if serving.is_none() {
