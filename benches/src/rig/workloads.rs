@@ -71,8 +71,9 @@ const POSTGRESQL: &str = "cd / && pg=$(ls -d /usr/lib/postgresql/*) && v=${pg##*
     (setpriv --reuid=postgres --regid=postgres --init-groups $pg/bin/postgres \
     -D /var/lib/postgresql/$v/main -c config_file=/etc/postgresql/$v/main/postgresql.conf \
     >/dev/null 2>&1 &) && \
-    until setpriv --reuid=postgres --regid=postgres --init-groups \
-    $pg/bin/psql -h /run/postgresql -Atc 'select 42' postgres 2>/dev/null; do sleep 0.02; done; \
+    n=0 && until setpriv --reuid=postgres --regid=postgres --init-groups \
+    $pg/bin/psql -h /run/postgresql -Atc 'select 42' postgres 2>/dev/null; \
+    do n=$((n + 1)); [ $n -lt 3000 ] || exit 1; sleep 0.02; done; \
     kill -INT $(head -1 /var/lib/postgresql/$v/main/postmaster.pid)";
 
 const MODEL: &str = "dd if=/model of=/dev/null bs=1M status=none && echo read";
