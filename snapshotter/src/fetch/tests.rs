@@ -455,7 +455,7 @@ async fn the_background_download_pauses_for_readers_and_resumes() {
 async fn the_background_download_keeps_within_the_room_that_there_is() {
     let s = setup();
     s.engine.set_room(0);
-    let _handle = s.layer.download(Duration::ZERO);
+    let _handle = s.layer.download(Duration::ZERO, async {});
     // Readers get what they read.
     s.read(12).await.unwrap();
     let read = s.layer.dir().present().count();

@@ -542,7 +542,7 @@ async fn a_download_goes_on_after_an_outage_of_hours() {
     let world = World::new(30, &[small_files(300)]);
     let down = |down| *world.wire.0.down.lock() = down;
     let present = || world.layers[0].dir().present().count();
-    let _handle = world.layers[0].download(Duration::ZERO);
+    let _handle = world.layers[0].download(Duration::ZERO, async {});
     world.until(|| present() > 10).await;
     down(true);
     let before = world.asked().len();
