@@ -1,5 +1,5 @@
 //! A node that reads through a registry that misbehaves: an image of many
-//! files in one layer, each with chunks of its own, whose content is known.
+//! files in one layer, each one chunk, whose content is known.
 
 use std::fs::File;
 use std::io::Read;
@@ -67,7 +67,7 @@ impl World {
         let direct = node.registry.reference("faulty:lazy");
         command::run(
             programs::sluice_command()?
-                .args(["convert", "--format", format])
+                .args(["convert", "--chunk-size", "1M", "--format", format])
                 .arg(format!("oci:{}:{}", layout.display(), image::TAG))
                 .arg(&direct),
         )?;

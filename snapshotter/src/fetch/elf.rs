@@ -34,7 +34,8 @@ pub(super) fn loaded_first(head: &[u8]) -> Vec<Range<u64>> {
     if size != PROGRAM_HEADER as u64 {
         return Vec::new();
     }
-    let mut ranges = Vec::from([0..HEAD]);
+    let beginning = 0..HEAD;
+    let mut ranges = vec![beginning];
     let mut constants = 0;
     for index in 0..(count as usize).min(SEGMENTS) {
         let at = table.saturating_add(index * PROGRAM_HEADER);
