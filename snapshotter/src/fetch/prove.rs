@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use std::vec::IntoIter;
 
 use sluice_layer::{Between, unpack};
-use sluice_oci::{Digest, Hasher};
+use sluice_oci::Hasher;
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 
@@ -18,7 +18,7 @@ use super::incoming::{Arrived, Incoming};
 use super::layer::LazyLayer;
 use super::stream::{Arriving, Patience};
 use super::{Blame, Priority, SourceError};
-use crate::layer_dir::{ChunkId, LONGEST_PIECE, Piece, Span};
+use crate::layer_dir::{ChunkId, LONGEST_PIECE, Piece, Span, TarDigest, TarHasher};
 
 /// Bytes that are asked memory for at once, and read at once.
 const PIECE: u64 = 256 << 10;
@@ -51,7 +51,7 @@ pub enum ProveError {
 impl LazyLayer {
     /// Digest of the tar, put together from what is on the disk and what is
     /// fetched for it. All content has to be there.
-    pub async fn diff_id(self: &Arc<Self>) -> Result<Digest, ProveError> {
+    pub async fn diff_id(self: &Arc<Self>) -> Result<TarDigest, ProveError> {
         self.fetch_rest().await?;
         let layer = Arc::clone(self);
         let done = spawn_blocking(move || {
@@ -60,7 +60,7 @@ impl LazyLayer {
                 false => Err(io::Error::other("not all of its content is here")),
             };
             whole()?;
-            let mut hasher = Hasher::new();
+            let mut hasher = TarHasher::default();
             let mut pauses = Pauses::new(&layer);
             let mut rest = layer.dir().rest().index()?;
             layer.dir().put_together(&mut rest, true, |bytes, _| {
@@ -75,7 +75,7 @@ impl LazyLayer {
 
     /// The same, unpacked from the whole blob as it arrives, after whose digest
     /// there is no doubt. What the tar has between files is kept anew.
-    pub async fn diff_id_of_blob(self: &Arc<Self>) -> Result<Digest, ProveError> {
+    pub async fn diff_id_of_blob(self: &Arc<Self>) -> Result<TarDigest, ProveError> {
         let size = self.dir().identity().blob_size;
         self.dir().rest().begin_again();
         let layer = Arc::clone(self);
@@ -86,7 +86,7 @@ impl LazyLayer {
                     hasher: Hasher::new(),
                 };
                 let mut left = FREE + size.saturating_mul(MOST_UNPACKED);
-                let mut tar = Hasher::new();
+                let mut tar = TarHasher::default();
                 let spans: Vec<Span> = layer.dir().spans(size).collect();
                 let unpacked = spans.iter().try_for_each(|span| {
                     let mut compared = Compared::new(&layer, *span);

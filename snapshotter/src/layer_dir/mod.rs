@@ -29,7 +29,7 @@ pub use chunks::{ChunkId, ChunkTable, Kin, Record};
 pub use create::{NewLayer, create};
 pub use error::{Error, Problem};
 pub use present::Present;
-pub use proof::Proof;
+pub use proof::{Proof, TarDigest, TarHasher};
 pub use rest::{LONGEST_PIECE, Piece, RestIndex, TarRest};
 pub use tar::Span;
 pub use whole::{LastByte, end_for_want_of};

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::Path;
 
-use sluice_oci::Digest;
+use sluice_oci::{Digest, Hasher};
 
 use super::chunks::u32_at;
 use super::error::Error;
@@ -18,12 +18,60 @@ const FLAG_TREE: u32 = 1;
 const FLAG_WHOLE_BLOB: u32 = 2;
 const FLAG_DIFF_ID: u32 = 4;
 
+/// Bytes of a record, of which tar writes whole ones.
+const RECORD: u64 = 10_240;
+
+/// Digest of a tar, and of the same filled up with zeros to a whole record:
+/// some compressors, skopeo 1.9 for one, drop the zeros that follow the end of
+/// the archive, though the image names the digest of the tar with them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TarDigest {
+    /// As it is.
+    pub exact: Digest,
+    /// With all of the last record.
+    pub padded: Digest,
+}
+
+/// Digests a tar.
+pub struct TarHasher {
+    hasher: Hasher,
+    size: u64,
+}
+
+impl Default for TarHasher {
+    fn default() -> Self {
+        Self {
+            hasher: Hasher::new(),
+            size: 0,
+        }
+    }
+}
+
+impl TarHasher {
+    /// Takes the next bytes.
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.hasher.update(bytes);
+        self.size += bytes.len() as u64;
+    }
+
+    /// The digests.
+    pub fn finish(self) -> TarDigest {
+        let missing = self.size.next_multiple_of(RECORD) - self.size;
+        let mut padded = self.hasher.clone();
+        padded.update(&vec![0; missing as usize]);
+        TarDigest {
+            exact: self.hasher.finish(),
+            padded: padded.finish(),
+        }
+    }
+}
+
 /// What is known of a layer since all of its tar was seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Proof {
     /// Digest of the tar; `None` where the blob holds none that is cut as the
     /// TOC says.
-    pub diff_id: Option<Digest>,
+    pub diff_id: Option<TarDigest>,
     /// Whether the layer's tree and content are what the tar unpacks to.
     pub tree_fits: bool,
     /// Whether the tar was unpacked from the whole blob after its digest had
@@ -46,7 +94,10 @@ impl Proof {
             return None;
         }
         let flags = u32_at(&bytes, 12);
-        let diff_id = Digest::from_raw(bytes[48..80].try_into().ok()?);
+        let diff_id = TarDigest {
+            exact: Digest::from_raw(bytes[48..80].try_into().ok()?),
+            padded: Digest::from_raw(bytes[80..112].try_into().ok()?),
+        };
         Some(Self {
             diff_id: (flags & FLAG_DIFF_ID != 0).then_some(diff_id),
             tree_fits: flags & FLAG_TREE != 0,
@@ -65,7 +116,9 @@ impl Proof {
         bytes.extend_from_slice(&VERSION.to_le_bytes());
         bytes.extend_from_slice(&flags.to_le_bytes());
         bytes.extend_from_slice(layer.as_raw());
-        bytes.extend(self.diff_id.iter().flat_map(|digest| digest.as_raw()));
+        for digest in self.diff_id.iter().flat_map(|d| [&d.exact, &d.padded]) {
+            bytes.extend_from_slice(digest.as_raw());
+        }
         bytes.resize(SIZE - 4, 0);
         bytes.extend_from_slice(&libdeflater::crc32(&bytes).to_le_bytes());
         let path = directory.join(DIFF_ID);

@@ -94,7 +94,7 @@ impl Node {
             Ok(diff_id) => match self.tree_difference(layer).await? {
                 None => (Some(diff_id), true),
                 Some(what) => {
-                    tracing::debug!(layer = %layer.digest(), "{what}");
+                    tracing::warn!(layer = %layer.digest(), "it is not what its tar says: {what}");
                     (Some(diff_id), false)
                 }
             },
@@ -170,7 +170,8 @@ impl Node {
         let path = self.layer_path(digest);
         let proof = spawn_blocking(move || Proof::load(&path, &digest)).await;
         proof.ok().flatten().map(|proof| service::Proof {
-            diff_id: proof.diff_id,
+            diff_id: proof.diff_id.map(|digest| digest.exact),
+            padded: proof.diff_id.map(|digest| digest.padded),
             tree_fits: proof.tree_fits,
             certain: proof.whole_blob,
         })

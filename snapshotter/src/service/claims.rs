@@ -118,7 +118,12 @@ fn compare(claim: &Claim, below: Option<&Claim>, proof: Option<Proof>) -> Option
     };
     let what = match proof.diff_id {
         None => "its blob holds no tar that is cut as its table of contents says".to_owned(),
-        Some(diff_id) if chain_id(below, diff_id) != claimed => {
+        Some(diff_id)
+            if [Some(diff_id), proof.padded]
+                .into_iter()
+                .flatten()
+                .all(|diff_id| chain_id(below, diff_id) != claimed) =>
+        {
             let over = below.map_or_else(String::new, |below| format!(" over {below}"));
             let chain = chain_id(below, diff_id);
             format!("its diff ID is {diff_id}{over}, which is chain ID {chain}")
@@ -270,6 +275,7 @@ mod tests {
     fn proof(diff_id: Option<Digest>, tree_fits: bool, certain: bool) -> Option<Proof> {
         Some(Proof {
             diff_id,
+            padded: None,
             tree_fits,
             certain,
         })
@@ -301,6 +307,11 @@ mod tests {
                 matches!(certain, Some(Standing::Contradicted(_))),
                 "{certain:?}"
             );
+        }
+        // Of a tar whose last zeros were dropped.
+        for (padded, expected) in [(Some(b), Some(Standing::Verified)), (Some(a), None)] {
+            let proof = proof(Some(x), true, false).map(|proof| Proof { padded, ..proof });
+            assert_eq!(compare(&top, Some(&base), proof), expected);
         }
         // Right, but of something else.
         assert_eq!(compare(&top, None, fits), None);

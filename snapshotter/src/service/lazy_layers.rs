@@ -64,6 +64,9 @@ pub struct Proof {
     /// Digest of the tar; none where the blob holds no tar that is cut as its
     /// table of contents says.
     pub diff_id: Option<Digest>,
+    /// The same of the tar filled up with zeros to whole records, which says as
+    /// much: some compressors drop zeros at the end.
+    pub padded: Option<Digest>,
     /// Whether the layer shows what the tar unpacks to.
     pub tree_fits: bool,
     /// Whether this is so for certain. Otherwise only what is as it should be

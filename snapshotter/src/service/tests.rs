@@ -622,6 +622,7 @@ impl Rig {
     fn proves(&self, layer: Digest, diff_id: Digest, certain: bool) {
         let proof = Proof {
             diff_id: Some(diff_id),
+            padded: None,
             tree_fits: true,
             certain,
         };
