@@ -80,13 +80,8 @@ impl LazyLayer {
             let largest = piece.max(first.size);
             let limit = self.link().outstanding();
             let mut turn = self.link().pace().turn(due, largest, limit).await;
-            // Who has overtaken a plan that fits is helped best by its going on:
-            // giving way to one such reader after the other leaves the link
-            // idle, and the plan behind.
-            if !self.reads().fits() {
-                let (quiet, longest) = courtesy(self);
-                self.engine().give_way(quiet, longest, || false).await;
-            }
+            let (quiet, longest) = courtesy(self);
+            self.engine().give_way(quiet, longest, || false).await;
             let bytes = window(largest, first.size);
             let admission = self.engine().admission();
             let permit = admission.admit(Priority::Prefetch, bytes).await;

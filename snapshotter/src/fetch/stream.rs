@@ -381,7 +381,7 @@ async fn attempt(
     while let Some((claim, _)) = pending.front() {
         let unit = claim.unit();
         let engine = layer.engine();
-        if terms.turn.is_some() && !layer.reads().fits() {
+        if terms.turn.is_some() {
             let (quiet, longest) = courtesy(layer);
             if engine.is_jumped(quiet) {
                 arriving.pause();

@@ -401,18 +401,6 @@ async fn a_prefetch_gives_way_to_readers_and_still_gets_on() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn regression_a_plan_that_fits_goes_on_while_readers_are_ahead_of_it() {
-    let world = World::new(20, &[small_files(301)]);
-    let _handle = world.layers[0].prefetch(Plan::Order(world.order(0, 0..300)));
-    // One after the other, each with a request of its own.
-    for file in (150..300).step_by(7) {
-        world.read_file(0, file).await;
-    }
-    let ahead = (0..150).filter(|&file| world.present(0, [file])).count();
-    assert!(ahead > 100, "{ahead} files came while readers waited");
-}
-
-#[tokio::test(start_paused = true)]
 async fn a_plan_that_does_not_fit_is_given_up_until_it_does() {
     let world = World::new(20, &[small_files(1200)]);
     let _handle = world.layers[0].prefetch(Plan::Order(world.order(0, 0..600)));
