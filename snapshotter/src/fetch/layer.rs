@@ -218,7 +218,9 @@ impl LazyLayer {
             }
             let new = attempt == 0 && !claims.is_empty();
             self.start(claims, |claim| units.contains(&claim.unit()));
-            if new && let Some(&file) = missing.iter().find(|&&c| table.kin(c).is_some()) {
+            // What is planned comes with what else is.
+            let begins = |&&chunk: &&ChunkId| table.kin(chunk).is_some() && beside(&chunk);
+            if new && let Some(&file) = missing.iter().find(begins) {
                 self.fetch_relatives(file);
             }
             for waiter in waiters {
