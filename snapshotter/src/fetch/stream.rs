@@ -276,7 +276,7 @@ pub(super) struct Terms {
     pub(super) priority: Priority,
     /// For the first request, where it was waited for before.
     pub(super) permit: Option<Permit>,
-    /// The turn of a prefetch.
+    /// The turn of a prefetch, which gives way to readers.
     pub(super) turn: Option<Turn>,
 }
 
@@ -381,7 +381,7 @@ async fn attempt(
     while let Some((claim, _)) = pending.front() {
         let unit = claim.unit();
         let engine = layer.engine();
-        if priority == Priority::Prefetch {
+        if terms.turn.is_some() {
             let (quiet, longest) = courtesy(layer);
             if engine.is_jumped(quiet) {
                 arriving.pause();
