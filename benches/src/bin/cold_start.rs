@@ -183,7 +183,7 @@ impl Rig<'_> {
 
     /// Makes the images and the profile, and finds out what a start needs at
     /// least: it is recorded once, and run with everything on the node.
-    fn prepare(&self, workload: &Workload, built_in: bool) -> Result<Prepared> {
+    fn prepare(&mut self, workload: &Workload, built_in: bool) -> Result<Prepared> {
         let image = workload.make_image()?;
         let (ordinary, lazy) = (
             format!("{}:ordinary", workload.image),
@@ -192,7 +192,7 @@ impl Rig<'_> {
         let registry = &self.node.registry;
         registry.push(image.layout(), image::TAG, &ordinary)?;
         self.convert(&image.source(), &lazy, &[])?;
-        let tables = Tables::read(registry, &lazy)?;
+        let tables = Tables::read(&self.node.registry, &lazy)?;
         let record = |program, name| -> Result<(PathBuf, Profile)> {
             let file = self.out.join(format!("{}.{name}.json", workload.name));
             self.node.forget()?;
@@ -209,7 +209,7 @@ impl Rig<'_> {
         if let Some(name) = &built_in {
             let file = profile.display().to_string();
             self.convert(&image.source(), name, &["--profile", &file])?;
-            built_in_tables = Some(Tables::read(registry, name)?);
+            built_in_tables = Some(Tables::read(&self.node.registry, name)?);
         }
         Ok(Prepared {
             need: Need {
@@ -227,7 +227,7 @@ impl Rig<'_> {
     }
 
     /// Seconds that a program takes when everything is on the node.
-    fn local(&self, ordinary: &str, program: &[&str]) -> Result<f64> {
+    fn local(&mut self, ordinary: &str, program: &[&str]) -> Result<f64> {
         self.node.forget()?;
         self.node
             .pull_and_start(ordinary, "overlayfs", program, UNSHAPED)?;
@@ -260,7 +260,7 @@ impl Rig<'_> {
 
     /// Starts of one kind, each with what it read.
     fn starts(
-        &self,
+        &mut self,
         prepared: &Prepared,
         way: Way,
         shape: Shape,
@@ -275,7 +275,7 @@ impl Rig<'_> {
             }
             _ => (&prepared.lazy, Some(&prepared.tables), SLUICE),
         };
-        let start = || -> Result<(Start, Vec<Read>)> {
+        let mut start = || -> Result<(Start, Vec<Read>)> {
             self.node.forget()?;
             let known = (way == Way::Recorded).then_some(prepared.profile.as_path());
             self.node.set_profile(image, known)?;

@@ -77,7 +77,7 @@ enum What {
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
     ensure!(arguments.rounds > 0, "--rounds 0 measures nothing");
-    let bench = Bench {
+    let mut bench = Bench {
         node: Node::start_with(&[(SLUICE, NO_DOWNLOAD), (DOWNLOADING, AT_ONCE)])?,
         arguments: &arguments,
     };
@@ -106,7 +106,7 @@ struct Bench<'a> {
 
 impl Bench<'_> {
     /// Seconds that a container reads, and that curl takes.
-    fn stream(&self) -> Result<Value> {
+    fn stream(&mut self) -> Result<Value> {
         const IMAGE: &str = "model:lazy";
         let workload = workload("model")?;
         self.convert(&workload.make_image()?.source(), IMAGE)?;
@@ -146,7 +146,7 @@ impl Bench<'_> {
     }
 
     /// Seconds of a layer's background download, and that curl takes.
-    fn download(&self) -> Result<Value> {
+    fn download(&mut self) -> Result<Value> {
         const IMAGE: &str = "many:lazy";
         let shape = Shape {
             mbit: 100,
@@ -162,6 +162,7 @@ impl Bench<'_> {
             let seconds = self.curl(IMAGE, layer.digest, shape)?;
             curl.push(layer.size as f64 / seconds);
             self.node.forget()?;
+            self.node.restart(DOWNLOADING)?;
             self.node.link.reset(shape);
             let clock = Instant::now();
             let reference = self.node.reference(IMAGE);
@@ -221,7 +222,7 @@ impl Bench<'_> {
     }
 
     /// Bytes of one start, and of many at once, to their ends.
-    fn at_once(&self) -> Result<Value> {
+    fn at_once(&mut self) -> Result<Value> {
         const IMAGE: &str = "at-once:lazy";
         let shape = Shape {
             mbit: 100,
@@ -260,13 +261,14 @@ impl Bench<'_> {
     }
 
     fn bytes_of_starts(
-        &self,
+        &mut self,
         image: &str,
         workload: &Workload,
         shape: Shape,
         starts: usize,
     ) -> Result<(u64, f64)> {
         self.start_from_nothing(image)?;
+        self.node.restart(SLUICE)?;
         self.node.link.reset(shape);
         let reference = self.node.reference(image);
         self.node.containerd.lazy_pull(&reference, SLUICE)?;

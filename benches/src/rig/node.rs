@@ -125,7 +125,8 @@ impl Node {
         Some(&all.find(|(name, _)| *name == snapshotter)?.1)
     }
 
-    /// Has a daemon forget what it knows of profiles in the registry.
+    /// Has a daemon forget what it knows of links, and of profiles in the
+    /// registry.
     pub fn restart(&mut self, snapshotter: &str) -> Result<()> {
         let mut all = self.daemons.iter_mut();
         let found = all.find(|(name, _)| *name == snapshotter);
@@ -217,14 +218,17 @@ impl Node {
     }
 
     /// Pulls an image and starts a program in it. `overlayfs` pulls as usual,
-    /// the other snapshotters lazily.
+    /// the other snapshotters lazily, by daemons that do not know the link.
     pub fn pull_and_start(
-        &self,
+        &mut self,
         image: &str,
         snapshotter: &str,
         program: &[&str],
         shape: Shape,
     ) -> Result<Start> {
+        if self.daemon(snapshotter).is_some() {
+            self.restart(snapshotter)?;
+        }
         let reference = self.reference(image);
         let mut pull = match snapshotter {
             "overlayfs" => {

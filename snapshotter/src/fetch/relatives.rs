@@ -13,8 +13,10 @@ const REACH: usize = 8192;
 const NAMESAKES: usize = 32;
 const NAMESAKE: u64 = 16 << 10;
 const ALL_NAMESAKES: u64 = 64 << 10;
-/// What is on its way is added to by such a part of what may be.
-const PARTS: u64 = 2;
+/// What is on its way is added to by at least so many compressed bytes, and by
+/// such a part of what may be: less is not worth a request, and more comes too
+/// late for what is read next.
+const WORTH: (u64, u64) = (64 << 10, 16);
 
 /// How far a chunk is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -87,7 +89,7 @@ impl<S: Fn(ChunkId) -> State> Choice<'_, S> {
     /// larger than `largest`. While something of them is unread, only if it is
     /// worth a request.
     fn add(&mut self, files: impl Iterator<Item = ChunkId>, budget: u64, largest: u64) {
-        let worth = budget / PARTS;
+        let worth = WORTH.0.max(budget / WORTH.1);
         let (mut left, mut unread, mut new) = (budget, false, 0);
         let mut chosen = Vec::new();
         for first in files {

@@ -21,6 +21,8 @@ pub(super) fn config(root: &TempDir) -> Config {
         fetch: fetch::Config {
             retry: Duration::from_millis(1),
             retry_limit: Duration::from_millis(20),
+            // What is fetched is what is asked for.
+            read_ahead: 0,
             ..fetch::Config::default()
         },
         ..Config::new(root.path())
