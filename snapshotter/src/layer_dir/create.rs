@@ -2,7 +2,9 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Seek, Write};
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
+use std::thread;
 
 use sluice_layer::{ChunkSource, NodeKind, Toc, TocTrust};
 use sluice_oci::{Digest, Reference};
@@ -86,22 +88,15 @@ fn fill(
         data_size: placement.data_size(),
     };
     let at = |name: &str| directory.join(name);
-    let meta = at(META);
-    let failed = |e: io::Error| Error::io("write", &meta, e);
-    let mut file = File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(&meta)
-        .map_err(failed)?;
-    write_meta(new.toc, &placement, &mut file).map_err(|p| Error::new(&meta, p))?;
-    crash_point!("compile.meta-written");
-    file.sync_all().map_err(failed)?;
-    crash_point!("compile.meta-synced");
-    file.rewind().map_err(failed)?;
-    let meta_crc = chunks::checksum(&file).map_err(failed)?;
-    let meta_size = file.metadata().map_err(failed)?.len();
-
+    let (meta, table) = (at(META), at(CHUNKS));
+    // Neither needs the other but for the checksum, and the disk can take one
+    // while the other is thought about.
+    let (described, tabled) = thread::scope(|scope| {
+        let tabled = scope.spawn(|| Table::write(&table, new.toc, &placement));
+        let described = describe(&meta, new.toc, &placement, write_meta);
+        (described, tabled.join())
+    });
+    let described = described?;
     let data = at(DATA);
     File::create_new(&data)
         .and_then(|file| {
@@ -111,12 +106,34 @@ fn fill(
         .map_err(|e| Error::io("make", &data, e))?;
     crash_point!("compile.data-made");
 
-    let table = at(CHUNKS);
-    let records = records(new.toc, &placement).map_err(|p| Error::new(&table, p))?;
-    write_chunks(&table, &identity, (meta_size, meta_crc), &records)?;
+    let tabled = tabled.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+    let count = tabled.chunks;
+    tabled.finish(&table, &identity, described)?;
     crash_point!("compile.chunks-written");
-    let count = u32::try_from(records.len()).unwrap_or(u32::MAX);
     Present::empty(count).save(directory, &new.digest)
+}
+
+/// Writes the EROFS image; its size and checksum.
+fn describe(
+    path: &Path,
+    toc: &Toc,
+    placement: &Placement,
+    write_meta: impl FnOnce(&Toc, &Placement, &mut File) -> Result<(), Problem>,
+) -> Result<(u64, u32), Error> {
+    let failed = |e: io::Error| Error::io("write", path, e);
+    let mut file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(path)
+        .map_err(failed)?;
+    write_meta(toc, placement, &mut file).map_err(|p| Error::new(path, p))?;
+    crash_point!("compile.meta-written");
+    file.sync_all().map_err(failed)?;
+    crash_point!("compile.meta-synced");
+    file.rewind().map_err(failed)?;
+    let checksum = chunks::checksum(&file).map_err(failed)?;
+    Ok((file.metadata().map_err(failed)?.len(), checksum))
 }
 
 /// The chunks in the order of `data`, without those of zeros.
@@ -182,50 +199,69 @@ fn kin(toc: &Toc) -> Vec<Kin> {
     kin
 }
 
-fn write_chunks(
-    path: &Path,
-    identity: &Identity,
-    (meta_size, meta_crc): (u64, u32),
-    records: &[Record],
-) -> Result<(), Error> {
-    let mut by_unit: Vec<u32> = (0..records.len() as u32).collect();
-    by_unit.sort_unstable_by_key(|&index| {
-        let record = &records[index as usize];
-        (record.unit.offset, record.inner_offset, index)
-    });
-    let mut crc = libdeflater::Crc::new();
-    for record in records {
-        crc.update(&record.encode());
+/// A chunk table that lacks its header.
+struct Table {
+    file: File,
+    chunks: u32,
+    crc: u32,
+}
+
+impl Table {
+    fn write(path: &Path, toc: &Toc, placement: &Placement) -> Result<Self, Error> {
+        let records = records(toc, placement).map_err(|p| Error::new(path, p))?;
+        let mut by_unit: Vec<u32> = (0..records.len() as u32).collect();
+        by_unit.sort_unstable_by_key(|&index| {
+            let record = &records[index as usize];
+            (record.unit.offset, record.inner_offset, index)
+        });
+        let mut crc = libdeflater::Crc::new();
+        let mut write = || {
+            let mut out = BufWriter::with_capacity(256 * RECORD, File::create_new(path)?);
+            out.write_all(&[0; HEADER])?;
+            let mut put = |bytes: &[u8]| {
+                crc.update(bytes);
+                out.write_all(bytes)
+            };
+            for record in &records {
+                put(&record.encode())?;
+            }
+            for index in &by_unit {
+                put(&index.to_le_bytes())?;
+            }
+            out.into_inner().map_err(io::IntoInnerError::into_error)
+        };
+        let file = write().map_err(|e| Error::io("write", path, e))?;
+        Ok(Self {
+            file,
+            chunks: records.len() as u32,
+            crc: crc.sum(),
+        })
     }
-    for index in &by_unit {
-        crc.update(&index.to_le_bytes());
-    }
-    let reference = identity.reference.to_string();
-    if reference.len() > REFERENCE_MAX {
-        let what = "the image's reference is too long to keep".to_owned();
-        return Err(Error::new(path, Problem::Unsupported(what)));
-    }
-    let fields = HeaderFields {
-        identity,
-        chunks: records.len() as u32,
-        body_crc: crc.sum(),
-        meta_size,
-        meta_crc,
-    };
-    let header = chunks::encode_header(&fields, &reference);
-    debug_assert_eq!(header.len(), HEADER);
-    let write = || {
-        let mut out = BufWriter::with_capacity(256 * RECORD, File::create_new(path)?);
-        out.write_all(&header)?;
-        for record in records {
-            out.write_all(&record.encode())?;
+
+    /// Puts the header before it, and makes it durable.
+    fn finish(
+        self,
+        path: &Path,
+        identity: &Identity,
+        (meta_size, meta_crc): (u64, u32),
+    ) -> Result<(), Error> {
+        let reference = identity.reference.to_string();
+        if reference.len() > REFERENCE_MAX {
+            let what = "the image's reference is too long to keep".to_owned();
+            return Err(Error::new(path, Problem::Unsupported(what)));
         }
-        for index in &by_unit {
-            out.write_all(&index.to_le_bytes())?;
-        }
-        out.into_inner()
-            .map_err(io::IntoInnerError::into_error)?
-            .sync_all()
-    };
-    write().map_err(|e| Error::io("write", path, e))
+        let fields = HeaderFields {
+            identity,
+            chunks: self.chunks,
+            body_crc: self.crc,
+            meta_size,
+            meta_crc,
+        };
+        let header = chunks::encode_header(&fields, &reference);
+        debug_assert_eq!(header.len(), HEADER);
+        self.file
+            .write_all_at(&header, 0)
+            .and_then(|()| self.file.sync_all())
+            .map_err(|e| Error::io("write", path, e))
+    }
 }
