@@ -4,6 +4,7 @@ use std::io::Read as _;
 use std::num::NonZero;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
 use clap::CommandFactory as _;
@@ -11,7 +12,7 @@ use clap::error::ErrorKind;
 use indicatif::HumanBytes;
 use sluice_converter::{Conversion, Platforms};
 use sluice_layer::write::{Chunking, Options};
-use sluice_layer::{Format, Profile};
+use sluice_layer::{Format, Profile, StartReads};
 
 use crate::args::{ChunkingArg, Cli, Convert, FormatArg};
 use crate::{profile, progress, registry};
@@ -42,14 +43,18 @@ pub(crate) async fn run(args: Convert) -> anyhow::Result<ExitCode> {
         }
         options.level = level;
     }
+    let profile = args.profile.as_deref().map(profile::read).transpose()?;
     let conversion = Conversion {
         options,
         platforms: platforms(&args.platform),
-        prioritized: match (&args.prioritize, &args.profile) {
+        prioritized: match (&args.prioritize, &profile) {
             (Some(file), _) => prioritized(file)?,
-            (None, Some(file)) => profiled(&profile::read(file)?),
+            (None, Some(profile)) => profiled(profile),
             (None, None) => Vec::new(),
         },
+        start_reads: profile
+            .as_ref()
+            .map(|profile| Arc::new(StartReads::of(profile))),
         force: args.force,
         scratch: std::env::temp_dir(),
         workers: std::thread::available_parallelism().unwrap_or(NonZero::<usize>::MIN),

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use serde_json::Value;
+use sluice_layer::StartReads;
 use sluice_layer::write::{Options, WriteError};
 use sluice_oci::{Descriptor, Digest, Index, Manifest, Platform, media_type};
 
@@ -34,6 +35,8 @@ pub struct Conversion {
     pub platforms: Platforms,
     /// Files that a container reads while it starts, in that order.
     pub prioritized: Vec<String>,
+    /// What is read of them, if that is known: nodes fetch only that ahead.
+    pub start_reads: Option<Arc<StartReads>>,
     /// Convert layers that are seekable already, too.
     pub force: bool,
     /// Directory for temporary files.
@@ -390,6 +393,7 @@ impl<'a> Converter<'a> {
                 size: layer.size,
                 options: self.conversion.options,
                 prioritized: Arc::clone(&self.prioritized),
+                start_reads: self.conversion.start_reads.clone(),
                 workers: self.conversion.workers,
                 spool: self.destination.spool_directory(),
                 scratch: self.conversion.scratch.clone(),

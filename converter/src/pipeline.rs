@@ -17,7 +17,7 @@ use sluice_layer::write::{
     Assembler, CompressedUnit, Options, Order, RawUnit, Split, Splitter, Tail, TarIndex,
     UnitCompressor, Units, WriteError, finish,
 };
-use sluice_layer::{Limits, TocTrust, locate_toc, read_toc};
+use sluice_layer::{Limits, StartReads, TocTrust, locate_toc, read_toc};
 use sluice_oci::{Digest, Hasher};
 
 use self::budget::Budget;
@@ -37,6 +37,7 @@ pub(crate) struct Job {
     pub(crate) size: u64,
     pub(crate) options: Options,
     pub(crate) prioritized: Arc<[String]>,
+    pub(crate) start_reads: Option<Arc<StartReads>>,
     pub(crate) workers: NonZero<usize>,
     /// Where the result is spooled.
     pub(crate) spool: PathBuf,
@@ -205,7 +206,8 @@ impl Job {
             for range in prioritized {
                 push(&mut splitter, range, units)?;
             }
-            splitter.end_prioritized(units).map_err(failed)?;
+            let reads = self.start_reads.as_deref();
+            splitter.end_prioritized(reads, units).map_err(failed)?;
         }
         for range in rest {
             push(&mut splitter, range, units)?;

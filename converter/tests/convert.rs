@@ -5,12 +5,15 @@ mod common;
 
 use std::fs;
 use std::num::NonZero;
+use std::sync::Arc;
+use std::time::Duration;
 
 use common::{Bench, gunzip, gzip, noise, tar, usual_tar};
 use serde_json::json;
 use sluice_converter::{LayerOutcome, Lazy, Platforms};
-use sluice_layer::Format;
+use sluice_layer::profile::{Profile, Read};
 use sluice_layer::write::Chunking;
+use sluice_layer::{Format, LayerAnnotations, StartReads};
 use sluice_oci::{Digest, Platform, media_type};
 
 const FORMATS: [Format; 2] = [Format::Estargz, Format::ZstdChunked];
@@ -383,6 +386,39 @@ async fn prioritized_files_are_reported_and_found() {
                 .next()
                 .is_none()
         );
+    }
+}
+
+#[tokio::test]
+async fn an_image_says_which_chunks_its_start_reads() {
+    for format in FORMATS {
+        let bench = Bench::new();
+        let main = noise(5, 20_000);
+        let layer = tar(&[("app/rest", b"r"), ("app/main", &main), ("app/all", b"a")]);
+        let manifest = bench.manifest(&[bench.layer(&layer)]);
+        bench.name(&[("v1", &manifest)]);
+        let mut conversion = bench.conversion(format);
+        conversion.options.chunk_size = 4096;
+        conversion.prioritized = ["app/main", "app/all"].map(str::to_owned).to_vec();
+        let read = |offset, len| Read {
+            layer: 0,
+            path: b"app/main".as_slice().into(),
+            offset,
+            len,
+            at: Duration::ZERO,
+            starts: 1,
+        };
+        let reads = vec![read(4096, 1), read(12_287, 2)];
+        let profile = Profile::new(1, vec![manifest.digest], reads).unwrap();
+        conversion.start_reads = Some(Arc::new(StartReads::of(&profile)));
+        let (report, _) = bench.convert(&conversion).await.unwrap();
+        let manifest = bench.manifest_of("out", report.digest);
+        let annotations = LayerAnnotations::parse(&manifest.layers[0].annotations).unwrap();
+        let chunks = annotations.start_chunks().unwrap();
+        let read: Vec<usize> = (0..16).filter(|&at| chunks.contains(at)).collect();
+        // Of a file that the profile does not name, all.
+        assert_eq!(read, [1, 2, 3, 5], "{format}");
+        assert_eq!(bench.verify("out").await.defects, Vec::<String>::new());
     }
 }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use sluice_oci::Digest;
 
 use crate::footer::{TocLocation, ZSTD_FRAME_HEADER};
-use crate::{Format, TocTrust};
+use crate::{Format, StartChunks, TocTrust};
 
 /// Digest of the uncompressed TOC; eStargz, and zstd:chunked by stargz-snapshotter.
 pub const TOC_DIGEST: &str = "containerd.io/snapshot/stargz/toc.digest";
@@ -26,6 +26,10 @@ pub const TARSPLIT_POSITION: &str = "tarsplit-position";
 /// `format:offset:compressed size:size` of the TOC, in either format: Sluice's
 /// own, under the prefix of which containerd makes labels for snapshotters.
 pub const TOC_POSITION: &str = "containerd.io/snapshot/sluice.toc-position";
+/// Which chunks before the prefetch landmark a start reads: a bit for each, in
+/// the order of the blob and from the least significant on, in base64. Sluice's
+/// own, like [`TOC_POSITION`].
+pub const START_CHUNKS: &str = "containerd.io/snapshot/sluice.start-chunks";
 
 /// A layer's annotations that concern its TOC.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -36,6 +40,7 @@ pub struct LayerAnnotations {
     toc_hint: Option<TocLocation>,
     uncompressed_size: Option<u64>,
     tar_split: Option<FramePosition>,
+    start_chunks: Option<StartChunks>,
 }
 
 /// Where a frame that is not the TOC lies in the blob.
@@ -88,6 +93,7 @@ impl LayerAnnotations {
             toc_hint: get(TOC_POSITION).and_then(toc_hint),
             uncompressed_size,
             tar_split: either(annotations, TARSPLIT_POSITION, tar_split)?,
+            start_chunks: get(START_CHUNKS).and_then(StartChunks::parse),
         })
     }
 
@@ -143,6 +149,12 @@ impl LayerAnnotations {
     /// Size of the layer's tar, if stated.
     pub fn uncompressed_size(&self) -> Option<u64> {
         self.uncompressed_size
+    }
+
+    /// Which of the prioritized files' chunks a start reads, if
+    /// [`START_CHUNKS`] says.
+    pub fn start_chunks(&self) -> Option<&StartChunks> {
+        self.start_chunks.as_ref()
     }
 
     /// Where the tar-split frame is, if stated.

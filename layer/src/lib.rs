@@ -10,6 +10,7 @@ mod decode;
 mod footer;
 mod format;
 pub mod profile;
+mod start_reads;
 mod toc;
 pub mod write;
 
@@ -20,6 +21,7 @@ pub use decode::{
 pub use footer::{FOOTER_MAX, FooterError, TocLocation, locate_toc};
 pub use format::Format;
 pub use profile::{Profile, ProfileError};
+pub use start_reads::{StartChunks, StartReads};
 pub use toc::{
     AT_ONCE_SHARE, Child, Chunk, ChunkSource, Directory, EntryError, FileContent, Limits, Mtime,
     Node, NodeId, NodeKind, Toc, TocError, TocTrust, Unit, UntrustedToc, Xattr, read_toc,

@@ -8,6 +8,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use sluice_layer::Profile;
+use sluice_layer::annotations::START_CHUNKS;
 use sluice_tests::command::{run, text, wait_for};
 use sluice_tests::containerd::Containerd;
 use sluice_tests::daemon::{Daemon, Options};
@@ -271,6 +272,8 @@ fn built_in(world: &World, file: &Path, profile: &Profile) -> Result<()> {
         .filter(|path| wanted.iter().any(|wanted| wanted == path))
         .collect();
     ensure!(listed == wanted, "{listed:?} instead of {wanted:?}");
+    let layer = &world.registry.manifest(&to)?.layers[0];
+    ensure!(layer.annotations.contains_key(START_CHUNKS), "{layer:?}");
     Ok(())
 }
 

@@ -135,6 +135,7 @@ impl Bench {
             },
             platforms: Platforms::All,
             prioritized: Vec::new(),
+            start_reads: None,
             force: false,
             scratch: self.path("scratch"),
             workers: NonZero::new(2).unwrap(),

@@ -10,6 +10,7 @@ use sluice_oci::Digest;
 use super::header::{Header, Kind};
 use super::time::rfc3339;
 use super::{WriteError, clean_name};
+use crate::{StartChunks, StartReads};
 
 /// Where a chunk lies in its file. Its place in the blob and its digest come
 /// with its unit.
@@ -120,6 +121,21 @@ impl Entries {
         if let Some(entry) = self.entries.last_mut() {
             entry.chunks.end = self.chunks.len();
         }
+    }
+
+    /// Which of the chunks so far are read. Those of entries that later ones
+    /// have replaced do not count: the TOC does not have them.
+    pub(super) fn start_chunks(&self, reads: &StartReads) -> StartChunks {
+        let mut live: Vec<(&str, usize)> = self.live.iter().map(|(n, &i)| (&**n, i)).collect();
+        live.sort_unstable_by_key(|&(_, index)| index);
+        live.iter()
+            .flat_map(|&(name, index)| {
+                self.chunks[self.entries[index].chunks.clone()]
+                    .iter()
+                    .map(move |part| (name, part.file_offset..part.file_offset + part.size))
+            })
+            .map(|(name, part)| reads.reads(name, &part))
+            .collect()
     }
 
     /// States the digest of the last entry, a file of several chunks or none.

@@ -186,7 +186,7 @@ pub fn write_layer(
             splitter.push(slice(range), units)?;
         }
         if some {
-            splitter.end_prioritized(units)?;
+            splitter.end_prioritized(None, units)?;
         }
         for range in &order.rest {
             splitter.push(slice(range), units)?;

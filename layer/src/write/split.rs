@@ -10,7 +10,7 @@ use super::tarsplit::{Recorder, TarSplit};
 use super::{
     Chunking, NO_PREFETCH_LANDMARK, Options, PREFETCH_LANDMARK, TOC_NAME, WriteError, clean_name,
 };
-use crate::Format;
+use crate::{Format, StartChunks, StartReads};
 
 /// The most bytes of headers and padding in one unit. Only layers with very
 /// many empty files and directories reach it.
@@ -67,6 +67,7 @@ struct Sink {
     altered: bool,
     size: u64,
     tar_split: Option<Recorder>,
+    start_chunks: Option<StartChunks>,
 }
 
 enum Current {
@@ -88,6 +89,7 @@ pub struct Split {
     pub(super) output: Hasher,
     pub(super) size: u64,
     pub(super) tar_split: Option<TarSplit>,
+    pub(super) start_chunks: Option<StartChunks>,
 }
 
 impl Splitter {
@@ -120,6 +122,7 @@ impl Splitter {
                 altered: prioritized,
                 size: 0,
                 tar_split: if zstd { Some(Recorder::new()?) } else { None },
+                start_chunks: None,
             },
         };
         if !zstd && !prioritized {
@@ -128,8 +131,14 @@ impl Splitter {
         Ok(splitter)
     }
 
-    /// Ends the prioritized files. The stream must stand between two entries.
-    pub fn end_prioritized(&mut self, units: &mut Units<'_>) -> Result<(), WriteError> {
+    /// Ends the prioritized files, of which `reads` is read if that is known.
+    /// The stream must stand between two entries.
+    pub fn end_prioritized(
+        &mut self,
+        reads: Option<&StartReads>,
+        units: &mut Units<'_>,
+    ) -> Result<(), WriteError> {
+        self.sink.start_chunks = reads.map(|reads| self.sink.entries.start_chunks(reads));
         self.sink.landmark(PREFETCH_LANDMARK, units)
     }
 
@@ -165,6 +174,7 @@ impl Splitter {
             output: sink.output,
             size: sink.size,
             tar_split,
+            start_chunks: sink.start_chunks,
         })
     }
 }

@@ -9,8 +9,8 @@ use super::header::{BLOCK, Header, Kind, encode};
 use super::{CompressedUnit, Split, TOC_NAME, UnitCompressor, WriteError};
 use crate::Format;
 use crate::annotations::{
-    MANIFEST_CHECKSUM, MANIFEST_POSITION, TARSPLIT_POSITION, TOC_DIGEST, TOC_POSITION,
-    UNCOMPRESSED_SIZE, ZSTD_CHUNKED_PREFIXES, toc_position,
+    MANIFEST_CHECKSUM, MANIFEST_POSITION, START_CHUNKS, TARSPLIT_POSITION, TOC_DIGEST,
+    TOC_POSITION, UNCOMPRESSED_SIZE, ZSTD_CHUNKED_PREFIXES, toc_position,
 };
 
 const SKIPPABLE_MAGIC: [u8; 4] = [0x50, 0x2a, 0x4d, 0x18];
@@ -129,6 +129,9 @@ pub fn finish(split: Split, placed: Assembler) -> Result<Tail, WriteError> {
         }
     };
     annotate(UNCOMPRESSED_SIZE.to_owned(), size.to_string());
+    if let Some(chunks) = split.start_chunks.and_then(|chunks| chunks.annotation()) {
+        annotate(START_CHUNKS.to_owned(), chunks);
+    }
     Ok(Tail {
         bytes,
         diff_id: output.finish(),

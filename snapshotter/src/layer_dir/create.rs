@@ -228,7 +228,10 @@ impl Table {
             for index in &by_unit {
                 put(&index.to_le_bytes())?;
             }
-            out.into_inner().map_err(io::IntoInnerError::into_error)
+            let file = out.into_inner().map_err(io::IntoInnerError::into_error)?;
+            // Beside the tree, so that little is left to wait for.
+            file.sync_data()?;
+            Ok(file)
         };
         let file = write().map_err(|e| Error::io("write", path, e))?;
         Ok(Self {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use futures_util::future::BoxFuture;
+use sluice_layer::StartChunks;
 use sluice_oci::{Digest, Reference};
 use tokio::task::spawn_blocking;
 
@@ -78,7 +79,7 @@ impl Node {
                     .to_owned(),
             ));
         }
-        self.prefetch(open, image);
+        self.prefetch(open, image, known.start_chunks());
         Ok(())
     }
 
@@ -139,16 +140,16 @@ impl Node {
 
     /// Starts to fetch what `image` will need of the layer, if anything says
     /// what that is and it was not started before.
-    fn prefetch(&self, open: &mut Open, image: &ImageId) {
+    fn prefetch(&self, open: &mut Open, image: &ImageId, built_in: Option<&StartChunks>) {
         if !self.0.config.prefetch || open.prefetch.is_some() || open.layer.dir().is_complete() {
             return;
         }
         open.prefetch = Some((None, None));
-        let (node, image) = (self.clone(), image.clone());
+        let (node, image, built_in) = (self.clone(), image.clone(), built_in.cloned());
         let layer = Arc::clone(&open.layer);
         // It may have to ask the registry, and nobody waits for that.
         let ahead: BoxFuture<'static, ()> =
-            Box::pin(async move { node.fetch_ahead(layer, &image).await });
+            Box::pin(async move { node.fetch_ahead(layer, &image, built_in).await });
         tokio::spawn(ahead);
     }
 
@@ -188,7 +189,7 @@ impl Node {
             let activity = open.layer.activity();
             let unread = activity.reads == 0 && activity.waited == 0;
             whole &= dir.chunks().is_empty() || (unread && !open.resumed && !dir.is_complete());
-            self.prefetch(open, image);
+            self.prefetch(open, image, None);
             layers.push(Arc::clone(&open.layer));
         }
         (layers, whole)

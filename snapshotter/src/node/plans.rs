@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use tokio::task::spawn_blocking;
 
-use sluice_layer::Profile;
+use sluice_layer::{Profile, StartChunks};
 
 use super::Node;
 use crate::fetch::{Handle, LazyLayer, Plan};
+use crate::layer_dir::{ChunkId, ChunkTable};
 use crate::profiles::{self, ImageId, Profiles};
 use crate::remote::AttachedProfile;
 
@@ -26,10 +27,18 @@ impl Node {
     /// Fetches what the layer will need as the first of these says, in this
     /// order: who built the image, or attached a profile to it, meant it; what
     /// was seen on this node may be one use of the image among several.
-    pub(super) async fn fetch_ahead(&self, layer: Arc<LazyLayer>, image: &ImageId) {
+    pub(super) async fn fetch_ahead(
+        &self,
+        layer: Arc<LazyLayer>,
+        image: &ImageId,
+        built_in: Option<StartChunks>,
+    ) {
         let digest = layer.digest();
-        if layer.dir().identity().prefetch_end.is_some() {
-            let plan = layer.prefetch(Plan::Landmark);
+        if let Some(end) = layer.dir().identity().prefetch_end {
+            let plan = layer.prefetch(match built_in {
+                Some(chunks) => Plan::Order(read_before(layer.dir().chunks(), end, &chunks)),
+                None => Plan::Landmark,
+            });
             return self.follows(digest, ProfileSource::Image, plan).await;
         }
         let attached = self.attached(image).await;
@@ -87,4 +96,14 @@ impl Node {
             Err(_) => None,
         }
     }
+}
+
+/// Of the chunks before a landmark, those that a start reads, in the order of
+/// the blob, which is that of need.
+fn read_before(table: &ChunkTable, landmark: u64, read: &StartChunks) -> Arc<[ChunkId]> {
+    let units = table.units_from(0);
+    let units = units.take_while(|unit| unit.offset < landmark);
+    let chunks = units.flat_map(|unit| table.of_unit(unit.offset));
+    let read = chunks.enumerate().filter(|(at, _)| read.contains(*at));
+    read.map(|(_, chunk)| chunk).collect()
 }

@@ -1,7 +1,9 @@
 use std::fs;
 use std::time::Duration;
 
+use base64::prelude::{BASE64_STANDARD, Engine as _};
 use serde_json::json;
+use sluice_layer::annotations::START_CHUNKS;
 use sluice_registry::{Client, RetryPolicy};
 use tempfile::TempDir;
 
@@ -601,6 +603,37 @@ async fn prefetch_streams_the_prioritized_files_in_one_request() {
         assert!(read(mount.join(&file.name)).await.unwrap() == file.content);
     }
     assert!(registry.take_log().is_empty());
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn prefetch_leaves_out_what_a_start_does_not_read() {
+    let root = tempfile::tempdir().unwrap();
+    let layout = Layout {
+        prioritized: 6,
+        ..Layout::default()
+    };
+    let sample = Sample::new(files(12, 90_000), &layout);
+    let registry = Registry::serve(&[(&sample, labels(&sample))]);
+    let mut config = config(&root);
+    config.prefetch = true;
+    let node = Node::start(config, client()).unwrap();
+    let mut request = request(&registry, &sample);
+    // Of two chunks a file, the first of file 0 and both of file 3.
+    let bits = BASE64_STANDARD.encode([0b1100_0001]);
+    request.annotations.insert(START_CHUNKS.to_owned(), bits);
+    node.open(request).await.unwrap();
+    let mount = node.mount(sample.digest()).await.unwrap();
+    while registry.requests() < 3 || node.in_use() != (0, 0) {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    registry.take_log();
+    let third = &sample.files[3];
+    assert!(read(mount.join(&third.name)).await.unwrap() == third.content);
+    assert!(registry.take_log().is_empty());
+    let first = &sample.files[0];
+    assert!(read(mount.join(&first.name)).await.unwrap() == first.content);
+    assert_eq!(registry.take_log().len(), 1, "its second chunk");
     node.stop().await;
 }
 

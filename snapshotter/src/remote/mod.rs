@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use sluice_layer::annotations::AnnotationError;
-use sluice_layer::{FooterError, LayerAnnotations, Limits, TocError, TocTrust};
+use sluice_layer::{FooterError, LayerAnnotations, Limits, StartChunks, TocError, TocTrust};
 use sluice_oci::{Digest, Reference};
 use sluice_registry::{Client, ErrorKind};
 
@@ -155,6 +155,11 @@ impl Known {
         let uncompressed = self.annotations.toc_digest().map(TocTrust::Uncompressed);
         let compressed = self.annotations.compressed_toc_digest();
         uncompressed.or(compressed.map(TocTrust::Compressed))
+    }
+
+    /// Which of the prioritized files' chunks a start reads, if the image says.
+    pub fn start_chunks(&self) -> Option<&StartChunks> {
+        self.annotations.start_chunks()
     }
 
     /// Whether the image vouches for a TOC that was once verified against
