@@ -17,6 +17,7 @@ use containerd_client::services::v1::{ListImagesRequest, ReadContentRequest};
 use futures_util::future::BoxFuture;
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use parking_lot::Mutex;
+use tokio::time::Instant;
 use tonic::metadata::AsciiMetadataValue;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
@@ -159,7 +160,10 @@ impl Images for Containerd {
                     pause *= 2;
                 }
             };
+            let since = Instant::now();
             let images = tokio::time::timeout(PATIENCE, asked).await;
+            let took = since.elapsed();
+            tracing::debug!(namespace, ?took, "containerd's images were asked");
             images.map(Some).map_err(|_| {
                 format!(
                     "containerd at {}: {}; check that `address` in section [containerd] of the \
