@@ -57,16 +57,12 @@ impl<L: LazyLayers> Adapter<L> {
     }
 
     /// Waits as long as the client does: nothing is changed meanwhile.
-    async fn settle_disputes(&self, span: &tracing::Span, new: &New) -> Result<(), Status> {
-        let (snapshots, new) = (Arc::clone(&self.snapshots), new.clone());
+    async fn settle_disputes(&self, span: &tracing::Span, new: New) -> Result<New, Status> {
+        let snapshots = Arc::clone(&self.snapshots);
         let work = async move {
-            let New {
-                key,
-                parent,
-                labels,
-            } = new;
-            let parent = parent.as_ref();
-            snapshots.settle_disputes(&key, parent, &labels).await
+            let parent = new.parent.as_ref();
+            let settled = snapshots.settle_disputes(&new.key, parent, &new.labels);
+            settled.await.map(|()| new)
         };
         let settled = AbortOnDropHandle::new(tokio::spawn(work.instrument(span.clone()))).await;
         let settled = settled.unwrap_or(Err(Error::BrokeOff));
@@ -75,7 +71,6 @@ impl<L: LazyLayers> Adapter<L> {
 }
 
 /// A snapshot that is to be made.
-#[derive(Clone)]
 struct New {
     key: Key,
     parent: Option<Key>,
@@ -101,15 +96,10 @@ impl<L: LazyLayers> api::snapshots_server::Snapshots for Adapter<L> {
         let request = request.into_inner();
         let span = tracing::info_span!("prepare", key = request.key);
         let new = New::parse(request.key, request.parent, request.labels)?;
-        self.settle_disputes(&span, &new).await?;
-        let New {
-            key,
-            parent,
-            labels,
-        } = new;
+        let new = self.settle_disputes(&span, new).await?;
         let mounts = self
             .call(span, |snapshots| async move {
-                snapshots.prepare(key, parent, labels).await
+                snapshots.prepare(new.key, new.parent, new.labels).await
             })
             .await?;
         Ok(Response::new(api::PrepareSnapshotResponse {
@@ -124,15 +114,10 @@ impl<L: LazyLayers> api::snapshots_server::Snapshots for Adapter<L> {
         let request = request.into_inner();
         let span = tracing::info_span!("view", key = request.key);
         let new = New::parse(request.key, request.parent, request.labels)?;
-        self.settle_disputes(&span, &new).await?;
-        let New {
-            key,
-            parent,
-            labels,
-        } = new;
+        let new = self.settle_disputes(&span, new).await?;
         let mounts = self
             .call(span, |snapshots| async move {
-                snapshots.view(key, parent, labels).await
+                snapshots.view(new.key, new.parent, new.labels).await
             })
             .await?;
         Ok(Response::new(api::ViewSnapshotResponse {
