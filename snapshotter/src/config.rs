@@ -22,6 +22,8 @@ pub struct Config {
     /// What is logged: `error`, `warn`, `info` (default), `debug` or `trace`,
     /// or a filter such as `warn,sluice_snapshotter=debug`.
     pub log_level: Option<String>,
+    /// Where containerd is.
+    pub containerd: Containerd,
     /// How registries are reached.
     pub registry: Registry,
     /// How layers are mounted.
@@ -38,6 +40,15 @@ pub struct Config {
     pub cache: Cache,
     /// Reading what is kept, to see whether it still is what it was.
     pub scrub: Scrub,
+}
+
+/// Section `[containerd]`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Containerd {
+    /// The socket of the containerd that uses this snapshotter. Without it,
+    /// `/run/containerd/containerd.sock`, if that is there.
+    pub address: Option<PathBuf>,
 }
 
 /// Section `[registry]`.
@@ -176,6 +187,7 @@ impl Default for Config {
             root: "/var/lib/sluice".into(),
             address: "/run/sluice/snapshotter.sock".into(),
             log_level: None,
+            containerd: Containerd::default(),
             registry: Registry::default(),
             mount: Mount::default(),
             fetch: Fetch::default(),
@@ -324,6 +336,7 @@ impl Config {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::containerd::DEFAULT_ADDRESS;
 
     fn parse(text: &str) -> Result<Config, String> {
         Config::parse(text, Path::new("c.toml")).map_err(|error| error.to_string())
@@ -339,6 +352,7 @@ mod tests {
     fn keys_are_read() {
         let config = parse(
             "root = '/r'\naddress = '/s'\nlog_level = 'debug'\n\
+             [containerd]\naddress = '/c.sock'\n\
              [registry]\nplain_http = ['10.0.0.1:5000']\ndocker_config = '/d.json'\n\
              ca_certificates = ['/ca.pem']\nconfig_path = '/a:/b'\n\
              [mount]\nmode = 'fuse'\nlazy_from = ['r.io/team']\n\
@@ -351,6 +365,7 @@ mod tests {
         .unwrap();
         assert_eq!(config.root, Path::new("/r"));
         assert_eq!(config.registry.plain_http, ["10.0.0.1:5000"]);
+        assert_eq!(config.containerd.address, Some("/c.sock".into()));
         let dirs = ["/a", "/b"].map(PathBuf::from);
         assert_eq!(config.registry.hosts_dirs, dirs);
         let listed = parse("[registry]\nconfig_path = ['/a', '/b']").unwrap();
@@ -398,6 +413,8 @@ mod tests {
             .collect();
         let mut config = parse(&text).unwrap();
         assert_eq!(config.log_level.take().as_deref(), Some("info"));
+        let containerd = config.containerd.address.take();
+        assert_eq!(containerd, Some(DEFAULT_ADDRESS.into()));
         assert_eq!(config.registry.docker_configs.len(), 2);
         config.registry.docker_configs.clear();
         assert_eq!(config, Config::default());

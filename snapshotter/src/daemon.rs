@@ -13,6 +13,7 @@ use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 use tonic::transport::Server;
 
 use crate::config::{Config, MountMode};
+use crate::containerd::Containerd;
 use crate::control::{self, Control};
 use crate::descriptors;
 use crate::fetch;
@@ -115,7 +116,8 @@ async fn serve_node(
     let overlay = OverlayOptions::probe();
     let layers = Arc::new(node.clone());
     let snapshots = Snapshots::start(root.path(), store, layers, overlay).await?;
-    let snapshots = Arc::new(snapshots);
+    let images = Arc::new(Containerd::new(config.containerd.address.clone()));
+    let snapshots = Arc::new(snapshots.with_images(images));
     tell_who_is_affected(node, &snapshots).await;
     let again = node.clone();
     tokio::spawn(async move { again.mount_lost().await });

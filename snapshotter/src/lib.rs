@@ -6,6 +6,7 @@ pub mod crash_points;
 
 pub mod cleanup;
 pub mod config;
+pub mod containerd;
 pub mod control;
 pub mod daemon;
 pub mod descriptors;

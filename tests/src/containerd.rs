@@ -200,6 +200,16 @@ impl Containerd {
         Ok(dir)
     }
 
+    /// Pulls an image as usual, for containerd's overlayfs to show what others
+    /// are compared with, and mounts it. The image goes again: a conversion with
+    /// the same diff IDs would wait until it is known to be the same.
+    pub fn yardstick(&self, reference: &str) -> Result<PathBuf> {
+        self.pull(reference, "overlayfs")?;
+        let dir = self.mount(reference, "overlayfs")?;
+        self.ctr_text(&["images", "remove", reference])?;
+        Ok(dir)
+    }
+
     /// Unmounts what [`Self::mount`] mounted.
     pub fn unmount(&self, dir: &Path) -> Result<()> {
         let name = dir.file_name().unwrap_or_default().to_string_lossy();

@@ -40,6 +40,9 @@ pub struct Options {
     pub mode: Option<Mode>,
     /// Registries spoken to without TLS, beyond loopback.
     pub plain_http: Vec<String>,
+    /// The socket of the containerd that uses it, when that is not the first
+    /// [`crate::containerd::Containerd`] of the scratch directory.
+    pub containerd: Option<PathBuf>,
     /// More lines of TOML, after everything else.
     pub more: String,
     /// Run by `supervise`, which is then the process.
@@ -76,7 +79,8 @@ impl Daemon {
     /// Starts one and waits until it answers.
     pub fn start(scratch: &Scratch, options: &Options) -> Result<Self> {
         let dir = scratch.fresh_dir("sluice")?;
-        fs::write(dir.join("config.toml"), config(&dir, options))?;
+        let config = config(scratch, &dir, options);
+        fs::write(dir.join("config.toml"), config)?;
         if let Some(layers) = &options.layers {
             fs::create_dir(dir.join("root"))?;
             std::os::unix::fs::symlink(layers, dir.join("root/layers"))?;
@@ -215,7 +219,8 @@ impl Daemon {
     }
 }
 
-fn config(dir: &Path, options: &Options) -> String {
+fn config(scratch: &Scratch, dir: &Path, options: &Options) -> String {
+    let first = scratch.path().join("containerd-0/containerd.sock");
     let hosts: Vec<_> = options
         .plain_http
         .iter()
@@ -223,9 +228,11 @@ fn config(dir: &Path, options: &Options) -> String {
         .collect();
     let mut text = format!(
         "root = {:?}\naddress = {:?}\n\
+         [containerd]\naddress = {:?}\n\
          [registry]\nplain_http = [{}]\nconfig_path = {:?}\n",
         dir.join("root"),
         dir.join("snapshotter.sock"),
+        options.containerd.as_ref().unwrap_or(&first),
         hosts.join(", "),
         dir.join(HOSTS_DIR),
     );

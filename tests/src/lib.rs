@@ -10,6 +10,7 @@ pub mod agreement;
 pub mod command;
 pub mod containerd;
 pub mod content;
+pub mod cri;
 pub mod daemon;
 pub mod disk;
 pub mod faulty;

@@ -88,8 +88,7 @@ fn a_container_writes_and_becomes_an_image() -> Result<()> {
         ensure!(above.len() == below.len() + 1, "{above:?}");
         ensure!(above.starts_with(&below), "layers below were made anew");
 
-        node.containerd.pull(&plain, "overlayfs")?;
-        let unpacked = node.containerd.mount(&plain, "overlayfs")?;
+        let unpacked = node.containerd.yardstick(&plain)?;
         let mounted = node.mount_lazily(&committed, mode)?;
         // The lower layers' landmarks and TOC are files like any other to an
         // ordinary unpack.
@@ -135,8 +134,7 @@ fn what_was_read_is_served_after_a_restart_without_the_registry() -> Result<()> 
     let original = node
         .registry
         .push(base.layout(), image::TAG, "base:original")?;
-    node.containerd.pull(&original, "overlayfs")?;
-    let unpacked = node.containerd.mount(&original, "overlayfs")?;
+    let unpacked = node.containerd.yardstick(&original)?;
     let lazy = node.convert(&base, "zstd-chunked", "base:lazy")?;
     for mode in Mode::ALL {
         let name = snapshotter(mode);

@@ -66,8 +66,7 @@ fn a_chunk_tampered_once_is_fetched_again() -> Result<()> {
 fn a_tampered_toc_or_footer_is_unpacked_instead() -> Result<()> {
     for format in FORMATS {
         let world = World::new(format, ON_DEMAND)?;
-        (world.node.containerd).pull(&world.plain, "overlayfs")?;
-        let unpacked = (world.node.containerd).mount(&world.plain, "overlayfs")?;
+        let unpacked = world.node.containerd.yardstick(&world.plain)?;
         let toc = match world
             .layer
             .annotations

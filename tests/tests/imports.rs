@@ -88,6 +88,7 @@ const MODULES: &[(&str, &[&str])] = &[
     ("keeper", &["fuse"]),
     ("descriptors", &[]),
     ("service", &[]),
+    ("containerd", &["service"]),
     ("socket", &[]),
     ("crash_points", &[]),
     (
@@ -98,6 +99,7 @@ const MODULES: &[(&str, &[&str])] = &[
         "daemon",
         &[
             "config",
+            "containerd",
             "control",
             "descriptors",
             "keeper",

@@ -143,8 +143,7 @@ impl World {
             let image_name = format!("{name}:original");
             let node = &self.node;
             let reference = (node.registry).push(image.layout(), image::TAG, &image_name)?;
-            node.containerd.pull(&reference, "overlayfs")?;
-            let unpacked = node.containerd.mount(&reference, "overlayfs")?;
+            let unpacked = node.containerd.yardstick(&reference)?;
             Ok(Original {
                 image,
                 name,

@@ -111,6 +111,8 @@ fn run(arguments: &Arguments) -> Result<()> {
         arguments.rate
     );
     let ordinary = ordinary_start(&link, &containerd, &original)?;
+    // What has the same diff IDs would be compared with it first.
+    containerd.forget_images()?;
     eprintln!("A lazy pull and start ...");
     let lazy = lazy_start(&link, &containerd, &converted)
         .with_context(|| format!("the snapshotter's log:\n{}", daemon.log()))?;

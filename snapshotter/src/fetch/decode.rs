@@ -81,7 +81,7 @@ fn keep(layer: &LazyLayer, rests: &[(u64, Vec<u8>)]) {
         bytes,
     });
     let pieces: Vec<Piece<'_>> = pieces.collect();
-    if let Err(error) = layer.dir().rest().append(&pieces) {
+    if let Err(error) = layer.dir().rest().append(&pieces, None) {
         // It is fetched again when all else is there.
         tracing::debug!(layer = %layer.digest(), "what lies between files is not kept: {error}");
     }

@@ -18,7 +18,7 @@ use super::incoming::{Arrived, Incoming};
 use super::layer::LazyLayer;
 use super::stream::{Arriving, Patience};
 use super::{Blame, Priority, SourceError};
-use crate::layer_dir::{ChunkId, LONGEST_PIECE, Piece, Span, TarDigest, TarHasher};
+use crate::layer_dir::{ChunkId, LONGEST_PIECE, Owner, Piece, Span, TarDigest, TarHasher};
 
 /// Bytes that are asked memory for at once, and read at once.
 const PIECE: u64 = 256 << 10;
@@ -48,7 +48,29 @@ pub enum ProveError {
     Closed,
 }
 
+/// What a layer's tar has between files, kept anew: while this is held, nobody
+/// adds to it but who holds it. Others have it from parts of the blob, which a
+/// registry can answer otherwise than the whole.
+pub struct OwnRest {
+    layer: Arc<LazyLayer>,
+    owner: Owner,
+}
+
+impl Drop for OwnRest {
+    fn drop(&mut self) {
+        self.layer.dir().rest().release(self.owner);
+    }
+}
+
 impl LazyLayer {
+    /// Begins to keep what its tar has between files anew.
+    pub fn own_rest(self: &Arc<Self>) -> OwnRest {
+        OwnRest {
+            owner: self.dir().rest().take(),
+            layer: Arc::clone(self),
+        }
+    }
+
     /// Digest of the tar, put together from what is on the disk and what is
     /// fetched for it. All content has to be there.
     pub async fn diff_id(self: &Arc<Self>) -> Result<TarDigest, ProveError> {
@@ -74,10 +96,11 @@ impl LazyLayer {
     }
 
     /// The same, unpacked from the whole blob as it arrives, after whose digest
-    /// there is no doubt. What the tar has between files is kept anew.
-    pub async fn diff_id_of_blob(self: &Arc<Self>) -> Result<TarDigest, ProveError> {
+    /// there is no doubt, content or not. What the tar has between files is
+    /// kept as `own`.
+    pub async fn diff_id_of_blob(self: &Arc<Self>, own: &OwnRest) -> Result<TarDigest, ProveError> {
         let size = self.dir().identity().blob_size;
-        self.dir().rest().begin_again();
+        let owner = Some(own.owner);
         let layer = Arc::clone(self);
         let (done, blame) = self
             .receive(0, size, move |incoming| {
@@ -90,7 +113,7 @@ impl LazyLayer {
                 let spans: Vec<Span> = layer.dir().spans(size).collect();
                 let unpacked = spans.iter().try_for_each(|span| {
                     let mut compared = Compared::new(&layer, *span);
-                    layer.keep_rest(*span, &mut hashed, &mut left, &mut |bytes| {
+                    layer.keep_rest(*span, owner, &mut hashed, &mut left, &mut |bytes| {
                         tar.update(bytes);
                         compared.push(bytes)
                     })
@@ -147,7 +170,7 @@ impl LazyLayer {
                 for span in run {
                     let skip = span.start - at;
                     io::copy(&mut (&mut incoming).take(skip), &mut io::sink())?;
-                    layer.keep_rest(span, &mut incoming, &mut left, &mut |_| Ok(()))?;
+                    layer.keep_rest(span, None, &mut incoming, &mut left, &mut |_| Ok(()))?;
                     at = span.end;
                 }
                 Ok(())
@@ -162,6 +185,7 @@ impl LazyLayer {
     fn keep_rest(
         &self,
         span: Span,
+        by: Option<Owner>,
         from: &mut impl BufRead,
         left: &mut u64,
         each: &mut dyn FnMut(&[u8]) -> Result<(), ProveError>,
@@ -179,7 +203,7 @@ impl LazyLayer {
                 bytes,
             };
             at += bytes.len() as u64;
-            self.dir().rest().append(&[piece])
+            self.dir().rest().append(&[piece], by)
         };
         let mut pauses = Pauses::new(self);
         self.unpacked(span, from, left, |bytes| {

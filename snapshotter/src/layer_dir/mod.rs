@@ -30,7 +30,7 @@ pub use create::{NewLayer, create};
 pub use error::{Error, Problem};
 pub use present::Present;
 pub use proof::{Proof, TarDigest, TarHasher};
-pub use rest::{LONGEST_PIECE, Piece, RestIndex, TarRest};
+pub use rest::{LONGEST_PIECE, Owner, Piece, RestIndex, TarRest};
 pub use tar::Span;
 pub use whole::{LastByte, end_for_want_of};
 
@@ -347,9 +347,12 @@ impl LayerDir {
         *self.proof.lock()
     }
 
-    /// Notes durably what its tar has turned out to be.
+    /// Notes durably what its tar has turned out to be, unless more is known.
     pub fn prove(&self, proof: Proof) -> Result<(), Error> {
         let persisted = self.persisted.lock();
+        if self.proof().is_some_and(|known| known.whole_blob) && !proof.whole_blob {
+            return Ok(());
+        }
         if !persisted.retired {
             proof.save(&self.path, &self.identity.digest)?;
             self.rest.finish();

@@ -43,7 +43,15 @@ pub struct Piece<'a> {
 pub struct TarRest {
     path: PathBuf,
     layer: Digest,
-    place: Mutex<Place>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    place: Place,
+    /// Who alone may add to it, if it is not everybody.
+    owner: Option<Owner>,
+    owners: u64,
 }
 
 #[derive(Debug)]
@@ -56,26 +64,36 @@ enum Place {
     Done,
 }
 
+/// Somebody who had the file for himself; nobody is that twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Owner(u64);
+
 impl TarRest {
     pub(super) fn new(path: PathBuf, layer: Digest, needed: bool) -> Self {
         Self {
             path,
             layer,
-            place: Mutex::new(if needed { Place::Closed } else { Place::Done }),
+            state: Mutex::new(State {
+                place: if needed { Place::Closed } else { Place::Done },
+                owner: None,
+                owners: 0,
+            }),
         }
     }
 
-    /// Whether it is still worth to add to it.
+    /// Whether it is still worth to add to it what passes by.
     pub fn is_needed(&self) -> bool {
-        !matches!(*self.place.lock(), Place::Done)
+        let state = self.state.lock();
+        !matches!(state.place, Place::Done) && state.owner.is_none()
     }
 
-    /// Adds pieces, in records of a mebibyte.
-    pub fn append(&self, pieces: &[Piece<'_>]) -> io::Result<()> {
+    /// Adds pieces, in records of a mebibyte. While the file is another's than
+    /// `by`, what is given is dropped.
+    pub fn append(&self, pieces: &[Piece<'_>], by: Option<Owner>) -> io::Result<()> {
         let mut payload = Vec::new();
         for piece in pieces {
             if !payload.is_empty() && payload.len() + PIECE + piece.bytes.len() > MOST {
-                self.write(&payload)?;
+                self.write(&payload, by)?;
                 payload.clear();
             }
             payload.extend_from_slice(&piece.span.to_le_bytes());
@@ -86,11 +104,11 @@ impl TarRest {
         }
         match payload.is_empty() {
             true => Ok(()),
-            false => self.write(&payload),
+            false => self.write(&payload, by),
         }
     }
 
-    fn write(&self, payload: &[u8]) -> io::Result<()> {
+    fn write(&self, payload: &[u8], by: Option<Owner>) -> io::Result<()> {
         let compressed = zstd::bulk::compress(payload, LEVEL)?;
         let mut record = Vec::with_capacity(RECORD + compressed.len());
         record.extend_from_slice(&(compressed.len() as u32).to_le_bytes());
@@ -98,12 +116,15 @@ impl TarRest {
         record.extend_from_slice(&libdeflater::crc32(&compressed).to_le_bytes());
         record.extend_from_slice(&libdeflater::crc32(&record).to_le_bytes());
         record.extend_from_slice(&compressed);
-        let mut place = self.place.lock();
-        if let Place::Closed = *place {
-            *place = self.open()?;
+        let mut state = self.state.lock();
+        if state.owner != by {
+            return Ok(());
+        }
+        if let Place::Closed = state.place {
+            state.place = self.open()?;
             crash_point!("rest.opened");
         }
-        if let Place::Open { file, end } = &mut *place {
+        if let Place::Open { file, end } = &mut state.place {
             file.write_all_at(&record, *end)?;
             // Only now: what a full disk has cut short is written over.
             *end += record.len() as u64;
@@ -134,15 +155,15 @@ impl TarRest {
 
     /// What there is, for somebody who reads all of it.
     pub fn index(&self) -> io::Result<RestIndex> {
-        let mut place = self.place.lock();
-        if let Place::Closed = *place {
-            *place = self.open()?;
+        let mut state = self.state.lock();
+        if let Place::Closed = state.place {
+            state.place = self.open()?;
         }
-        let Place::Open { file, .. } = &*place else {
+        let Place::Open { file, .. } = &state.place else {
             return Err(io::ErrorKind::NotFound.into());
         };
         let file = file.try_clone()?;
-        drop(place);
+        drop(state);
         let mut entries = Vec::new();
         let mut at = HEADER;
         while let Some((payload, next)) = payload(&file, at) {
@@ -176,18 +197,31 @@ impl TarRest {
         })
     }
 
-    /// Asks for everything anew.
-    pub fn begin_again(&self) {
-        let mut place = self.place.lock();
+    /// Begins anew, for somebody who needs all of it from one source: nobody
+    /// else can add to it until [`Self::release`].
+    pub fn take(&self) -> Owner {
+        let mut state = self.state.lock();
         let _ = fs::remove_file(&self.path);
-        *place = Place::Closed;
+        state.place = Place::Closed;
+        state.owners += 1;
+        let owner = Owner(state.owners);
+        state.owner = Some(owner);
+        owner
+    }
+
+    /// Lets everybody add to it again, unless it is another's by now.
+    pub fn release(&self, owner: Owner) {
+        let mut state = self.state.lock();
+        if state.owner == Some(owner) {
+            state.owner = None;
+        }
     }
 
     /// Drops the file: nobody needs it any more.
     pub fn finish(&self) {
-        let mut place = self.place.lock();
+        let mut state = self.state.lock();
         let _ = fs::remove_file(&self.path);
-        *place = Place::Done;
+        state.place = Place::Done;
     }
 }
 
@@ -308,4 +342,47 @@ fn record(file: &File, at: u64) -> Option<(Vec<u8>, usize, u64)> {
 fn payload(file: &File, at: u64) -> Option<(Vec<u8>, u64)> {
     let (bytes, size, next) = record(file, at)?;
     Some((zstd::bulk::decompress(&bytes, size).ok()?, next))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_somebody_has_for_himself_nobody_else_adds_to() {
+        let root = tempfile::tempdir().unwrap();
+        let rest = TarRest::new(root.path().join("tar-rest"), Digest::of(b"x"), true);
+        let add = |span: u64, by: Option<Owner>| {
+            let piece = Piece {
+                span,
+                at: 0,
+                last: true,
+                bytes: b"rest",
+            };
+            rest.append(&[piece], by).unwrap();
+        };
+        let spans = || {
+            let index = rest.index().unwrap();
+            let found = (0..9).filter(|&span| index.size(span).is_some());
+            found.collect::<Vec<_>>()
+        };
+        add(1, None);
+        assert_eq!(spans(), [1]);
+        let owner = rest.take();
+        assert!(!rest.is_needed());
+        add(2, None);
+        add(3, Some(owner));
+        assert_eq!(spans(), [3]);
+        let next = rest.take();
+        add(4, Some(owner));
+        rest.release(owner);
+        add(5, None);
+        add(6, Some(next));
+        assert_eq!(spans(), [6]);
+        rest.release(next);
+        assert!(rest.is_needed());
+        add(7, None);
+        add(8, Some(next));
+        assert_eq!(spans(), [6, 7]);
+    }
 }

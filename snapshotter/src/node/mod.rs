@@ -64,6 +64,7 @@ use layer::Slot;
 use left::Numbers;
 use marker::Marker;
 pub use plans::ProfileSource;
+use prove::Settling;
 pub use recording::Recorded;
 use recording::Recordings;
 pub use status::{LayerStatus, NodeStatus};
@@ -221,8 +222,10 @@ struct Inner {
         UnboundedSender<Digest>,
         tokio::sync::Mutex<UnboundedReceiver<Digest>>,
     ),
-    /// Layers that are being proven from their whole blobs.
-    doubts: Mutex<HashSet<Digest>>,
+    /// Layers of which somebody wants to know what they are.
+    settling: Mutex<HashMap<Digest, Settling>>,
+    /// How many layers are proven from their whole blobs at once.
+    provers: Semaphore,
 }
 
 impl Node {
@@ -313,8 +316,12 @@ impl LazyLayers for Node {
         self.layer_proof(layer).await
     }
 
-    fn doubt(&self, layer: Digest) {
-        self.doubt_layer(layer);
+    fn settle(
+        &self,
+        layer: Digest,
+        wait: Duration,
+    ) -> impl Future<Output = Result<(), Arc<str>>> + Send {
+        self.settle_layer(layer, wait)
     }
 
     async fn next_proof(&self) -> Digest {

@@ -5,10 +5,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
+use futures_util::future::{BoxFuture, Shared};
 use sluice_layer::write::{TarTree, TarTreeError};
 use sluice_layer::{Limits, TocTrust};
 use sluice_oci::Digest;
 use tokio::task::spawn_blocking;
+use tokio::time::{Instant, timeout_at};
 
 use super::memory::give_back;
 use super::same_tree::difference;
@@ -22,11 +25,22 @@ use crate::service;
 /// How long it is left alone when it cannot be found out; it doubles.
 const PAUSE: Duration = Duration::from_secs(60);
 const LONGEST_PAUSE: Duration = Duration::from_secs(3600);
+/// How many layers are proven from their whole blobs at once: who waits for one
+/// does not wait for a registry that holds up another.
+pub(super) const PROVERS: usize = 8;
 /// What comparing a tree takes as a rule, for each inode and beside.
 const PER_INODE: u64 = 3000;
 const LEAST: u64 = 4 << 20;
 
 type Failed = Box<dyn std::error::Error + Send + Sync>;
+
+/// That it is being found out what a layer is.
+#[derive(Clone)]
+pub(super) struct Settling {
+    since: Instant,
+    /// For all who wait: its end, or why it is not possible.
+    done: Shared<BoxFuture<'static, Result<(), Arc<str>>>>,
+}
 
 impl Node {
     /// Finds out what the layer's tar is, which has to be here, and tries again
@@ -43,25 +57,51 @@ impl Node {
         }
     }
 
-    /// Finds it out again, from the whole blob.
-    pub(super) fn doubt_layer(&self, digest: Digest) {
-        if !self.0.doubts.lock().insert(digest) {
-            return;
+    /// Finds out what the layer's tar is as soon as possible, and for certain
+    /// if anything is known. Begins at once, and goes on when nobody waits for
+    /// it any more.
+    pub(super) fn settle_layer(
+        &self,
+        digest: Digest,
+        wait: Duration,
+    ) -> impl Future<Output = Result<(), Arc<str>>> + Send + use<> {
+        let Settling { since, done } = self.settling(digest);
+        async move {
+            let settled = timeout_at(since + wait, done).await;
+            settled.unwrap_or_else(|_| Err(format!("it takes longer than {wait:?}").into()))
         }
-        let node = self.clone();
-        tokio::spawn(async move {
-            if let Err(error) = node.doubt_once(digest).await {
-                tracing::warn!(
-                    layer = %digest,
-                    "it is not what its image says of it, or was damaged; that cannot be found \
-                     out now: {error}"
-                );
-            }
-            node.0.doubts.lock().remove(&digest);
-        });
     }
 
-    async fn doubt_once(&self, digest: Digest) -> Result<(), Failed> {
+    fn settling(&self, digest: Digest) -> Settling {
+        let mut settling = self.0.settling.lock();
+        if let Some(underway) = settling.get(&digest)
+            // One that broke off is still here.
+            && underway.done.peek().is_none()
+        {
+            return underway.clone();
+        }
+        let node = self.clone();
+        let work = tokio::spawn(async move {
+            let done = node.settle_once(digest).await.map_err(|error| {
+                tracing::warn!(
+                    layer = %digest,
+                    "whether it is what its image says of it cannot be found out now: {error}"
+                );
+                Arc::from(error.to_string())
+            });
+            node.0.settling.lock().remove(&digest);
+            done
+        });
+        let joined = work.map(|done| done.unwrap_or_else(|e| Err(e.to_string().into())));
+        let begun = Settling {
+            since: Instant::now(),
+            done: joined.boxed().shared(),
+        };
+        settling.insert(digest, begun.clone());
+        begun
+    }
+
+    async fn settle_once(&self, digest: Digest) -> Result<(), Failed> {
         let slot = self.slot(digest);
         let mut place = slot.0.lock().await;
         if place.is_none() {
@@ -74,21 +114,28 @@ impl Node {
             return Ok(());
         };
         let closed = layer.closed().clone();
-        let proving = closed.run_until_cancelled(self.prove_once(&layer, true));
+        // What is here need not be fetched again, unless it was in vain.
+        let whole_blob = layer.dir().proof().is_some() || !layer.dir().is_complete();
+        let proving = closed.run_until_cancelled(self.prove_once(&layer, whole_blob));
         proving.await.unwrap_or(Ok(()))
     }
 
     async fn prove_once(&self, layer: &Arc<LazyLayer>, whole_blob: bool) -> Result<(), Failed> {
-        let Some(turn) = self.0.engine.prover().await else {
-            return Ok(());
+        let turn = match whole_blob {
+            true => self.0.provers.acquire().await.ok(),
+            false => self.0.engine.prover().await,
         };
+        if turn.is_none() {
+            return Ok(());
+        }
         let known = layer.dir().proof();
         if known.is_some_and(|proof| proof.whole_blob || !whole_blob) {
             return Ok(());
         }
-        let diff_id = match whole_blob {
-            true => layer.diff_id_of_blob().await,
-            false => layer.diff_id().await,
+        let own_rest = whole_blob.then(|| layer.own_rest());
+        let diff_id = match &own_rest {
+            Some(own_rest) => layer.diff_id_of_blob(own_rest).await,
+            None => layer.diff_id().await,
         };
         let (diff_id, tree_fits) = match diff_id {
             Ok(diff_id) => match self.tree_difference(layer).await? {

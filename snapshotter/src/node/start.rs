@@ -121,7 +121,8 @@ impl Node {
             undescribed: Mutex::default(),
             scrubbing: tokio::sync::Mutex::default(),
             proven: (proven.0, tokio::sync::Mutex::new(proven.1)),
-            doubts: Mutex::default(),
+            settling: Mutex::default(),
+            provers: Semaphore::new(super::prove::PROVERS),
             config,
         }));
         if node.0.config.quota.is_set() {

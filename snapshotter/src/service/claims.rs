@@ -7,6 +7,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::time::Duration;
 
 use sluice_oci::Digest;
 
@@ -194,7 +195,19 @@ impl<L: LazyLayers> Snapshots<L> {
         chain: &[Claim],
         proofs: &mut HashMap<Digest, Option<Proof>>,
     ) -> Standing {
-        let mut standing = Standing::Verified;
+        let each = self.judge_each(chain, proofs).await;
+        each.into_iter()
+            .fold(Standing::Verified, |below, (_, own)| together(below, own))
+    }
+
+    /// What is known of each snapshot of a lazily mounted layer by itself, the
+    /// lowest first.
+    pub(super) async fn judge_each<'a>(
+        &self,
+        chain: &'a [Claim],
+        proofs: &mut HashMap<Digest, Option<Proof>>,
+    ) -> Vec<(&'a Claim, Standing)> {
+        let mut standings = Vec::new();
         let mut below = None;
         for claim in chain.iter().rev() {
             if let Some(layer) = claim.layer {
@@ -204,14 +217,15 @@ impl<L: LazyLayers> Snapshots<L> {
                 };
                 proofs.insert(layer, proof);
                 let own = compare(claim, below, proof).unwrap_or_else(|| {
-                    self.layers().doubt(layer);
+                    // Who needs to know it waits for it.
+                    drop(self.layers().settle(layer, Duration::ZERO));
                     Standing::Unknown
                 });
-                standing = together(standing, own);
+                standings.push((claim, own));
             }
             below = Some(claim);
         }
-        standing
+        standings
     }
 
     /// Of every lazily mounted layer, the worst that is known of a snapshot of

@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::claims::Contradiction;
+use super::disputes::Dispute;
 use super::filter::FilterError;
 use super::lazy_layers::MountError;
 use super::snapshot::{EmptyKey, Key, Kind};
@@ -40,6 +41,21 @@ pub enum Error {
     /// What it would show is not what it is named for.
     #[error("{0}")]
     Contradicted(Box<Contradiction>),
+    /// An image means another layer by its name, and it is not known yet which
+    /// is right.
+    #[error("{0}")]
+    Disputed(Box<Dispute>),
+    /// What images mean by its name cannot be asked.
+    #[error(
+        "it is not known yet whether what snapshot '{}' shows is what it is named for, and which \
+         images mean it cannot be asked: {source}", snapshot.in_containerd().1
+    )]
+    Images {
+        /// The snapshot.
+        snapshot: Key,
+        /// Why, and what to do.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// A committed snapshot has no mounts.
     #[error("snapshot '{0}' is committed and has no mounts; prepare or view a child of it")]
     Committed(Key),
@@ -119,7 +135,9 @@ impl Error {
             | Self::EmptyKey(_)
             | Self::Missing(_)
             | Self::Filter(_) => ErrorKind::InvalidArgument,
-            Self::Layer(MountError::Failed { .. }) => ErrorKind::Unavailable,
+            Self::Layer(MountError::Failed { .. }) | Self::Disputed(_) | Self::Images { .. } => {
+                ErrorKind::Unavailable
+            }
             Self::Directory { source, .. } if is_full(source) => ErrorKind::ResourceExhausted,
             Self::Store(StoreError::Full { .. }) => ErrorKind::ResourceExhausted,
             Self::Directory { .. } | Self::Store(_) | Self::BrokeOff => ErrorKind::Internal,

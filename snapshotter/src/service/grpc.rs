@@ -9,7 +9,7 @@ use futures_util::{Stream, stream};
 use prost_types::Timestamp;
 use sluice_proto::containerd::services::snapshots::v1 as api;
 use sluice_proto::containerd::types;
-use tokio_util::task::TaskTracker;
+use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 use tonic::{Request, Response, Status};
 use tracing::Instrument;
 
@@ -55,6 +55,36 @@ impl<L: LazyLayers> Adapter<L> {
         let result = result.unwrap_or(Err(Error::BrokeOff));
         result.map_err(|error| span.in_scope(|| status(&error)))
     }
+
+    /// Waits as long as the client does: nothing is changed meanwhile.
+    async fn settle_disputes(&self, span: &tracing::Span, new: New) -> Result<New, Status> {
+        let snapshots = Arc::clone(&self.snapshots);
+        let work = async move {
+            let parent = new.parent.as_ref();
+            let settled = snapshots.settle_disputes(&new.key, parent, &new.labels);
+            settled.await.map(|()| new)
+        };
+        let settled = AbortOnDropHandle::new(tokio::spawn(work.instrument(span.clone()))).await;
+        let settled = settled.unwrap_or(Err(Error::BrokeOff));
+        settled.map_err(|error| span.in_scope(|| status(&error)))
+    }
+}
+
+/// A snapshot that is to be made.
+struct New {
+    key: Key,
+    parent: Option<Key>,
+    labels: Labels,
+}
+
+impl New {
+    fn parse(key: String, parent: String, labels: HashMap<String, String>) -> Result<Self, Status> {
+        Ok(Self {
+            key: Key::try_from(key).map_err(|error| status(&error.into()))?,
+            parent: Key::try_from(parent).ok(),
+            labels: labels.into_iter().collect(),
+        })
+    }
 }
 
 #[tonic::async_trait]
@@ -65,13 +95,11 @@ impl<L: LazyLayers> api::snapshots_server::Snapshots for Adapter<L> {
     ) -> Result<Response<api::PrepareSnapshotResponse>, Status> {
         let request = request.into_inner();
         let span = tracing::info_span!("prepare", key = request.key);
+        let new = New::parse(request.key, request.parent, request.labels)?;
+        let new = self.settle_disputes(&span, new).await?;
         let mounts = self
             .call(span, |snapshots| async move {
-                let key = Key::try_from(request.key)?;
-                let labels = from_labels(request.labels);
-                snapshots
-                    .prepare(key, from_parent(request.parent), labels)
-                    .await
+                snapshots.prepare(new.key, new.parent, new.labels).await
             })
             .await?;
         Ok(Response::new(api::PrepareSnapshotResponse {
@@ -85,13 +113,11 @@ impl<L: LazyLayers> api::snapshots_server::Snapshots for Adapter<L> {
     ) -> Result<Response<api::ViewSnapshotResponse>, Status> {
         let request = request.into_inner();
         let span = tracing::info_span!("view", key = request.key);
+        let new = New::parse(request.key, request.parent, request.labels)?;
+        let new = self.settle_disputes(&span, new).await?;
         let mounts = self
             .call(span, |snapshots| async move {
-                let key = Key::try_from(request.key)?;
-                let labels = from_labels(request.labels);
-                snapshots
-                    .view(key, from_parent(request.parent), labels)
-                    .await
+                snapshots.view(new.key, new.parent, new.labels).await
             })
             .await?;
         Ok(Response::new(api::ViewSnapshotResponse {
@@ -254,10 +280,6 @@ fn status(error: &Error) -> Status {
             Status::internal(message)
         }
     }
-}
-
-fn from_parent(parent: String) -> Option<Key> {
-    Key::try_from(parent).ok()
 }
 
 fn from_labels(labels: HashMap<String, String>) -> Labels {

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::error::Error as StdError;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use sluice_oci::{Digest, Reference};
 
@@ -180,9 +181,16 @@ pub trait LazyLayers: Send + Sync + 'static {
     /// What is known of a layer's tar, if it was seen.
     fn proof(&self, layer: Digest) -> impl Future<Output = Option<Proof>> + Send;
 
-    /// What is known of the layer contradicts its name, but is not certain:
-    /// finds out.
-    fn doubt(&self, layer: Digest);
+    /// Finds out what the layer's tar is, and for certain if something is known
+    /// already: fetches all of it for that if it must. Begins with the call, not
+    /// when the answer is awaited, and goes on when that is dropped. The answer
+    /// comes when [`Self::proof`] has it; or why it cannot be found out now, at
+    /// the latest when `wait` is over since that began, by whomever.
+    fn settle(
+        &self,
+        layer: Digest,
+        wait: Duration,
+    ) -> impl Future<Output = Result<(), Arc<str>>> + Send;
 
     /// The next layer of which more is known than before.
     fn next_proof(&self) -> impl Future<Output = Digest> + Send;

@@ -13,6 +13,7 @@ use tokio::sync::OwnedMutexGuard;
 
 use super::claims::Standing;
 use super::directories::{Directories, Found};
+use super::disputes::Images;
 use super::error::Error;
 use super::filter::Filter;
 use super::labels;
@@ -33,6 +34,7 @@ pub struct Snapshots<L> {
     pins: Pins,
     /// Layers that nothing refers to and that could not be removed.
     leftovers: Mutex<HashSet<Digest>>,
+    pub(super) images: Option<Arc<dyn Images>>,
 }
 
 impl<L: LazyLayers> Snapshots<L> {
@@ -52,6 +54,7 @@ impl<L: LazyLayers> Snapshots<L> {
             locks: Arc::default(),
             pins: Pins::default(),
             leftovers: Mutex::default(),
+            images: None,
         };
         snapshots.restore_directories().await?;
         crash_point!("start.directories-restored");

@@ -3,6 +3,7 @@
 
 mod claims;
 mod directories;
+mod disputes;
 mod error;
 mod filter;
 mod grpc;
@@ -17,6 +18,7 @@ mod store;
 mod tests;
 
 pub use claims::{Contradiction, Standing};
+pub use disputes::{Dispute, Images, ImagesAnswer, NamedImage, NamedLayers};
 pub use error::{Error, ErrorKind};
 pub use filter::{Filter, FilterError};
 pub use grpc::{Adapter, server};

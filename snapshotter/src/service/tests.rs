@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use sluice_oci::Digest;
@@ -13,6 +14,7 @@ use tokio::runtime::Runtime;
 
 use super::*;
 
+mod disputes;
 mod model;
 
 /// Remembers what it was asked and objects to what the trait forbids.
@@ -35,7 +37,9 @@ struct FakeState {
     in_use: Option<HashSet<Digest>>,
     starts: Vec<ImageUse>,
     proofs: HashMap<Digest, Proof>,
-    doubted: HashSet<Digest>,
+    settling: Vec<Digest>,
+    /// What is found out of layers; of others nothing in time.
+    truths: HashMap<Digest, Result<Proof, &'static str>>,
 }
 
 impl Fake {
@@ -152,8 +156,19 @@ impl LazyLayers for Fake {
         self.state.lock().proofs.get(&layer).copied()
     }
 
-    fn doubt(&self, layer: Digest) {
-        self.state.lock().doubted.insert(layer);
+    fn settle(
+        &self,
+        layer: Digest,
+        _: Duration,
+    ) -> impl Future<Output = Result<(), Arc<str>>> + Send {
+        let mut state = self.state.lock();
+        state.settling.push(layer);
+        let found = state.truths.get(&layer).copied();
+        if let Some(Ok(proof)) = found {
+            state.proofs.insert(layer, proof);
+        }
+        let found = found.unwrap_or(Err("it takes too long"));
+        std::future::ready(found.map(drop).map_err(Arc::from))
     }
 
     async fn next_proof(&self) -> Digest {
@@ -658,7 +673,7 @@ fn nothing_new_is_made_from_what_is_not_what_it_is_named_for() {
     // What contradicts is looked at again before it is believed.
     rig.proves(layer(2), layer(66), false);
     assert_eq!(rig.standing(&top), "unknown");
-    assert!(rig.fake.state.lock().doubted.contains(&layer(2)));
+    assert!(rig.fake.state.lock().settling.contains(&layer(2)));
     rig.prepare("still", &top, Labels::new()).unwrap();
     rig.proves(layer(2), layer(66), true);
     assert_eq!(rig.standing(&top), "contradicted");

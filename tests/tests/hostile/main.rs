@@ -15,6 +15,7 @@ use sluice_tests::command;
 use sluice_tests::daemon::Mode;
 use sluice_tests::image::{self, LayoutWriter, Noise};
 use sluice_tests::node::{Node, snapshotter};
+use sluice_tests::{Registry, Scratch};
 
 #[path = "../../../layer/tests/blobs/mod.rs"]
 #[allow(dead_code, reason = "shared with the layer crate's tests")]
@@ -137,14 +138,18 @@ impl World {
 }
 
 fn push(node: &Node, name: &str, layers: &[Layer]) -> Result<String> {
-    let layout = node.scratch.fresh_dir("layout")?;
+    push_to(&node.scratch, &node.registry, name, layers)
+}
+
+fn push_to(scratch: &Scratch, registry: &Registry, name: &str, layers: &[Layer]) -> Result<String> {
+    let layout = scratch.fresh_dir("layout")?;
     let mut writer = LayoutWriter::new(&layout)?;
     for layer in layers {
         let annotations = layer.annotations.clone();
         writer.raw_layer(layer.media_type(), &layer.blob, layer.diff_id, annotations)?;
     }
     writer.finish(image::TAG, &[])?;
-    node.registry.push(&layout, image::TAG, name)
+    registry.push(&layout, image::TAG, name)
 }
 
 fn check_seen(dir: &Path, layer: &Layer) -> Result<()> {

@@ -13,6 +13,7 @@ use crate::service::Proof;
 #[allow(dead_code, reason = "shared with the layer crate's tests")]
 mod blobs;
 
+const LONG: Duration = Duration::from_secs(600);
 const FORMATS: [Format; 2] = [Format::Estargz, Format::ZstdChunked];
 
 fn downloading(root: &TempDir) -> Config {
@@ -114,7 +115,7 @@ async fn what_a_layers_tar_is_is_known_when_all_of_it_is_here() {
             "{format}: {fetched}"
         );
         // In doubt it is found out from the whole blob.
-        node.doubt(digest);
+        node.settle(digest, LONG).await.unwrap();
         assert_eq!(node.next_proof().await, digest);
         assert_eq!(node.proof(digest).await, Some(certain(proof)), "{format}");
         node.stop().await;
@@ -184,7 +185,7 @@ async fn a_toc_that_describes_another_tree_than_the_tar_is_found_out() {
             certain: false,
         };
         assert_eq!(node.proof(digest).await, Some(proof), "{to}");
-        node.doubt(digest);
+        node.settle(digest, LONG).await.unwrap();
         assert_eq!(node.next_proof().await, digest);
         assert_eq!(node.proof(digest).await, Some(certain(proof)), "{to}");
         node.stop().await;
@@ -204,10 +205,58 @@ async fn one_layer_after_another() {
         node.open(request(&registry, sample)).await.unwrap();
         node.mount(digest).await.unwrap();
         assert_eq!(node.next_proof().await, digest);
-        node.doubt(digest);
+        node.settle(digest, LONG).await.unwrap();
         assert_eq!(node.next_proof().await, digest);
         node.remove(digest).await.unwrap();
         assert_eq!(node.in_use(), (0, 0));
     }
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_layer_is_is_found_out_at_once_when_somebody_waits_for_it() {
+    for format in FORMATS {
+        let root = tempfile::tempdir().unwrap();
+        let sample = converted(format);
+        let digest = sample.digest();
+        let (registry, node, mount) = mounted(&root, &sample).await;
+        let all = [(); 3].map(|()| node.settle(digest, LONG));
+        for settled in futures_util::future::join_all(all).await {
+            settled.unwrap();
+        }
+        let proof = Proof {
+            diff_id: Some(diff_id(format, &sample.blob)),
+            padded: Some(padded(format, &sample.blob)),
+            tree_fits: true,
+            certain: true,
+        };
+        assert_eq!(node.proof(digest).await, Some(proof), "{format}");
+        assert_eq!(registry.take_ranges(), [(0, sample.blob.len() as u64)]);
+        // It was for the comparison alone.
+        assert!(
+            !LayerDir::open(&node.layer_path(digest), digest)
+                .unwrap()
+                .is_complete()
+        );
+        assert_content(&mount, &sample).await;
+        node.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_waits_for_what_takes_long_is_told_so_and_it_goes_on() {
+    let root = tempfile::tempdir().unwrap();
+    let sample = converted(Format::ZstdChunked);
+    let digest = sample.digest();
+    let (registry, node, _) = mounted(&root, &sample).await;
+    registry.misbehave(|_| Some(Fault::Stall(0)));
+    for wait in [Duration::from_millis(1), Duration::ZERO] {
+        let told = node.settle(digest, wait).await.unwrap_err();
+        assert!(told.contains("takes longer than"), "{told}");
+    }
+    registry.misbehave(|_| None);
+    registry.unstall();
+    node.settle(digest, LONG).await.unwrap();
+    assert!(node.proof(digest).await.is_some_and(|proof| proof.certain));
     node.stop().await;
 }
