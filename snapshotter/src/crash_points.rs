@@ -75,6 +75,9 @@ pub const POINTS: &[&str] = &[
     "compile.filled",
     "compile.named",
     "compile.synced",
+    "index.drafted",
+    "index.named",
+    "index.merged",
     "open.opened",
     "open.recorded",
     // A layer is mounted.
@@ -107,6 +110,9 @@ pub const POINTS: &[&str] = &[
     "fill.told",
     "rest.opened",
     "rest.written",
+    // Chunks are taken from other layers.
+    "copy.found",
+    "copy.told",
     "persist.taken",
     "persist.data-synced",
     "persist.new-made",

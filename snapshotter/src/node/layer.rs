@@ -94,6 +94,7 @@ impl Node {
             Box::new(move |offset| path_of(&meta, offset)),
         );
         let content = Arc::clone(&layer);
+        self.0.elsewhere.opened(&layer);
         self.0.blobs.insert(identity.number, content);
         Open {
             layer,
