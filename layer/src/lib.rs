@@ -11,6 +11,7 @@ mod footer;
 mod format;
 pub mod profile;
 mod start_reads;
+mod tar_split;
 mod toc;
 pub mod write;
 
@@ -22,6 +23,7 @@ pub use footer::{FOOTER_MAX, FooterError, TocLocation, locate_toc};
 pub use format::Format;
 pub use profile::{Profile, ProfileError};
 pub use start_reads::{StartChunks, StartReads};
+pub use tar_split::{TarPart, TarSplit};
 pub use toc::{
     AT_ONCE_SHARE, Child, Chunk, ChunkSource, Directory, EntryError, FileContent, Limits, Mtime,
     Node, NodeId, NodeKind, Toc, TocError, TocTrust, Unit, UntrustedToc, Xattr, read_toc,

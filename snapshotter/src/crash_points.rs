@@ -75,15 +75,16 @@ pub const POINTS: &[&str] = &[
     "compile.filled",
     "compile.named",
     "compile.synced",
-    "index.drafted",
-    "index.named",
-    "index.merged",
     "open.opened",
     "open.recorded",
     // A layer is mounted.
     "mount.target-made",
     "mount.mounted",
     "mount.shown",
+    // Then it is added to the index of chunks.
+    "index.drafted",
+    "index.named",
+    "index.merged",
     // A layer is removed.
     "release.closed",
     "release.unmounted",

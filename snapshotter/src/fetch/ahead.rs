@@ -104,6 +104,7 @@ impl LazyLayer {
             let Some(last) = batch.last() else { return };
             next = last.offset + 1;
             self.engine().idle(LONGEST_PAUSE).await;
+            self.engine().room().wait().await;
             self.take_over(batch).await;
         }
     }

@@ -29,6 +29,7 @@ mod reuse;
 mod room;
 mod source;
 mod stream;
+mod tar_split;
 mod trace;
 mod unstored;
 

@@ -13,7 +13,7 @@ use sluice_layer::verify_chunk;
 use sluice_oci::Digest;
 
 use super::placement::BLOCK_SIZE;
-use super::{CHUNKS, ChunkId, ChunkTable, DATA, Error, LayerDir, PRESENT, Present, Proof};
+use super::{CHUNKS, ChunkId, ChunkTable, DATA, Error, LayerDir, PRESENT, Present};
 
 /// Sharing the extents of less costs more than it saves: every range becomes
 /// an extent of its own.
@@ -32,9 +32,10 @@ const CLONE_RANGE: rustix::ioctl::Opcode = opcode::write::<CloneRange>(0x94, 13)
 
 impl LayerDir {
     /// Opens the directory only to read what it holds: nothing is mended in
-    /// it, whoever else has it open.
+    /// it, whoever else has it open, and nothing in it is compared with its
+    /// checksum, so that a reader's miss can wait for it.
     pub fn peek(path: &Path, digest: Digest) -> Result<Self, Error> {
-        let (identity, chunks) = ChunkTable::open(&path.join(CHUNKS))?;
+        let (identity, chunks) = ChunkTable::peek(&path.join(CHUNKS))?;
         if identity.digest != digest {
             let what = format!("it describes layer {}", identity.digest);
             return Err(Error::damaged(&path.join(CHUNKS), what));
@@ -48,8 +49,7 @@ impl LayerDir {
             _ => Present::empty(chunks.len()),
         };
         // Nobody proves it: that is for whoever opens it.
-        let proof = Proof::load(path, &digest);
-        Ok(Self::with(path, identity, chunks, file, present, proof))
+        Ok(Self::with(path, identity, chunks, file, present, None))
     }
 
     /// Whether the directory says that it has these bytes. What is only

@@ -24,6 +24,8 @@ pub(super) const INDEX: &str = "chunk-index";
 /// Layers that are held open only because another takes chunks from them. Each
 /// has a descriptor and a few kilobytes.
 const PEEKED: NonZero<usize> = NonZero::new(16).unwrap();
+/// So many of them are opened for one lookup: readers wait for it.
+const PEEKS: usize = 2;
 /// A digest that more places have than this is looked up no further.
 const PLACES: usize = 256;
 
@@ -64,8 +66,13 @@ impl Elsewhere {
 
     /// Adds a layer's chunks to the index. Without them it is a layer like any
     /// other. Blocks.
-    pub(super) fn add(&self, dir: &LayerDir) {
-        if let Err(error) = self.index.add(dir) {
+    fn add(&self, dir: &LayerDir) {
+        if self.index.covers(LayerName::of(dir)) {
+            return;
+        }
+        let added = self.index.add(dir);
+        let merged = added.and_then(|()| self.index.merge(|layer| self.lives(layer)));
+        if let Err(error) = merged {
             tracing::warn!(
                 layer = %dir.identity().digest,
                 "other layers do not find its chunks, and fetch them again: {error}"
@@ -113,12 +120,14 @@ impl Elsewhere {
         self.open.lock().get(&number)?.upgrade()
     }
 
-    /// The directory of a layer that is not open.
-    fn peek(&self, layer: LayerName) -> Option<Arc<LayerDir>> {
+    /// The directory of a layer that is not open, if it is held or `more` may
+    /// be opened.
+    fn peek(&self, layer: LayerName, more: &mut usize) -> Option<Arc<LayerDir>> {
         let mut peeked = self.peeked.lock();
         if let Some(known) = peeked.get(&layer.number) {
             return known.clone();
         }
+        *more = more.checked_sub(1)?;
         let path = self.layers.join(layer.digest.hex());
         let dir = LayerDir::peek(&path, layer.digest).ok();
         let has_any =
@@ -133,11 +142,12 @@ impl ChunkFinder for Elsewhere {
     fn find(&self, digest: Digest, size: u32) -> Option<Found> {
         let mut found = None;
         let mut places = 0;
+        let mut peeks = PEEKS;
         self.index.find(&digest, |place| {
             let open = self.open_layer(place.layer.number);
             let dir = match &open {
                 Some(layer) => Some(layer.shared_dir()),
-                None => self.peek(place.layer),
+                None => self.peek(place.layer, &mut peeks),
             };
             if let Some(dir) = dir {
                 if dir.claims(place.chunk, digest, size) {
@@ -162,6 +172,13 @@ impl ChunkFinder for Elsewhere {
 }
 
 impl Node {
+    /// Adds a layer to the index in the background: it is mounted, so that
+    /// nobody waits for that.
+    pub(super) fn index_layer(&self, layer: &LazyLayer) {
+        let (elsewhere, dir) = (Arc::clone(&self.0.elsewhere), layer.shared_dir());
+        drop(spawn_blocking(move || elsewhere.add(&dir)));
+    }
+
     /// Brings the index up to date in the background.
     pub(super) fn tidy_index(&self) {
         let elsewhere = Arc::clone(&self.0.elsewhere);

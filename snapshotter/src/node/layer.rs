@@ -135,6 +135,7 @@ impl Node {
         .map_err(|error| MountError::failed(digest, error))?;
         open.mounted = Some(path.clone());
         open.direct = direct;
+        self.index_layer(&open.layer);
         self.download(open);
         Ok(path)
     }

@@ -2,7 +2,6 @@
 //! registry, or found on the disk, mended where that is damaged.
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use sluice_oci::{Digest, Reference};
@@ -25,10 +24,7 @@ impl Node {
     ) -> Result<Open, String> {
         self.make(reference, digest, known).await?;
         let reason = match self.load(digest).await {
-            Ok(Some(open)) => {
-                self.tidy_index();
-                return Ok(open);
-            }
+            Ok(Some(open)) => return Ok(open),
             Ok(None) => "its directory is gone again".to_owned(),
             Err(error) => error,
         };
@@ -138,11 +134,9 @@ impl Node {
     ) -> Result<Result<Option<LayerDir>, layer_dir::Error>, String> {
         let path = self.layer_path(digest);
         let doubted = self.0.doubted.load(Ordering::Relaxed);
-        let elsewhere = Arc::clone(&self.0.elsewhere);
         let opened = spawn_blocking(move || {
             let opened = LayerDir::open(&path, digest).and_then(|dir| {
                 dir.check_meta()?;
-                elsewhere.add(&dir);
                 Ok(if doubted { dir.doubted() } else { dir })
             });
             match opened {

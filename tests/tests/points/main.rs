@@ -385,9 +385,6 @@ fn in_mode_erofs(source: &Source) -> Result<Vec<(String, u32)>> {
             &["compile.filled"],
             &["compile.named"],
             &["compile.synced"],
-            &["index.drafted"],
-            &["index.named"],
-            &["index.merged"],
             &["open.opened"],
             &["database.begun"],
             &["database.changed"],
@@ -396,7 +393,13 @@ fn in_mode_erofs(source: &Source) -> Result<Vec<(String, u32)>> {
         ],
         // While one layer is mounted, so is the other: a daemon that is killed
         // in the middle must not wait for itself.
-        &[&["mount.target-made", "start.cleared"], &["mount.mounted"]],
+        &[
+            &["mount.target-made", "start.cleared"],
+            &["mount.mounted"],
+            &["index.drafted"],
+            &["index.named"],
+            &["index.merged"],
+        ],
         &[
             "release.closed",
             "release.unmounted",

@@ -60,6 +60,7 @@ async fn a_second_version_fetches_what_is_new_before_and_after_a_restart() {
     let node = Node::start(without_read_ahead(&root), client()).unwrap();
     let first = mount(&node, &registry, &one).await;
     assert_content(&first, &one).await;
+    indexed(&node, &[&one]).await;
     let second = mount(&node, &registry, &two).await;
     for (index, file) in two.files.iter().enumerate() {
         let requests = requests_for(&registry, &second, file).await;
@@ -93,6 +94,7 @@ async fn an_index_that_is_lost_is_made_of_the_layers() {
     let node = Node::start(without_read_ahead(&root), client()).unwrap();
     let first = mount(&node, &registry, &one).await;
     assert_content(&first, &one).await;
+    indexed(&node, &[&one]).await;
     node.stop().await;
     for (lose, power) in [(true, false), (false, true)] {
         if lose {
@@ -122,11 +124,13 @@ async fn what_is_evicted_or_removed_is_neither_taken_nor_held() {
     let node = Node::start(with_quota, client()).unwrap();
     let first = mount(&node, &registry, &one).await;
     assert_content(&first, &one).await;
+    indexed(&node, &[&one]).await;
     node.stop().await;
     let mut with_quota = without_read_ahead(&root);
     with_quota.quota.limit = Some(1);
     let node = Node::start(with_quota, client()).unwrap();
     let second = mount(&node, &registry, &two).await;
+    indexed(&node, &[&two]).await;
     // The first layer is not open; now it is held, for what may follow.
     assert_eq!(requests_for(&registry, &second, &two.files[0]).await, 0);
     let used = HashSet::from([two.digest()]);
