@@ -9,6 +9,7 @@ pub mod annotations;
 mod decode;
 mod footer;
 mod format;
+mod likely;
 pub mod profile;
 mod start_reads;
 mod tar_split;
@@ -21,6 +22,7 @@ pub use decode::{
 };
 pub use footer::{FOOTER_MAX, FooterError, TocLocation, locate_toc};
 pub use format::Format;
+pub use likely::{HeaderStyle, likely_tar, toc_in_tar};
 pub use profile::{Profile, ProfileError};
 pub use start_reads::{StartChunks, StartReads};
 pub use tar_split::{TarPart, TarSplit};

@@ -31,6 +31,8 @@ pub enum TarPart {
     Bytes(Vec<u8>),
     /// A file's content, of this size, never 0.
     Content(u64),
+    /// Some of what is between contents, of which nothing is known.
+    Unknown,
 }
 
 #[derive(Deserialize)]

@@ -200,6 +200,7 @@ fn version_two_fetches_what_has_changed() -> Result<()> {
     let kinds = [
         (Mode::Erofs, "zstd-chunked", "content"),
         (Mode::Fuse, "zstd-chunked", "fixed"),
+        (Mode::Erofs, "estargz", "fixed"),
     ];
     for (mode, format, chunking) in kinds {
         let world = World::new(mode, "[background]\ndelay_seconds = 0\n")?;

@@ -10,6 +10,7 @@ mod admission;
 mod ahead;
 mod content;
 mod decode;
+mod described;
 mod disk;
 mod elf;
 mod engine;
@@ -29,7 +30,6 @@ mod reuse;
 mod room;
 mod source;
 mod stream;
-mod tar_split;
 mod trace;
 mod unstored;
 

@@ -127,9 +127,15 @@ impl LazyLayer {
     async fn fetch_rest(self: &Arc<Self>) -> Result<(), ProveError> {
         let mut missing = self.missing_rest().await?;
         // Chunks that were copied from other layers came without it.
-        if self.keep_tar_split(&missing).await? {
+        if self.keep_described(&missing).await? {
             missing = self.missing_rest().await?;
         }
+        self.fetch_spans(&missing).await
+    }
+
+    /// Fetches these, which are in order, and keeps what they have between
+    /// files.
+    pub(super) async fn fetch_spans(self: &Arc<Self>, missing: &[Span]) -> Result<(), ProveError> {
         let gap = self.link().worthwhile_gap();
         let close = |a: &Span, b: &Span| b.start - a.end <= gap;
         for run in missing.chunk_by(close) {
