@@ -26,7 +26,11 @@ fn archive(gnu: bool) -> Vec<u8> {
         header.set_uid(1000 + content.len() as u64);
         header.set_gid(7);
         header
-            .set_username(if content.len() % 2 == 0 { "even" } else { "" })
+            .set_username(if content.len().is_multiple_of(2) {
+                "even"
+            } else {
+                ""
+            })
             .unwrap();
         header.set_groupname("users").unwrap();
         header.set_size(content.len() as u64);
