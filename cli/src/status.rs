@@ -88,6 +88,8 @@ pub(crate) struct Figures {
     pub(crate) reads: u64,
     pub(crate) waited_reads: u64,
     pub(crate) fetched: Fetched,
+    /// Uncompressed bytes that other layers of the node had.
+    pub(crate) reused_bytes: u64,
 }
 
 /// Compressed bytes, by what they were fetched for.
@@ -125,6 +127,7 @@ impl Figures {
         self.fetched.on_demand += other.fetched.on_demand;
         self.fetched.prefetch += other.fetched.prefetch;
         self.fetched.background += other.fetched.background;
+        self.reused_bytes += other.reused_bytes;
     }
 
     fn present(&self) -> String {
@@ -247,7 +250,7 @@ impl View {
 
     pub(crate) fn images(&self) -> String {
         let head = [
-            "IMAGE", "USERS", "LAYERS", "PRESENT", "READS", "HITS", "FETCHED", "PROFILE",
+            "IMAGE", "USERS", "LAYERS", "PRESENT", "READS", "HITS", "FETCHED", "REUSED", "PROFILE",
         ];
         let rows = self.images.iter().map(|image| {
             let mut profile = image.profile.unwrap_or("none").to_owned();
@@ -266,6 +269,7 @@ impl View {
                 HumanCount(image.figures.reads).to_string(),
                 image.figures.hits(),
                 HumanBytes(image.figures.fetched.total()).to_string(),
+                HumanBytes(image.figures.reused_bytes).to_string(),
                 profile,
             ]
         });
@@ -283,6 +287,7 @@ impl View {
             "ON-DEMAND",
             "PREFETCH",
             "BACKGROUND",
+            "REUSED",
             "MOUNTED",
             "PROFILE",
         ];
@@ -298,6 +303,7 @@ impl View {
                 HumanBytes(fetched.on_demand).to_string(),
                 HumanBytes(fetched.prefetch).to_string(),
                 HumanBytes(fetched.background).to_string(),
+                HumanBytes(layer.figures.reused_bytes).to_string(),
                 if layer.mounted { "yes" } else { "no" }.to_owned(),
                 layer.profile.unwrap_or("none").to_owned(),
             ]
@@ -349,6 +355,7 @@ fn layer(layer: api::Layer) -> Layer {
                 prefetch: fetched.prefetch,
                 background: fetched.background,
             },
+            reused_bytes: layer.reused_bytes,
         },
     }
 }

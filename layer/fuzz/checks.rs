@@ -5,8 +5,9 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::Read;
 
 use sluice_layer::{
-    ChunkSource, FOOTER_MAX, Format, LayerAnnotations, Limits, NodeId, NodeKind, Toc, TocLocation,
-    UntrustedToc, Wanted, decode_unit, locate_toc, read_toc_json,
+    ChunkSource, FOOTER_MAX, Format, HeaderStyle, LayerAnnotations, Limits, NodeId, NodeKind,
+    TarPart, TarSplit, Toc, TocLocation, UntrustedToc, Wanted, decode_unit, likely_tar, locate_toc,
+    read_toc_json, toc_in_tar,
 };
 use sluice_oci::Digest;
 
@@ -37,6 +38,33 @@ fn check_location(location: &TocLocation, blob_size: u64) {
     );
     assert!(location.range().end < blob_size);
     assert!(location.chunks_end() <= location.offset);
+}
+
+/// What a layer says of its tar is refused, or in parts that are something.
+/// The first byte says which way it says so.
+pub fn tar(data: &[u8]) {
+    let Some((kind, data)) = data.split_first() else {
+        return;
+    };
+    let check = |part: &TarPart| assert_ne!(*part, TarPart::Content(0));
+    if kind % 2 == 0 {
+        let Ok(mut split) = TarSplit::new(data, data.len() as u64) else {
+            return;
+        };
+        let mut left = 1000;
+        while let (1.., Ok(Some(part))) = (left, split.next_part()) {
+            check(&part);
+            left -= 1;
+        }
+    } else if let Some((header, toc)) = data.split_at_checked(512)
+        && let Some(style) = HeaderStyle::of(header)
+        && let Ok(json) = toc_in_tar(toc)
+    {
+        let _ = likely_tar(json, &style, |part| {
+            check(&part);
+            Ok(())
+        });
+    }
 }
 
 /// A TOC is refused, or is as [`Toc`] promises. The first byte says what the

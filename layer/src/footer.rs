@@ -26,7 +26,7 @@ const EXTERNAL: &[u8] = b"STARGZEXTERNALTOC";
 
 /// Size of a skippable frame's magic and length.
 pub(crate) const ZSTD_FRAME_HEADER: usize = 8;
-const SKIPPABLE: [u8; 4] = [0x50, 0x2a, 0x4d, 0x18];
+pub(crate) const SKIPPABLE: [u8; 4] = [0x50, 0x2a, 0x4d, 0x18];
 /// stargz-snapshotter and containers/storage up to 1.43, and since.
 const ZSTD_MAGICS: [&[u8; 8]; 2] = [b"GnUlInUx", b"GNUlInUx"];
 /// The only TOC type that was ever defined.

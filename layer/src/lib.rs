@@ -9,8 +9,10 @@ pub mod annotations;
 mod decode;
 mod footer;
 mod format;
+mod likely;
 pub mod profile;
 mod start_reads;
+mod tar_split;
 mod toc;
 pub mod write;
 
@@ -20,8 +22,10 @@ pub use decode::{
 };
 pub use footer::{FOOTER_MAX, FooterError, TocLocation, locate_toc};
 pub use format::Format;
+pub use likely::{HeaderStyle, likely_tar, toc_in_tar};
 pub use profile::{Profile, ProfileError};
 pub use start_reads::{StartChunks, StartReads};
+pub use tar_split::{TarPart, TarSplit};
 pub use toc::{
     AT_ONCE_SHARE, Child, Chunk, ChunkSource, Directory, EntryError, FileContent, Limits, Mtime,
     Node, NodeId, NodeKind, Toc, TocError, TocTrust, Unit, UntrustedToc, Xattr, read_toc,

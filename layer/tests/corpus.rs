@@ -34,6 +34,11 @@ fn units() {
 }
 
 #[test]
+fn tars() {
+    replay("tar", checks::tar);
+}
+
+#[test]
 fn annotations() {
     replay("annotations", checks::annotations);
 }

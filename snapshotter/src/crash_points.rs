@@ -81,6 +81,10 @@ pub const POINTS: &[&str] = &[
     "mount.target-made",
     "mount.mounted",
     "mount.shown",
+    // Then it is added to the index of chunks.
+    "index.drafted",
+    "index.named",
+    "index.merged",
     // A layer is removed.
     "release.closed",
     "release.unmounted",
@@ -107,6 +111,9 @@ pub const POINTS: &[&str] = &[
     "fill.told",
     "rest.opened",
     "rest.written",
+    // Chunks are taken from other layers.
+    "copy.found",
+    "copy.told",
     "persist.taken",
     "persist.data-synced",
     "persist.new-made",

@@ -4,6 +4,7 @@
 #[macro_use]
 pub mod crash_points;
 
+pub mod chunk_index;
 pub mod cleanup;
 pub mod config;
 pub mod containerd;

@@ -17,8 +17,9 @@ use crate::containerd::Containerd;
 use crate::daemon::{Daemon, Mode};
 
 /// All that may be in a root directory.
-const ROOT: [&str; 12] = [
+const ROOT: [&str; 13] = [
     "blobs",
+    "chunk-index",
     "layers",
     "lock",
     "m",

@@ -62,6 +62,7 @@ const CRATES: &[(&str, &[&str])] = &[
 const MODULES: &[(&str, &[&str])] = &[
     ("layer_dir", &[]),
     ("erofs", &["layer_dir"]),
+    ("chunk_index", &["layer_dir"]),
     ("mount", &[]),
     ("remote", &["layer_dir"]),
     ("fuse", &["erofs", "layer_dir"]),
@@ -69,6 +70,7 @@ const MODULES: &[(&str, &[&str])] = &[
     (
         "node",
         &[
+            "chunk_index",
             "mount",
             "fuse",
             "fetch",

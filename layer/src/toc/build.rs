@@ -46,7 +46,7 @@ pub(super) fn build<'a>(
         layer_bytes: 0,
     };
     let mut index = 0;
-    for_each_entry(json, &mut |entry| {
+    for_each_entry(json, &mut |entry: Entry<'_>| {
         if index >= limits.max_entries {
             return Err(TocError::TooManyEntries {
                 limit: limits.max_entries,

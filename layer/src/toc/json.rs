@@ -131,9 +131,9 @@ const MOST_XATTRS: usize = 16 << 10;
 const MOST_XATTR_BYTES: usize = 2 << 20;
 
 /// Calls `each` with every entry, in order. An error of `each` ends it.
-pub(super) fn for_each_entry<'a>(
+pub(crate) fn for_each_entry<'a, E: Deserialize<'a>>(
     json: impl serde_json::de::Read<'a>,
-    each: &mut dyn FnMut(Entry<'a>) -> Result<(), TocError>,
+    each: &mut dyn FnMut(E) -> Result<(), TocError>,
 ) -> Result<(), TocError> {
     let mut stopped = None;
     let mut deserializer = serde_json::Deserializer::new(json);
@@ -154,12 +154,12 @@ pub(super) fn for_each_entry<'a>(
 }
 
 /// The whole document; its value is the version.
-struct Document<'f, 'a> {
-    each: &'f mut dyn FnMut(Entry<'a>) -> Result<(), TocError>,
+struct Document<'f, E> {
+    each: &'f mut dyn FnMut(E) -> Result<(), TocError>,
     stopped: &'f mut Option<TocError>,
 }
 
-impl<'a> DeserializeSeed<'a> for Document<'_, 'a> {
+impl<'a, E: Deserialize<'a>> DeserializeSeed<'a> for Document<'_, E> {
     type Value = i64;
 
     fn deserialize<D: Deserializer<'a>>(self, deserializer: D) -> Result<i64, D::Error> {
@@ -167,7 +167,7 @@ impl<'a> DeserializeSeed<'a> for Document<'_, 'a> {
     }
 }
 
-impl<'a> Visitor<'a> for Document<'_, 'a> {
+impl<'a, E: Deserialize<'a>> Visitor<'a> for Document<'_, E> {
     type Value = i64;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -197,12 +197,12 @@ impl<'a> Visitor<'a> for Document<'_, 'a> {
     }
 }
 
-struct Entries<'f, 'a> {
-    each: &'f mut dyn FnMut(Entry<'a>) -> Result<(), TocError>,
+struct Entries<'f, E> {
+    each: &'f mut dyn FnMut(E) -> Result<(), TocError>,
     stopped: &'f mut Option<TocError>,
 }
 
-impl<'a> DeserializeSeed<'a> for Entries<'_, 'a> {
+impl<'a, E: Deserialize<'a>> DeserializeSeed<'a> for Entries<'_, E> {
     type Value = ();
 
     fn deserialize<D: Deserializer<'a>>(self, deserializer: D) -> Result<(), D::Error> {
@@ -211,14 +211,14 @@ impl<'a> DeserializeSeed<'a> for Entries<'_, 'a> {
     }
 }
 
-impl<'a> Visitor<'a> for Entries<'_, 'a> {
+impl<'a, E: Deserialize<'a>> Visitor<'a> for Entries<'_, E> {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("a list of entries")
     }
 
-    fn visit_unit<E>(self) -> Result<(), E> {
+    fn visit_unit<X>(self) -> Result<(), X> {
         Ok(())
     }
 

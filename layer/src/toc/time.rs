@@ -5,7 +5,7 @@ use super::Mtime;
 /// Parses `2006-01-02T15:04:05[.999999999](Z|±hh:mm)`. As containerd does
 /// when it unpacks, a time before 1970 or beyond what 64 bits of nanoseconds
 /// hold becomes 1970-01-01.
-pub(super) fn parse(text: &[u8]) -> Option<Mtime> {
+pub(crate) fn parse(text: &[u8]) -> Option<Mtime> {
     let (date_time, rest) = text.split_at_checked(19)?;
     let field = |range: std::ops::Range<usize>| {
         date_time[range].iter().try_fold(0i64, |value, digit| {

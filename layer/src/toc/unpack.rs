@@ -191,7 +191,7 @@ fn with_tar(json: u64) -> u64 {
 }
 
 /// Size of the file that a tar header describes, which has to be the TOC.
-fn size_in_tar(header: &[u8; TAR_BLOCK]) -> Result<u64, TocError> {
+pub(crate) fn size_in_tar(header: &[u8; TAR_BLOCK]) -> Result<u64, TocError> {
     let name = header[..100].split(|byte| *byte == 0).next();
     if name != Some(TOC_TAR_NAME) || !matches!(header[156], b'0' | 0) {
         return Err(refuse("its tar does not begin with stargz.index.json"));

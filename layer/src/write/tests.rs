@@ -8,6 +8,7 @@ use sluice_oci::Digest;
 use super::crc64::Crc64;
 use super::header::{Header, Kind, Time, encode};
 use super::*;
+use crate::{TarPart, TarSplit, locate_toc};
 
 const FORMATS: [Format; 2] = [Format::Estargz, Format::ZstdChunked];
 
@@ -474,6 +475,30 @@ fn tar_split_rebuilds_the_tar() {
         }
     }
     assert_eq!(rebuilt, tar);
+    // Readers find it after the TOC, and get the same of it.
+    let size = blob.len() as u64;
+    let range = locate_toc(&blob, size).unwrap().tar_split(size).unwrap();
+    assert_eq!(range, at[0] as u64 - 8..size - 48);
+    let after_toc = &blob[range.start as usize..range.end as usize];
+    let mut split = TarSplit::new(after_toc, after_toc.len() as u64).unwrap();
+    let mut read = Vec::new();
+    while let Some(part) = split.next_part().unwrap() {
+        match part {
+            TarPart::Bytes(bytes) => read.extend(bytes),
+            TarPart::Content(size) => {
+                let content = &tar[read.len()..read.len() + size as usize];
+                assert!(contents.iter().any(|(_, found)| found == content));
+                read.extend_from_slice(content);
+            }
+            TarPart::Unknown => panic!("a frame tells all"),
+        }
+    }
+    assert_eq!(read, tar);
+    let broken = &after_toc[..after_toc.len() - 9];
+    assert!(TarSplit::new(broken, broken.len() as u64).is_err());
+    let (blob, _) = write_layer(&tar, &options(Format::Estargz, 4096), &[]).unwrap();
+    let size = blob.len() as u64;
+    assert_eq!(locate_toc(&blob, size).unwrap().tar_split(size), None);
 }
 
 #[test]

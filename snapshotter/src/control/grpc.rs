@@ -186,6 +186,7 @@ fn to_layer(layer: &LayerStatus, standing: Option<&Standing>) -> api::Layer {
         }),
         profile: to_source(layer.profile).into(),
         content: standing.unwrap_or(&Standing::Unknown).as_str().to_owned(),
+        reused_bytes: layer.activity.reused,
     }
 }
 

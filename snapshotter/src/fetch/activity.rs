@@ -21,6 +21,8 @@ pub struct Activity {
     /// Compressed bytes of units that were fetched and decoded, by
     /// [`Priority`].
     pub fetched: [u64; 3],
+    /// Uncompressed bytes of chunks that were taken from other layers.
+    pub reused: u64,
 }
 
 /// Counts it. Relaxed: figures for people, which decide nothing.
@@ -29,6 +31,7 @@ pub(super) struct Counters {
     reads: AtomicU64,
     waited: AtomicU64,
     fetched: [AtomicU64; 3],
+    reused: AtomicU64,
 }
 
 impl Counters {
@@ -44,12 +47,17 @@ impl Counters {
         self.fetched[priority as usize].fetch_add(bytes, Ordering::Relaxed);
     }
 
+    pub(super) fn reused(&self, bytes: u64) {
+        self.reused.fetch_add(bytes, Ordering::Relaxed);
+    }
+
     pub(super) fn get(&self) -> Activity {
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Activity {
             reads: load(&self.reads),
             waited: load(&self.waited),
             fetched: self.fetched.each_ref().map(load),
+            reused: load(&self.reused),
         }
     }
 }

@@ -15,6 +15,12 @@ use super::{Priority, SourceError};
 /// this time: its connection stays open, and it ends some day.
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
+/// A gap of this size is always cheaper to fetch than another request.
+const SMALLEST_GAP: u64 = 16 << 10;
+
+/// Units that are looked for in other layers at once.
+const BATCH: usize = 256;
+
 /// How long nothing is fetched ahead when the disk does not take it; it
 /// doubles.
 const DISK_PAUSE: Duration = Duration::from_secs(1);
@@ -52,6 +58,7 @@ impl LazyLayer {
         let layer = Arc::clone(self);
         self.go(async move {
             tokio::time::sleep(delay).await;
+            layer.take_over_all().await;
             let mut pause = PASSED_OVER;
             layer.stream().await;
             while !layer.dir().is_complete() && pause < LONGEST_PAUSE {
@@ -84,6 +91,22 @@ impl LazyLayer {
             closed.run_until_cancelled(work).await;
         });
         Handle(task.abort_handle())
+    }
+
+    /// Takes from other layers what they have, some units at a time while no
+    /// reader waits.
+    async fn take_over_all(self: &Arc<Self>) {
+        let mut next = 0;
+        loop {
+            let units = self.dir().chunks().units_from(next);
+            let missing = units.filter(|&unit| !self.has_unit(unit));
+            let batch: Vec<Unit> = missing.take(BATCH).collect();
+            let Some(last) = batch.last() else { return };
+            next = last.offset + 1;
+            self.engine().idle(LONGEST_PAUSE).await;
+            self.engine().room().wait().await;
+            self.take_over(batch).await;
+        }
     }
 
     /// Fetches the missing units of the blob, in its order. A registry that
@@ -159,13 +182,23 @@ impl LazyLayer {
                         start: unit.offset,
                         end: unit.offset + unit.size,
                         largest: unit.size,
+                        wanted: unit.size,
+                        passed: 0,
                     });
                 }
-                Some(run) if unit.offset.saturating_sub(run.end) <= gap => {
+                Some(run) => {
+                    let between = unit.offset.saturating_sub(run.end);
+                    // Nobody waits, so that a request more costs little: of
+                    // what is here, no more comes again than is wanted.
+                    let most = run.wanted.saturating_sub(run.passed).max(SMALLEST_GAP);
+                    if between > gap.min(most) {
+                        break;
+                    }
+                    run.passed += between;
+                    run.wanted += unit.size;
                     run.end = unit.offset + unit.size;
                     run.largest = run.largest.max(unit.size);
                 }
-                Some(_) => break,
             }
         }
         run
@@ -217,6 +250,7 @@ impl LazyLayer {
                     _ => break,
                 }
             };
+            claim.request();
             match arriving.take(unit.offset, end).await {
                 Ok(bytes) => {
                     *next = end;
@@ -249,4 +283,7 @@ struct Run {
     start: u64,
     end: u64,
     largest: u64,
+    /// Bytes of its units, and of what lies between them.
+    wanted: u64,
+    passed: u64,
 }

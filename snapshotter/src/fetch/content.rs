@@ -1,7 +1,7 @@
 //! The content that an attached profile carries: what a start needs of all
 //! layers, in the order of need, as one compressed stream.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io::{self, Read};
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use bytes::{Bytes, BytesMut};
 use futures_util::future::select_all;
 use futures_util::stream::{FuturesOrdered, StreamExt as _};
 use sluice_layer::profile::decode_content;
-use sluice_layer::verify_chunk;
+use sluice_layer::{Unit, verify_chunk};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
@@ -62,6 +62,10 @@ impl Content {
         let layers = self.layers();
         let by = Arc::clone(&first);
         Some(first.go(async move {
+            take_over(&self.pieces).await;
+            if !self.pieces.iter().filter_map(chunks).any(|c| missing(&c)) {
+                return done(true);
+            }
             let (sender, receiver) = mpsc::channel(QUEUED);
             let pieces = self.pieces;
             let decoding = tokio::task::spawn_blocking(move || decode(pieces, receiver));
@@ -96,6 +100,23 @@ impl Content {
             layer
         };
         layers.into_values().map(told).collect()
+    }
+}
+
+/// Takes from other layers what they have of it.
+async fn take_over(pieces: &[Piece]) {
+    let mut layers: HashMap<_, (&Arc<LazyLayer>, BTreeSet<Unit>)> = HashMap::new();
+    for (layer, chunk) in pieces.iter().filter_map(|piece| piece.chunk.as_ref()) {
+        let dir = layer.dir();
+        if !dir.present().contains(*chunk) {
+            let (_, units) = layers
+                .entry(layer.digest())
+                .or_insert((layer, BTreeSet::new()));
+            units.insert(dir.chunks().get(*chunk).unit);
+        }
+    }
+    for (layer, units) in layers.into_values() {
+        layer.take_over(units.into_iter().collect()).await;
     }
 }
 

@@ -13,7 +13,7 @@ use tokio::time::{Instant, timeout};
 use super::activity::UnderWay;
 use super::room::Room;
 use super::unstored::Storage;
-use super::{Admission, Link, LinkFigures, Request};
+use super::{Admission, ChunkFinder, Link, LinkFigures, Request};
 
 /// How the node fetches.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -73,6 +73,7 @@ struct Shared {
     room: Room,
     under_way: UnderWay,
     proving: Semaphore,
+    finder: Option<Arc<dyn ChunkFinder>>,
 }
 
 /// Part of the memory that may hold what the disk does not take.
@@ -98,6 +99,15 @@ const IDLE: Duration = Duration::from_millis(50);
 impl Engine {
     /// An engine with nothing to do, whose tasks run on `runtime`.
     pub fn new(config: Config, runtime: Handle) -> Self {
+        Self::build(config, runtime, None)
+    }
+
+    /// The same, of which no layer fetches what `finder` knows elsewhere.
+    pub fn with_finder(config: Config, runtime: Handle, finder: Arc<dyn ChunkFinder>) -> Self {
+        Self::build(config, runtime, Some(finder))
+    }
+
+    fn build(config: Config, runtime: Handle, finder: Option<Arc<dyn ChunkFinder>>) -> Self {
         Self(Arc::new(Shared {
             runtime,
             admission: Admission::new(config.memory, config.connections),
@@ -116,6 +126,7 @@ impl Engine {
             room: Room::default(),
             under_way: UnderWay::default(),
             proving: Semaphore::new(1),
+            finder,
             config,
         }))
     }
@@ -128,6 +139,11 @@ impl Engine {
     /// Where its tasks run.
     pub(super) fn runtime(&self) -> &Handle {
         &self.0.runtime
+    }
+
+    /// Who knows what other layers hold.
+    pub(super) fn finder(&self) -> Option<&dyn ChunkFinder> {
+        self.0.finder.as_deref()
     }
 
     /// Its budget.

@@ -10,6 +10,7 @@ use super::inflight::Claim;
 use super::layer::LazyLayer;
 use super::readahead::Budget;
 use super::relatives::{Allowance, State, relatives};
+use super::reuse::Asked;
 use crate::layer_dir::ChunkId;
 
 /// Bounds of what is fetched around a read: less saves nothing, since a request
@@ -105,7 +106,7 @@ impl LazyLayer {
     fn fetch_guessed(self: &Arc<Self>, chunks: &[ChunkId]) {
         if !chunks.is_empty() {
             let claims = self.claim_chunks(chunks, &BTreeSet::new());
-            self.start_over(claims, self.link.parallel_gap(), |_| false);
+            self.start_over(claims, self.link.parallel_gap(), Asked::default());
         }
     }
 
@@ -145,7 +146,8 @@ impl LazyLayer {
             let missing = |chunk| self.is_missing(chunk);
             let further = self.read_ahead.read(table, chunk, hit, &budget, missing);
             if !further.is_empty() {
-                me.start(self.claim_chunks(&further, &BTreeSet::new()), |_| false);
+                let claims = self.claim_chunks(&further, &BTreeSet::new());
+                me.start(claims, Asked::default());
             }
             if hit && table.kin(chunk).is_some() {
                 me.fetch_relatives(chunk);

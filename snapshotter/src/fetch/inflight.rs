@@ -13,21 +13,33 @@ use super::{FetchError, Unstored};
 /// not to be had but here.
 type Outcome = Result<Unstored, FetchError>;
 
+/// How far a fetch has come.
+#[derive(Debug, Clone)]
+enum Progress {
+    /// Somebody has taken it on.
+    Claimed,
+    /// A registry is asked for it: whoever waits, waits for nobody else.
+    Requested,
+    Ended(Outcome),
+}
+
+type Units = HashMap<u64, watch::Receiver<Progress>>;
+
 /// The units of one layer that are being fetched.
 #[derive(Debug, Clone, Default)]
-pub(super) struct InFlight(Arc<Mutex<HashMap<u64, watch::Receiver<Option<Outcome>>>>>);
+pub(super) struct InFlight(Arc<Mutex<Units>>);
 
 /// The duty to fetch a unit. Dropped unfinished, another may take it over.
 #[derive(Debug)]
 pub(super) struct Claim {
     in_flight: InFlight,
     unit: Unit,
-    outcome: watch::Sender<Option<Outcome>>,
+    progress: watch::Sender<Progress>,
 }
 
 /// Waits for a unit that somebody fetches.
 #[derive(Debug)]
-pub(super) struct Waiter(watch::Receiver<Option<Outcome>>);
+pub(super) struct Waiter(watch::Receiver<Progress>);
 
 /// The fetch was given up before it came to an end.
 #[derive(Debug, PartialEq, Eq)]
@@ -50,7 +62,7 @@ impl InFlight {
                 waiters.push(Waiter(receiver.clone()));
             } else if !present(unit) {
                 let claim = self.start(&mut map, unit);
-                waiters.push(Waiter(claim.outcome.subscribe()));
+                waiters.push(Waiter(claim.progress.subscribe()));
                 claims.push(claim);
             }
         }
@@ -69,13 +81,22 @@ impl InFlight {
         free.then(|| self.start(&mut map, unit))
     }
 
-    fn start(&self, map: &mut HashMap<u64, watch::Receiver<Option<Outcome>>>, unit: Unit) -> Claim {
-        let (outcome, receiver) = watch::channel(None);
+    /// Waits with whoever has asked a registry for the unit. Who waits only
+    /// for those cannot wait in a circle.
+    pub(super) fn coming(&self, unit: Unit) -> Option<Waiter> {
+        let map = self.0.lock();
+        let receiver = map.get(&unit.offset)?;
+        let requested = matches!(*receiver.borrow(), Progress::Requested);
+        requested.then(|| Waiter(receiver.clone()))
+    }
+
+    fn start(&self, map: &mut Units, unit: Unit) -> Claim {
+        let (progress, receiver) = watch::channel(Progress::Claimed);
         map.insert(unit.offset, receiver);
         Claim {
             in_flight: self.clone(),
             unit,
-            outcome,
+            progress,
         }
     }
 }
@@ -88,7 +109,12 @@ impl Claim {
     /// Whether anybody waits for it.
     pub(super) fn is_awaited(&self) -> bool {
         // One receiver is the table's.
-        self.outcome.receiver_count() > 1
+        self.progress.receiver_count() > 1
+    }
+
+    /// A registry is about to be asked for it.
+    pub(super) fn request(&self) {
+        self.progress.send_replace(Progress::Requested);
     }
 
     /// Tells everyone who waits. Of a success, the chunks are present already.
@@ -96,14 +122,14 @@ impl Claim {
         // Nobody may join a fetch that has ended: a read that follows a failed
         // one tries again.
         self.in_flight.0.lock().remove(&self.unit.offset);
-        self.outcome.send_replace(Some(outcome));
+        self.progress.send_replace(Progress::Ended(outcome));
     }
 }
 
 impl Drop for Claim {
     fn drop(&mut self) {
         // Once finished, the unit may be somebody else's claim already.
-        if self.outcome.borrow().is_none() {
+        if !matches!(*self.progress.borrow(), Progress::Ended(_)) {
             self.in_flight.0.lock().remove(&self.unit.offset);
         }
     }
@@ -112,9 +138,10 @@ impl Drop for Claim {
 impl Waiter {
     /// Waits for the end of the fetch.
     pub(super) async fn wait(mut self) -> Result<Outcome, Abandoned> {
-        match self.0.wait_for(Option::is_some).await {
-            Ok(outcome) => outcome.clone().ok_or(Abandoned),
-            Err(_) => Err(Abandoned),
+        let ended = |progress: &Progress| matches!(progress, Progress::Ended(_));
+        match self.0.wait_for(ended).await.as_deref() {
+            Ok(Progress::Ended(outcome)) => Ok(outcome.clone()),
+            _ => Err(Abandoned),
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
 use futures_util::future::BoxFuture;
@@ -13,10 +14,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::activity::{Activity, Counters};
 use super::engine::Engine;
-use super::inflight::{Abandoned, Claim, InFlight};
-use super::plan::{self, Planned};
+use super::inflight::{Abandoned, Claim, InFlight, Waiter};
+use super::plan;
 use super::readahead::ReadAhead;
 use super::reads::Reads;
+use super::reuse::Asked;
 use super::stream::{self, Terms};
 use super::trace::{Recording, Trace};
 use super::{FetchError, Link, Priority, RangeSource, Unstored};
@@ -35,7 +37,7 @@ const CAUSES: usize = 32;
 /// A layer's directory and where its missing bytes come from.
 pub struct LazyLayer {
     pub(super) me: Weak<Self>,
-    pub(super) dir: LayerDir,
+    pub(super) dir: Arc<LayerDir>,
     source: Box<dyn RangeSource>,
     pub(super) engine: Engine,
     pub(super) link: Arc<Link>,
@@ -50,6 +52,8 @@ pub struct LazyLayer {
     counters: Counters,
     trace: Trace,
     mended: Mutex<Option<String>>,
+    /// Whether it was told that another layer's bytes are not what they were.
+    rotten: AtomicBool,
 }
 
 impl std::fmt::Debug for LazyLayer {
@@ -83,13 +87,19 @@ impl LazyLayer {
             mended: Mutex::default(),
             path_of,
             source,
-            dir,
+            dir: Arc::new(dir),
+            rotten: AtomicBool::new(false),
         })
     }
 
     /// Its directory.
     pub fn dir(&self) -> &LayerDir {
         &self.dir
+    }
+
+    /// The same, for as long as somebody reads it.
+    pub fn shared_dir(&self) -> Arc<LayerDir> {
+        Arc::clone(&self.dir)
     }
 
     /// Its digest.
@@ -120,7 +130,10 @@ impl LazyLayer {
 
     /// Fetches chunks that nobody reads now, soon.
     pub fn fetch_again(self: &Arc<Self>, chunks: &[ChunkId]) {
-        self.start(self.claim_chunks(chunks, &BTreeSet::new()), |_| false);
+        self.start(
+            self.claim_chunks(chunks, &BTreeSet::new()),
+            Asked::default(),
+        );
     }
 
     /// What was wrong with the directory when it was opened, and is mended.
@@ -141,6 +154,10 @@ impl LazyLayer {
     /// What happened to it since it was opened.
     pub fn activity(&self) -> Activity {
         self.counters.get()
+    }
+
+    pub(super) fn count_reused(&self, bytes: u64) {
+        self.counters.reused(bytes);
     }
 
     pub(super) fn count_decoded(&self, priority: Priority, bytes: u64) {
@@ -170,6 +187,11 @@ impl LazyLayer {
                 .chunks()
                 .of_unit(unit.offset)
                 .all(|chunk| present.contains(chunk) || claimed.contains(chunk))
+    }
+
+    /// Waits with whoever has asked a registry for the chunk.
+    pub(super) fn coming(&self, chunk: ChunkId) -> Option<Waiter> {
+        self.in_flight.coming(self.dir.chunks().get(chunk).unit)
     }
 
     pub(super) fn claim(&self, unit: Unit) -> Option<Claim> {
@@ -214,10 +236,11 @@ impl LazyLayer {
             }
             if attempt == 0 && !claims.is_empty() && !self.engine.storage().is_failing() {
                 let before = self.guess(first, last, &units, &mut claims);
-                self.start(before, |_| false);
+                self.start(before, Asked::default());
             }
             let new = attempt == 0 && !claims.is_empty();
-            self.start(claims, |claim| units.contains(&claim.unit()));
+            let range = offset..offset.saturating_add(len);
+            self.start(claims, Asked { units, range });
             // What is planned comes with what else is.
             let begins = |&&chunk: &&ChunkId| table.kin(chunk).is_some() && beside(&chunk);
             if new && let Some(&file) = missing.iter().find(begins) {
@@ -238,35 +261,50 @@ impl LazyLayer {
         })
     }
 
-    /// Starts to fetch claimed units in as few requests as pay.
-    pub(super) fn start(self: &Arc<Self>, claims: Vec<Claim>, urgent: impl Fn(&Claim) -> bool) {
-        self.start_over(claims, self.link.worthwhile_gap(), urgent);
+    /// Starts to bring claimed units.
+    pub(super) fn start(self: &Arc<Self>, claims: Vec<Claim>, asked: Asked) {
+        self.start_over(claims, self.link.worthwhile_gap(), asked);
     }
 
     /// The same, over gaps of so many bytes.
-    pub(super) fn start_over(
-        self: &Arc<Self>,
-        mut claims: Vec<Claim>,
-        gap: u64,
-        urgent: impl Fn(&Claim) -> bool,
-    ) {
+    pub(super) fn start_over(self: &Arc<Self>, mut claims: Vec<Claim>, gap: u64, asked: Asked) {
+        if claims.is_empty() {
+            return;
+        }
+        if self.engine.finder().is_some() {
+            self.spawn(Arc::clone(self).bring(claims, gap, asked));
+            return;
+        }
+        let gaps = self.claim_gaps(&mut claims, gap);
+        claims.extend(gaps);
+        self.request(claims, &asked.units);
+    }
+
+    /// Asks for claimed units in as few requests as pay.
+    pub(super) fn request(self: &Arc<Self>, mut claims: Vec<Claim>, asked: &BTreeSet<Unit>) {
         claims.sort_by_key(|claim| claim.unit().offset);
-        self.claim_gaps(&mut claims, gap);
         let longest = self.engine.config().longest_range;
         for planned in plan::group(claims, Claim::unit, 0, longest) {
-            let priority = if planned.wanted.iter().any(&urgent) {
+            let waits = |claim: &Claim| asked.contains(&claim.unit());
+            let priority = if planned.wanted.iter().any(waits) {
                 Priority::OnDemand
             } else {
                 Priority::Prefetch
             };
-            self.spawn(planned, priority);
+            let layer = Arc::clone(self);
+            self.spawn(async move {
+                // Whoever waits is told of errors by the claims.
+                let terms = Terms::new(priority);
+                let _ = stream::fetch_claimed(&layer, planned.wanted, terms).await;
+            });
         }
     }
 
-    /// Adds the units that lie in small gaps between claimed ones: their bytes
-    /// come along, and count. Bytes that are here, or on their way, are never
-    /// asked for again.
-    fn claim_gaps(&self, claims: &mut Vec<Claim>, gap: u64) {
+    /// Claims the units that lie in small gaps between claimed ones: their
+    /// bytes come along, and count. Bytes that are here, or on their way, are
+    /// never asked for again.
+    pub(super) fn claim_gaps(&self, claims: &mut [Claim], gap: u64) -> Vec<Claim> {
+        claims.sort_by_key(|claim| claim.unit().offset);
         let mut between = Vec::new();
         for pair in claims.windows(2) {
             let (before, after) = (pair[0].unit(), pair[1].unit());
@@ -277,18 +315,15 @@ impl LazyLayer {
                 between.extend(units.filter_map(|unit| self.claim(unit)));
             }
         }
-        claims.extend(between);
-        claims.sort_by_key(|claim| claim.unit().offset);
+        between
     }
 
-    fn spawn(self: &Arc<Self>, planned: Planned<Claim>, priority: Priority) {
-        let layer = Arc::clone(self);
+    /// Runs until the layer is closed. Claims that are dropped unfinished wake
+    /// their waiters.
+    pub(super) fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+        let closed = self.closed.clone();
         self.engine.runtime().spawn(async move {
-            let closed = layer.closed.clone();
-            // Claims that are dropped unfinished wake their waiters.
-            // Whoever waits is told of errors by the claims.
-            let fetch = stream::fetch_claimed(&layer, planned.wanted, Terms::new(priority));
-            let _ = closed.run_until_cancelled(fetch).await;
+            closed.run_until_cancelled(work).await;
         });
     }
 
@@ -314,6 +349,23 @@ impl LazyLayer {
     /// The file that an offset of `data` belongs to, for messages.
     pub(super) fn path_at(&self, offset: u64) -> PathBuf {
         (self.path_of)(offset).unwrap_or_else(|| "?".into())
+    }
+
+    /// What another layer was thought to have is not what it has.
+    pub(super) fn not_there(&self, other: &LayerDir, offset: u64, error: Option<io::Error>) {
+        if self.rotten.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let what = error.map_or_else(
+            || "is not what was stored there".to_owned(),
+            |error| format!("cannot be read: {error}"),
+        );
+        tracing::warn!(
+            layer = %self.digest(),
+            "{} from byte {offset} {what}; what was to be taken from there is fetched; run \
+             'sluice-snapshotter scrub'",
+            other.data_path().display()
+        );
     }
 
     /// Bytes have come.

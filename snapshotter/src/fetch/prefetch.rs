@@ -71,8 +71,15 @@ impl LazyLayer {
         loop {
             let piece = self.link().piece();
             queue.fill(piece * LOOK_AHEAD);
+            let new = std::mem::take(&mut queue.new);
+            let more = !new.is_empty();
+            self.take_over(new).await;
+            queue.pass_over();
             let Some((first, at)) = queue.first() else {
-                break;
+                match more {
+                    true => continue,
+                    false => break,
+                }
             };
             self.reads().pays().await;
             let assumed = || Duration::from_secs_f64(asked as f64 / ASSUMED_NEED);
@@ -122,6 +129,8 @@ struct Queue<'a> {
     /// What of that is not taken, by its place in the blob.
     soon: BTreeMap<u64, Unit>,
     bytes: u64,
+    /// What came in sight last.
+    new: Vec<Unit>,
 }
 
 impl<'a> Queue<'a> {
@@ -133,6 +142,7 @@ impl<'a> Queue<'a> {
             order: VecDeque::new(),
             soon: BTreeMap::new(),
             bytes: 0,
+            new: Vec::new(),
         }
     }
 
@@ -184,8 +194,21 @@ impl<'a> Queue<'a> {
             if !self.layer.has_unit(unit) && self.soon.insert(unit.offset, unit).is_none() {
                 self.bytes += unit.size;
                 self.order.push_back((unit, at));
+                self.new.push(unit);
             }
         }
+    }
+
+    /// Takes out of sight what has come by other ways.
+    fn pass_over(&mut self) {
+        let (layer, bytes) = (self.layer, &mut self.bytes);
+        self.soon.retain(|_, &mut unit| {
+            let missing = !layer.has_unit(unit);
+            if !missing {
+                *bytes -= unit.size;
+            }
+            missing
+        });
     }
 
     /// The first unit that is in sight.

@@ -28,8 +28,8 @@ const QUEUED: usize = 2;
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 const PAUSE: Duration = Duration::from_millis(5);
 /// A tar shrinks by less than this: more is a bomb. The first bytes are free.
-const MOST_UNPACKED: u64 = 200;
-const FREE: u64 = 64 << 20;
+pub(super) const MOST_UNPACKED: u64 = 200;
+pub(super) const FREE: u64 = 64 << 20;
 
 /// Why a layer's tar is not to be had.
 #[derive(Debug, thiserror::Error)]
@@ -148,14 +148,17 @@ impl LazyLayer {
     /// Fetches what the tar has between files as far as it was not kept when
     /// the files came.
     async fn fetch_rest(self: &Arc<Self>) -> Result<(), ProveError> {
-        let layer = Arc::clone(self);
-        let missing = spawn_blocking(move || {
-            let rest = layer.dir().rest().index()?;
-            let spans = layer.dir().spans(layer.dir().tar_end());
-            let missing = spans.filter(|span| rest.size(span.start).is_none());
-            Ok::<Vec<Span>, io::Error>(missing.collect())
-        });
-        let missing = missing.await.map_err(io::Error::other)??;
+        let mut missing = self.missing_rest().await?;
+        // Chunks that were copied from other layers came without it.
+        if self.keep_described(&missing).await? {
+            missing = self.missing_rest().await?;
+        }
+        self.fetch_spans(&missing).await
+    }
+
+    /// Fetches these, which are in order, and keeps what they have between
+    /// files.
+    pub(super) async fn fetch_spans(self: &Arc<Self>, missing: &[Span]) -> Result<(), ProveError> {
         let gap = self.link().worthwhile_gap();
         let close = |a: &Span, b: &Span| b.start - a.end <= gap;
         for run in missing.chunk_by(close) {
@@ -178,6 +181,18 @@ impl LazyLayer {
             received.await?.0?;
         }
         Ok(())
+    }
+
+    /// The spans of which it is not kept.
+    async fn missing_rest(self: &Arc<Self>) -> Result<Vec<Span>, ProveError> {
+        let layer = Arc::clone(self);
+        let missing = spawn_blocking(move || {
+            let rest = layer.dir().rest().index()?;
+            let spans = layer.dir().spans(layer.dir().tar_end());
+            let missing = spans.filter(|span| rest.size(span.start).is_none());
+            Ok::<Vec<Span>, io::Error>(missing.collect())
+        });
+        Ok(missing.await.map_err(io::Error::other)??)
     }
 
     /// Unpacks a span, all of which goes to `each`, and keeps what it has
@@ -253,7 +268,7 @@ impl LazyLayer {
 
     /// Lets a thread that blocks read `start..end` of the blob as it arrives.
     /// Also returns what to call if that is wrong.
-    async fn receive<T: Send + 'static>(
+    pub(super) async fn receive<T: Send + 'static>(
         self: &Arc<Self>,
         start: u64,
         end: u64,
@@ -398,18 +413,18 @@ impl Read for Hashed {
 }
 
 /// Gives readers the processor and the disk now and then.
-struct Pauses<'a> {
+pub(super) struct Pauses<'a> {
     layer: &'a LazyLayer,
     bytes: u64,
 }
 
 impl<'a> Pauses<'a> {
-    fn new(layer: &'a LazyLayer) -> Self {
+    pub(super) fn new(layer: &'a LazyLayer) -> Self {
         Self { layer, bytes: 0 }
     }
 
     /// So many more bytes were worked on. An error when the layer is closed.
-    fn after(&mut self, bytes: usize) -> io::Result<()> {
+    pub(super) fn after(&mut self, bytes: usize) -> io::Result<()> {
         self.bytes += bytes as u64;
         if self.bytes < PIECE {
             return Ok(());

@@ -298,6 +298,7 @@ pub(super) async fn fetch_claimed(
     mut terms: Terms,
 ) -> Result<(), SourceError> {
     crash_point!("fill.claimed");
+    claims.iter().for_each(Claim::request);
     let mut pending: VecDeque<(Claim, bool)> = claims.into_iter().map(|c| (c, false)).collect();
     let mut patience = Patience::new(layer);
     let mut failed: Option<SourceError> = None;

@@ -16,6 +16,7 @@ use tokio::sync::watch;
 mod content;
 mod disk;
 mod guesses;
+mod reuse;
 mod simulated;
 
 use super::*;
@@ -186,6 +187,11 @@ fn setup_with(sample: Sample, config: Config) -> Setup {
 }
 
 fn setup_of(dir: LayerDir, sample: Sample, config: Config) -> Setup {
+    let engine = Engine::new(config, tokio::runtime::Handle::current());
+    setup_on(&engine, dir, sample)
+}
+
+fn setup_on(engine: &Engine, dir: LayerDir, sample: Sample) -> Setup {
     let placement = crate::layer_dir::placement::Placement::new(&sample.toc());
     // Samples have their files in the order of the blob.
     let mut starts = Vec::new();
@@ -196,18 +202,17 @@ fn setup_of(dir: LayerDir, sample: Sample, config: Config) -> Setup {
     }
     assert_eq!(end, placement.data_size());
     let source = Source::new(&sample);
-    let engine = Engine::new(config, tokio::runtime::Handle::current());
     let layer = LazyLayer::new(
         dir,
         Box::new(source.clone()),
-        &engine,
+        engine,
         Box::new(|_| Some(PathBuf::from("/some/file"))),
     );
     Setup {
         _root: None,
         sample,
         source,
-        engine,
+        engine: engine.clone(),
         layer,
         starts,
     }

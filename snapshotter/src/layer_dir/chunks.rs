@@ -2,7 +2,7 @@
 //! holds it, and from a unit of the blob to its chunks.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, BufReader, Read};
 use std::ops::RangeInclusive;
 use std::path::Path;
 
@@ -42,8 +42,8 @@ const NAME_SHIFT: u32 = 17;
 pub struct ChunkId(pub(super) u32);
 
 impl ChunkId {
-    #[cfg(test)]
-    pub(crate) fn at(position: u32) -> Self {
+    /// The chunk at a position, which may be beyond the table's end.
+    pub fn at(position: u32) -> Self {
         Self(position)
     }
 
@@ -194,6 +194,16 @@ pub(super) struct MetaSum {
 impl ChunkTable {
     /// Checks the file's version, size and checksums, and maps it.
     pub(super) fn open(path: &Path) -> Result<(Identity, Self), Error> {
+        Self::map(path, true)
+    }
+
+    /// The same without reading all of it, for who believes nothing of it
+    /// before it was compared with bytes.
+    pub(super) fn peek(path: &Path) -> Result<(Identity, Self), Error> {
+        Self::map(path, false)
+    }
+
+    fn map(path: &Path, check: bool) -> Result<(Identity, Self), Error> {
         let failed = |e| Error::io("read", path, e);
         let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
         let len = file.metadata().map_err(failed)?.len();
@@ -212,7 +222,7 @@ impl ChunkTable {
         // Read and not mapped for this, so that a disk's error is one, and
         // pages that no lookup needs take no memory.
         let crc = u32_at(&header, 28);
-        if checksum(&file).map_err(failed)? != crc {
+        if check && checksum(&file).map_err(failed)? != crc {
             return Err(Error::damaged(path, "its checksum does not match"));
         }
         // SAFETY: the file is written once, before its directory gets its
@@ -347,6 +357,21 @@ impl ChunkTable {
             .map(|position| self.get(self.by_unit(position)).unit)
             .filter(move |unit| last.replace(unit.offset) != Some(unit.offset))
     }
+}
+
+/// Reads the digests of all chunks, in the order of the table. Read and not
+/// mapped, for the same reason as the checksum.
+pub(super) fn digests(path: &Path, mut each: impl FnMut(ChunkId, Digest)) -> io::Result<()> {
+    let mut file = File::open(path)?;
+    let mut header = [0; HEADER];
+    file.read_exact(&mut header)?;
+    let mut file = BufReader::with_capacity(64 << 10, file);
+    let mut record = [0; RECORD];
+    for chunk in 0..u32_at(&header, 24) {
+        file.read_exact(&mut record)?;
+        each(ChunkId(chunk), digest_at(&record, 32));
+    }
+    Ok(())
 }
 
 /// CRC-32 of the rest of the file.

@@ -4,6 +4,7 @@
 
 mod checks;
 mod chunks;
+mod copy;
 mod create;
 mod error;
 pub mod placement;
@@ -17,7 +18,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-
+use std::sync::atomic::AtomicBool;
 use std::time::SystemTime;
 
 use parking_lot::{Mutex, RwLock};
@@ -101,6 +102,9 @@ pub struct LayerDir {
     described: Mutex<Option<Described>>,
     rest: TarRest,
     proof: Mutex<Option<Proof>>,
+    /// Whether extents can be shared with other directories, as far as is
+    /// known.
+    shares: AtomicBool,
 }
 
 /// Size and time of `meta.erofs`, and the size of `chunks`.
@@ -152,8 +156,21 @@ impl LayerDir {
             }
         };
         let proof = Proof::load(path, &digest);
-        let dir = Self {
-            rest: TarRest::new(path.join(TAR_REST), digest, proof.is_none()),
+        let dir = Self::with(path, identity, chunks, data, present, proof);
+        dir.see();
+        Ok(dir)
+    }
+
+    fn with(
+        path: &Path,
+        identity: Identity,
+        chunks: ChunkTable,
+        data: File,
+        present: Present,
+        proof: Option<Proof>,
+    ) -> Self {
+        Self {
+            rest: TarRest::new(path.join(TAR_REST), identity.digest, proof.is_none()),
             proof: Mutex::new(proof),
             path: path.to_owned(),
             identity,
@@ -164,9 +181,8 @@ impl LayerDir {
             persisted: Mutex::default(),
             storing: RwLock::default(),
             described: Mutex::default(),
-        };
-        dir.see();
-        Ok(dir)
+            shares: AtomicBool::new(true),
+        }
     }
 
     /// Believes nothing of what `present` names before it was verified: the
@@ -205,6 +221,12 @@ impl LayerDir {
     /// Its chunk table.
     pub fn chunks(&self) -> &ChunkTable {
         &self.chunks
+    }
+
+    /// Calls `each` for every chunk and its digest, without keeping the table
+    /// in memory.
+    pub fn digests(&self, each: impl FnMut(ChunkId, Digest)) -> io::Result<()> {
+        chunks::digests(&self.path.join(CHUNKS), each)
     }
 
     /// Which of its chunks are present.
@@ -294,15 +316,20 @@ impl LayerDir {
         self.data.set_len(size)
     }
 
+    /// Writing would make holes of what a shortened file has lost.
+    fn whole(&self) -> io::Result<()> {
+        if self.data.metadata()?.len() < self.identity.data_size {
+            self.restore()?;
+        }
+        Ok(())
+    }
+
     /// Writes a chunk's bytes and then marks it present. `bytes` can only have
     /// come from the decoder, which checked them against `digest`.
     pub fn store(&self, chunk: ChunkId, bytes: &sluice_layer::VerifiedChunk<'_>) -> io::Result<()> {
         let record = self.chunks.get(chunk);
         crash_point!("fill.verified");
-        // Writing would make holes of what a shortened file has lost.
-        if self.data.metadata()?.len() < self.identity.data_size {
-            self.restore()?;
-        }
+        self.whole()?;
         let _storing = self.storing.read();
         self.data.write_all_at(bytes, record.data_offset)?;
         crash_point!("fill.written");

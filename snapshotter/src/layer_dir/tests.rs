@@ -25,6 +25,11 @@ fn sample() -> Sample {
 }
 
 pub(crate) fn make(parent: &Path, sample: &Sample) -> Result<PathBuf, Error> {
+    make_as(parent, sample, 7)
+}
+
+/// The layer with this number on the node.
+pub(crate) fn make_as(parent: &Path, sample: &Sample, number: u64) -> Result<PathBuf, Error> {
     let new = NewLayer {
         toc: &sample.toc(),
         digest: sample.digest(),
@@ -32,7 +37,7 @@ pub(crate) fn make(parent: &Path, sample: &Sample) -> Result<PathBuf, Error> {
         trust: sample.trust(),
         compressed_toc: Digest::of(b"toc"),
         reference: &"r.example/app:v1".parse().unwrap(),
-        number: 7,
+        number,
     };
     create(parent, &new, |toc, placement, out| {
         write_image(toc, placement, XattrNamespace::Trusted, out)
@@ -42,7 +47,7 @@ pub(crate) fn make(parent: &Path, sample: &Sample) -> Result<PathBuf, Error> {
     Ok(parent.join(sample.digest().hex()))
 }
 
-fn fill(dir: &LayerDir, sample: &Sample, units: usize) {
+pub(crate) fn fill(dir: &LayerDir, sample: &Sample, units: usize) {
     for unit in dir.chunks().units_from(0).take(units) {
         let chunks: Vec<ChunkId> = dir.chunks().of_unit(unit.offset).collect();
         let wanted: Vec<Wanted> = chunks
@@ -444,4 +449,142 @@ fn damage(path: &Path, change: &str) {
         ("remove", _) => fs::remove_file(path).unwrap(),
         _ => unreachable!("{change}"),
     }
+}
+
+/// Two layers with the same files in another order, and one file of their own.
+fn two_layers(parent: &Path) -> [(Sample, LayerDir); 2] {
+    [false, true].map(|turned| {
+        let mut all: Vec<SampleFile> = [5_000, 70_000, 200_000]
+            .iter()
+            .map(|&size| SampleFile {
+                name: format!("file{size}"),
+                content: noise(size as u64, size),
+            })
+            .collect();
+        if turned {
+            all.reverse();
+        }
+        all.push(SampleFile {
+            name: "own".to_owned(),
+            content: noise(u64::from(turned), 50_000),
+        });
+        let sample = Sample::new(all, &Layout::default());
+        let path = make_as(parent, &sample, u64::from(turned)).unwrap();
+        let dir = LayerDir::open(&path, sample.digest()).unwrap();
+        (sample, dir)
+    })
+}
+
+/// The chunks of `to` that `from` describes as well.
+fn in_both(to: &LayerDir, from: &LayerDir) -> Vec<(ChunkId, ChunkId)> {
+    let all = |dir: &LayerDir| -> Vec<ChunkId> { dir.chunks().overlapping(0, u64::MAX).collect() };
+    let same = |ours: ChunkId| {
+        let record = to.chunks().get(ours);
+        let theirs = all(from);
+        let theirs = theirs.into_iter();
+        theirs
+            .filter(|&theirs| from.describes(theirs, record.digest, record.size))
+            .map(|theirs| (ours, theirs))
+            .next()
+    };
+    all(to).into_iter().filter_map(same).collect()
+}
+
+#[test]
+fn extents_are_shared_where_the_file_system_can() {
+    let disk = crate::testing::Xfs::new();
+    let [(theirs, from), (ours, to)] = two_layers(disk.path());
+    fill(&from, &theirs, usize::MAX);
+    // Blocks that are not on the disk yet cannot be shared.
+    from.persist().unwrap();
+    let mut shared = 0;
+    let both = in_both(&to, &from);
+    assert_eq!(both.len(), 1 + 2 + 4);
+    for (chunk, theirs) in both {
+        assert!(from.claims(
+            theirs,
+            to.chunks().get(chunk).digest,
+            to.chunks().get(chunk).size
+        ));
+        let size = to.chunks().get(chunk).size;
+        let is_shared = to.share(chunk, &from, theirs).unwrap();
+        assert_eq!(is_shared, size >= 16 << 10, "{size} bytes");
+        assert_eq!(to.present().contains(chunk), is_shared);
+        shared += u64::from(is_shared) * u64::from(size);
+    }
+    to.persist().unwrap();
+    let extents = crate::testing::shared_extents(&to.data_path());
+    assert!(
+        extents.abs_diff(shared) < 4 * 4096,
+        "{extents} bytes of {shared}"
+    );
+    // They are what the TOC says, and stay it when the other layer's go.
+    for (chunk, _) in in_both(&to, &from) {
+        let verdict = to.verify(chunk, true);
+        assert!(
+            matches!(verdict, Verdict::Good | Verdict::Absent),
+            "{verdict:?}"
+        );
+    }
+    from.data.set_len(0).unwrap();
+    let present = to.present().count();
+    for chunk in to.chunks().overlapping(0, u64::MAX) {
+        to.verify(chunk, true);
+    }
+    assert_eq!(to.present().count(), present);
+    fill(&to, &ours, usize::MAX);
+    assert!(to.is_complete());
+}
+
+#[test]
+fn what_is_not_what_it_was_is_not_shared() {
+    let disk = crate::testing::Xfs::new();
+    let [(theirs, from), (_, to)] = two_layers(disk.path());
+    fill(&from, &theirs, usize::MAX);
+    for (chunk, theirs) in in_both(&to, &from) {
+        let offset = from.chunks().get(theirs).data_offset;
+        from.data.write_all_at(b"rotten", offset).unwrap();
+        assert!(!to.share(chunk, &from, theirs).unwrap());
+    }
+    assert_eq!(to.present().count(), 0);
+}
+
+#[test]
+fn without_shared_extents_nothing_is_written() {
+    let disk = crate::testing::Tmpfs::new("8m");
+    let [(theirs, from), (_, to)] = two_layers(disk.path());
+    fill(&from, &theirs, usize::MAX);
+    for (chunk, theirs) in in_both(&to, &from) {
+        assert!(!to.share(chunk, &from, theirs).unwrap());
+    }
+    assert_eq!(
+        (
+            to.present().count(),
+            LayerDir::content_size(&to.path).unwrap()
+        ),
+        (0, 0)
+    );
+}
+
+#[test]
+fn a_directory_can_be_looked_at_without_being_touched() {
+    let scratch = tempfile::tempdir().unwrap();
+    let sample = sample();
+    let path = make(scratch.path(), &sample).unwrap();
+    let dir = LayerDir::open(&path, sample.digest()).unwrap();
+    fill(&dir, &sample, 3);
+    dir.persist().unwrap();
+    let peeked = LayerDir::peek(&path, sample.digest()).unwrap();
+    assert_eq!(peeked.present().count(), dir.present().count());
+    assert_eq!(peeked.identity(), dir.identity());
+    // A layer that was evicted has nothing, and one that is cut short is left
+    // to whoever opens it.
+    dir.evict().unwrap();
+    let peeked = LayerDir::peek(&path, sample.digest()).unwrap();
+    assert_eq!(peeked.present().count(), 0);
+    let data = File::options().write(true).open(path.join(DATA)).unwrap();
+    data.set_len(1).unwrap();
+    LayerDir::peek(&path, sample.digest()).unwrap();
+    assert_eq!(data.metadata().unwrap().len(), 1);
+    assert!(LayerDir::peek(&path, Digest::of(b"another")).is_err());
 }

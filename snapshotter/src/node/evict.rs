@@ -12,7 +12,7 @@ use tokio::task::spawn_blocking;
 
 use super::release::{list, unmount_unused};
 use super::{Mode, Node};
-use crate::layer_dir::LayerDir;
+use crate::layer_dir::{self, LayerDir};
 use crate::service::InUse;
 
 /// How much the layers may take on disk. The default is no bound at all.
@@ -135,11 +135,19 @@ impl Node {
         }
         let Some(mut open) = place.take() else {
             let path = self.layer_path(digest);
-            let emptied = spawn_blocking(move || LayerDir::open(&path, digest)?.evict()).await;
+            let emptied = spawn_blocking(move || {
+                let dir = LayerDir::open(&path, digest)?;
+                dir.evict()?;
+                Ok::<_, layer_dir::Error>(dir.identity().number)
+            });
+            let emptied = emptied.await;
             drop(place);
             self.forget(digest, &slot);
             let emptied = emptied.map_err(|error| error.to_string())?;
-            return emptied.map(|()| true).map_err(|error| error.to_string());
+            let number = emptied.map_err(|error| error.to_string())?;
+            // Whoever took chunks from it holds what was there until now.
+            self.0.elsewhere.forget(number);
+            return Ok(true);
         };
         if self.0.mode == Mode::Erofs
             && let Some(target) = open.mounted.clone()

@@ -94,6 +94,7 @@ impl Node {
             Box::new(move |offset| path_of(&meta, offset)),
         );
         let content = Arc::clone(&layer);
+        self.0.elsewhere.opened(&layer);
         self.0.blobs.insert(identity.number, content);
         Open {
             layer,
@@ -134,6 +135,7 @@ impl Node {
         .map_err(|error| MountError::failed(digest, error))?;
         open.mounted = Some(path.clone());
         open.direct = direct;
+        self.index_layer(&open.layer);
         self.download(open);
         Ok(path)
     }

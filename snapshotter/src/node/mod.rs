@@ -5,6 +5,7 @@
 //!
 //! | path | what |
 //! |---|---|
+//! | `chunk-index/` | which chunks have which digest, in all layers |
 //! | `layers/<64 hexadecimal digits>/` | a layer's directory |
 //! | `blobs/` | in mode `erofs`, mount point of the node's one FUSE file system of contents |
 //! | `m/<number>/` | in mode `erofs`, a mounted layer |
@@ -15,6 +16,7 @@
 mod allowed;
 mod attached;
 mod compile;
+mod elsewhere;
 mod evict;
 mod images;
 mod layer;
@@ -59,6 +61,7 @@ use crate::service::{
 
 pub use allowed::LazyFrom;
 use attached::Attachments;
+use elsewhere::Elsewhere;
 pub use evict::Quota;
 use layer::Slot;
 use left::Numbers;
@@ -190,6 +193,7 @@ struct Inner {
     mode: Mode,
     engine: Engine,
     remote: Remote,
+    elsewhere: Arc<Elsewhere>,
     slots: Mutex<HashMap<Digest, Arc<Slot>>>,
     blobs: BlobTable,
     trees: TreeTable,

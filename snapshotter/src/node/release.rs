@@ -13,7 +13,7 @@ use tokio::task::spawn_blocking;
 use super::Node;
 use super::layer::{Open, Slot};
 use super::start::MOUNTS;
-use crate::layer_dir::TEMPORARY;
+use crate::layer_dir::{LayerDir, TEMPORARY};
 use crate::mount;
 use crate::service::MountError;
 
@@ -33,8 +33,18 @@ impl Node {
         }
         crash_point!("release.closed");
         let path = self.layer_path(digest);
-        let deleted = spawn_blocking(move || delete(&path)).await;
+        let elsewhere = Arc::clone(&self.0.elsewhere);
+        let deleted = spawn_blocking(move || {
+            let identity = LayerDir::identify(&path);
+            delete(&path)?;
+            // Whoever took chunks from it holds its files until now.
+            if let Ok(identity) = identity {
+                elsewhere.forget(identity.number);
+            }
+            Ok(())
+        });
         deleted
+            .await
             .map_err(io::Error::other)
             .flatten()
             .map_err(failed)?;

@@ -15,12 +15,13 @@ use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
 use super::attached::Attachments;
+use super::elsewhere::{Elsewhere, INDEX};
 use super::left::{self, Left, Numbers, clear, tidy};
 use super::marker::{Before, Marker};
 use super::recording::Recordings;
 use super::{Config, Inner, Mode, Node, StartError, memory};
 use crate::descriptors::Seats;
-use crate::fetch::Engine;
+use crate::fetch::{ChunkFinder, Engine};
 use crate::fuse::blobs::{BlobTable, Blobs};
 use crate::fuse::tree::Trees;
 use crate::fuse::{Kept, Reader, Session, SessionError, TreeTable};
@@ -94,8 +95,14 @@ impl Node {
         let profiles = Profiles::open(root.join(PROFILES), config.profiles.images)?;
         let runtime = Handle::current();
         let proven = tokio::sync::mpsc::unbounded_channel();
+        // It is synced only when a process ends in order.
+        let anew = before == Before::PowerLoss;
+        let elsewhere = Elsewhere::new(root, root.join(LAYERS), anew);
+        let elsewhere = Arc::new(elsewhere.map_err(failed(&root.join(INDEX)))?);
+        let finder = Arc::clone(&elsewhere) as Arc<dyn ChunkFinder>;
         let node = Self(Arc::new(Inner {
-            engine: Engine::new(config.fetch.clone(), runtime.clone()),
+            engine: Engine::with_finder(config.fetch.clone(), runtime.clone(), finder),
+            elsewhere,
             remote: Remote::new(
                 client,
                 TocBudget::new(config.toc_memory),
@@ -132,6 +139,7 @@ impl Node {
         node.go_on(layers, &left, before)?;
         node.serve(left)?;
         crash_point!("start.served");
+        node.tidy_index();
         if before != Before::InOrder {
             tracing::warn!(
                 "the last process did not end in order{}: what it left is verified",
@@ -220,7 +228,7 @@ impl Node {
 
     /// The next process need not verify what was made durable.
     fn end_in_order(&self) {
-        let durable = self.0.unpersisted.lock().is_empty();
+        let durable = self.0.unpersisted.lock().is_empty() && self.0.elsewhere.sync().is_ok();
         if durable && !self.0.doubted.load(Ordering::Relaxed) {
             self.0.marker.clear();
         }

@@ -8,6 +8,7 @@ use sluice_registry::{Client, RetryPolicy};
 use tempfile::TempDir;
 
 mod disk;
+mod elsewhere;
 mod prove;
 
 use super::*;

@@ -1,7 +1,7 @@
 //! Whole reads of a layer: from missing bytes to their chunks, and its end in
 //! the middle of them.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -11,7 +11,9 @@ use parking_lot::Mutex;
 use tempfile::TempDir;
 use tokio::runtime::Handle;
 
-use crate::fetch::{Config, Engine, FetchError, LazyLayer, RangeBody, RangeSource, SourceError};
+use crate::fetch::{
+    ChunkFinder, Config, Engine, FetchError, Found, LazyLayer, RangeBody, RangeSource, SourceError,
+};
 use crate::fuse::Content as _;
 use crate::layer_dir::{LayerDir, NewLayer, Problem, create};
 use crate::sample::{Layout, Sample, files};
@@ -103,6 +105,28 @@ impl RangeBody for Body {
     }
 }
 
+/// Knows what the layers of a run have, by looking through them.
+#[derive(Debug, Default)]
+struct Others(Mutex<Vec<Weak<LazyLayer>>>);
+
+impl ChunkFinder for Others {
+    fn find(&self, digest: sluice_oci::Digest, size: u32) -> Option<Found> {
+        let layers: Vec<Arc<LazyLayer>> = self.0.lock().iter().filter_map(Weak::upgrade).collect();
+        let mut found = None;
+        for layer in layers {
+            for chunk in layer.dir().chunks().overlapping(0, u64::MAX) {
+                if layer.dir().claims(chunk, digest, size) {
+                    return Some(Found::There(layer.shared_dir(), chunk));
+                }
+                if layer.dir().describes(chunk, digest, size) && layer.is_coming(chunk) {
+                    found = Some(Found::Coming(Arc::clone(&layer), chunk));
+                }
+            }
+        }
+        found
+    }
+}
+
 /// One run's layer.
 struct Run {
     _root: TempDir,
@@ -113,6 +137,11 @@ struct Run {
 
 impl Origin {
     fn open(&self, refusals: u32) -> Run {
+        let engine = Engine::new(config(), Handle::current());
+        self.open_on(engine, refusals)
+    }
+
+    fn open_on(&self, engine: Engine, refusals: u32) -> Run {
         let root = tempfile::tempdir().expect("a directory");
         let digest = self.sample.digest();
         let path = root.path().join(digest.hex());
@@ -122,14 +151,6 @@ impl Origin {
             std::fs::copy(entry.path(), path.join(entry.file_name())).expect("a copy");
         }
         let dir = LayerDir::open(&path, digest).expect("a whole directory");
-        let config = Config {
-            retry: Duration::ZERO,
-            retry_limit: Duration::ZERO,
-            decoders: 2,
-            read_ahead: 0,
-            ..Config::default()
-        };
-        let engine = Engine::new(config, Handle::current());
         let sent = Arc::default();
         let source = Source {
             blob: Arc::new(self.sample.blob.clone()),
@@ -181,6 +202,32 @@ impl Origin {
         run.nothing_is_held().await;
     }
 
+    /// Two layers have the same files, are read at once, and may wait for each
+    /// other's fetches: all read what they wanted, though the registry fails at
+    /// first, and nothing is held afterwards.
+    pub async fn layers_that_share_wait_in_no_circle(&self) {
+        let others = Arc::new(Others::default());
+        let finder = Arc::clone(&others) as Arc<dyn ChunkFinder>;
+        let engine = Engine::with_finder(config(), Handle::current(), finder);
+        let runs = [1, 0].map(|refusals| self.open_on(engine.clone(), refusals));
+        let layers = runs.iter().map(|run| Arc::downgrade(&run.layer));
+        others.0.lock().extend(layers);
+        let reads = [(0, 0, 2), (1, 0, 2), (0, 2, 1), (1, 1, 2)];
+        let readers = reads.map(|(run, file, count)| {
+            let layer = Arc::clone(&runs[run].layer);
+            let (start, end) = (start_of(file), start_of(file + count - 1) + 4_000);
+            tokio::spawn(async move { layer.fetch(start, end - start).await })
+        });
+        for (reader, (run, file, count)) in readers.into_iter().zip(reads) {
+            let read = reader.await.expect("no reader panics");
+            read.expect("it is fetched");
+            (file..file + count).for_each(|file| self.check(&runs[run].layer, file));
+        }
+        for run in runs {
+            run.nothing_is_held().await;
+        }
+    }
+
     /// The layer is closed while it is read: whoever waits gets its bytes or
     /// hears of the end, and nothing is held afterwards.
     pub async fn a_close_ends_every_wait(&self) {
@@ -214,6 +261,16 @@ impl Run {
         while self.engine.admission().in_use() != (0, 0) {
             tokio::task::yield_now().await;
         }
+    }
+}
+
+fn config() -> Config {
+    Config {
+        retry: Duration::ZERO,
+        retry_limit: Duration::ZERO,
+        decoders: 2,
+        read_ahead: 0,
+        ..Config::default()
     }
 }
 

@@ -74,6 +74,15 @@ fn readers_of_a_layer_fetch_each_byte_once() {
 }
 
 #[test]
+fn layers_with_the_same_chunks_wait_in_no_circle() {
+    let origin = Arc::new(Origin::default());
+    try_all(300, move || {
+        let origin = Arc::clone(&origin);
+        async move { origin.layers_that_share_wait_in_no_circle().await }
+    });
+}
+
+#[test]
 fn closing_a_layer_ends_every_wait() {
     let origin = Arc::new(Origin::default());
     try_all(300, move || {

@@ -19,7 +19,7 @@ use sluice_tests::killer::signal;
 use sluice_tests::scratch::mount_points;
 use sluice_tests::{Daemon, Scratch, programs};
 
-use world::{Orders, Source, World, options};
+use world::{Orders, Source, TWINS, World, options};
 
 impl World<'_> {
     /// A snapshot is prepared, written to, committed and removed, with a death
@@ -132,6 +132,25 @@ impl World<'_> {
             })?;
         }
         for file in &self.source.files {
+            content::check(&root, file)?;
+        }
+        self.containerd.unmount(&root)?;
+        self.remove_image()?;
+        self.is_empty()
+    }
+
+    /// A file that another layer has is read, with a death at each point.
+    fn deaths_in_copies(&self, points: [&str; TWINS]) -> Result<()> {
+        self.pull()?;
+        let root = self.mount()?;
+        let files = &self.source.files;
+        for (number, point) in points.into_iter().enumerate() {
+            content::check(&root, &files[number])?;
+            let twin = &files[files.len() - TWINS + number];
+            ensure!(twin.1 == files[number].1, "they are different files");
+            self.crash(&[point], || content::check(&root, twin))?;
+        }
+        for file in files {
             content::check(&root, file)?;
         }
         self.containerd.unmount(&root)?;
@@ -374,7 +393,13 @@ fn in_mode_erofs(source: &Source) -> Result<Vec<(String, u32)>> {
         ],
         // While one layer is mounted, so is the other: a daemon that is killed
         // in the middle must not wait for itself.
-        &[&["mount.target-made", "start.cleared"], &["mount.mounted"]],
+        &[
+            &["mount.target-made", "start.cleared"],
+            &["mount.mounted"],
+            &["index.drafted"],
+            &["index.named"],
+            &["index.merged"],
+        ],
         &[
             "release.closed",
             "release.unmounted",
@@ -431,6 +456,7 @@ fn in_mode_erofs(source: &Source) -> Result<Vec<(String, u32)>> {
         ]
         .concat(),
     )?;
+    world.deaths_in_copies(["copy.found", "copy.told"])?;
     world.deaths_in_mending(&["mend.compiled", "mend.written", "mend.done"])?;
     world.deaths_in_evictions(&[
         "evict.unmounted",

@@ -20,6 +20,9 @@ const LAYERS: usize = 2;
 /// Files of a layer, each with a chunk of its own.
 const FILES: usize = 40;
 const FILE_SIZE: usize = 5000;
+/// The last files of the last layer have the content of the first ones of the
+/// first layer.
+pub(crate) const TWINS: usize = 2;
 
 /// Only what a test does happens.
 const QUIET: &str = "[background]\nenabled = false\n[prefetch]\nenabled = false\n\
@@ -44,7 +47,9 @@ impl Source {
             writer.layer(Compression::Gzip, |to| {
                 let mut tar = Tarball::new(to);
                 for file in 0..FILES {
-                    let content = noise(FILE_SIZE, (layer * FILES + file) as u64);
+                    let number = layer * FILES + file;
+                    let twin = (number + TWINS).checked_sub(LAYERS * FILES);
+                    let content = noise(FILE_SIZE, twin.unwrap_or(number) as u64);
                     let name = format!("{layer}-{file}");
                     tar.file(&name, &Meta::mode(0o644), &content)?;
                     files.push((name, content));

@@ -192,6 +192,102 @@ async fn a_toc_that_describes_another_tree_than_the_tar_is_found_out() {
     }
 }
 
+/// Two versions of a layer, of which the second has another last file.
+fn versions(format: Format) -> [Sample; 2] {
+    let options = Options::new(format);
+    [0, 1].map(|version| {
+        let mut all = files(60, 20_000);
+        all[59].content = noise(1_000 + version, 20_000);
+        Sample::converted(all, &options).0
+    })
+}
+
+/// Downloads and proves both, one after the other; what is known of the second,
+/// and the bytes that it took beside its TOC.
+async fn second_after_first(first: &Sample, second: &Sample) -> (Node, Proof, u64) {
+    let root = tempfile::tempdir().unwrap();
+    let all = [first, second].map(|sample| (sample, labels(sample)));
+    let registry = Registry::serve(&all);
+    let node = Node::start(downloading(&root), client()).unwrap();
+    for sample in [first, second] {
+        let digest = sample.digest();
+        node.open(request(&registry, sample)).await.unwrap();
+        registry.take_ranges();
+        node.mount(digest).await.unwrap();
+        assert_eq!(node.next_proof().await, digest);
+        while !node.0.elsewhere.indexed().contains(&digest) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+    let ranges = registry.take_ranges();
+    let fetched = ranges.iter().map(|(from, to)| to - from).sum();
+    let proof = node.proof(second.digest()).await.unwrap();
+    (node, proof, fetched)
+}
+
+/// The blob with its tar-split frame changed.
+fn with_other_split(sample: &Sample, change: impl Fn(&mut Vec<u8>)) -> Sample {
+    let size = sample.blob.len() as u64;
+    let location = sluice_layer::locate_toc(&sample.blob, size).unwrap();
+    let range = location.tar_split(size).unwrap();
+    let (start, end) = (range.start as usize + 8, range.end as usize);
+    let mut lines = zstd::decode_all(&sample.blob[start..end]).unwrap();
+    change(&mut lines);
+    let frame = zstd::encode_all(&lines[..], 3).unwrap();
+    let mut blob = sample.blob[..start - 4].to_vec();
+    blob.extend((frame.len() as u32).to_le_bytes());
+    blob.extend(frame);
+    blob.extend(&sample.blob[end..]);
+    Sample {
+        toc_digest: sample.toc_digest,
+        blob,
+        files: Vec::new(),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_copied_is_proven_without_its_units() {
+    for format in FORMATS {
+        let [first, second] = versions(format);
+        let expected = diff_id(format, &second.blob);
+        let (node, proof, fetched) = second_after_first(&first, &second).await;
+        assert_eq!((proof.diff_id, proof.tree_fits), (Some(expected), true));
+        let all = second.blob.len();
+        assert!(fetched < 50_000, "{format}: {fetched} of {all}");
+        node.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tar_split_that_is_wrong_proves_nothing_wrong() {
+    let format = Format::ZstdChunked;
+    let [first, second] = versions(format);
+    let expected = diff_id(format, &second.blob);
+
+    // A frame that is no use costs what there is no frame for.
+    let broken = with_other_split(&second, |lines| lines.truncate(lines.len() / 2));
+    let (node, proof, fetched) = second_after_first(&first, &broken).await;
+    assert_eq!((proof.diff_id, proof.tree_fits), (Some(expected), true));
+    assert!(fetched > 400_000, "{fetched}");
+    node.stop().await;
+
+    // One that lies is found out by who knows the right digest.
+    let lying = with_other_split(&second, |lines| {
+        let text = std::str::from_utf8(lines).unwrap();
+        let at = text.find("AAAAAAAA").unwrap();
+        lines[at..at + 4].copy_from_slice(b"MDAw");
+    });
+    let (node, proof, fetched) = second_after_first(&first, &lying).await;
+    assert_ne!(proof.diff_id, Some(expected));
+    assert!(!proof.certain && fetched < 40_000, "{fetched}");
+    node.settle(lying.digest(), LONG).await.unwrap();
+    assert_eq!(node.next_proof().await, lying.digest());
+    let proof = node.proof(lying.digest()).await.unwrap();
+    assert_eq!((proof.diff_id, proof.tree_fits), (Some(expected), true));
+    assert!(proof.certain);
+    node.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_layer_after_another() {
     let root = tempfile::tempdir().unwrap();
