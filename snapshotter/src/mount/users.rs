@@ -91,6 +91,16 @@ pub fn overlays_on(root: &Path) -> Result<Vec<Overlay>, Error> {
     Ok(found.into_values().collect())
 }
 
+/// Each overlay once, in whichever namespaces it is: a service that has mounts
+/// of its own begins with copies of all that there are.
+pub fn once_each(mut overlays: Vec<Overlay>) -> Vec<Overlay> {
+    // Where this process sees it as well, it says so.
+    overlays.sort_by_key(|overlay| !overlay.processes.is_empty());
+    let mut seen = BTreeSet::new();
+    overlays.retain(|overlay| seen.insert((overlay.target.clone(), overlay.upper.clone())));
+    overlays
+}
+
 /// Directories of the mount at `place` that overlays and bind mounts stand on,
 /// as far as this process's mount namespace shows: containers' root file
 /// systems are mounted in containerd's, which is the daemon's.
@@ -213,6 +223,27 @@ mod tests {
         let writable = overlay("ro,lowerdir=/r/m/1,upperdir=/r/u");
         assert_eq!(upper(&writable), Some("/r/u".into()));
         assert_eq!(upper(&overlay("ro,lowerdir=/r/m/1:/r/m/2")), None);
+    }
+
+    #[test]
+    fn copies_in_other_namespaces_are_one_overlay() {
+        let overlay = |target: &str, upper: Option<&str>, elsewhere: bool| Overlay {
+            target: target.into(),
+            lower: vec!["/r/m/1".into()],
+            upper: upper.map(PathBuf::from),
+            processes: elsewhere
+                .then(|| Process {
+                    pid: 7,
+                    name: "other".to_owned(),
+                })
+                .into_iter()
+                .collect(),
+        };
+        let here = overlay("/run/a", Some("/s/1"), false);
+        let copy = overlay("/run/a", Some("/s/1"), true);
+        let other = overlay("/run/a", Some("/s/2"), true);
+        let found = once_each(vec![copy.clone(), other.clone(), here.clone(), copy]);
+        assert_eq!(found, [here, other]);
     }
 
     #[test]

@@ -97,7 +97,7 @@ impl Left {
             tracing::warn!("cannot tell who uses lost mounts: {error}");
             Vec::new()
         });
-        lost.overlays = overlays;
+        lost.overlays = mount::users::once_each(overlays);
         lost.overlays
             .retain(|user| !user.lower.iter().all(|lower| self.holds(root, lower)));
         let lower = lost.overlays.iter().flat_map(|overlay| &overlay.lower);
