@@ -168,6 +168,22 @@ pub struct Cache {
     /// What is to stay free on their file system, in MiB, in the same way.
     /// Default 0.
     pub min_free_mib: u64,
+    /// From which other layers chunks are taken that a layer lacks.
+    pub share: Share,
+}
+
+/// How far chunks are shared.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Share {
+    /// Within a repository: from other versions of the image.
+    #[default]
+    Repository,
+    /// Among all images of a registry.
+    Registry,
+    /// Among all images of the node. Whoever knows the digest of a chunk can
+    /// then read it here, and whoever guesses it can find out whether it is.
+    Node,
 }
 
 /// Section `[scrub]`.

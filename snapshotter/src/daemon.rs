@@ -12,7 +12,7 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 use tonic::transport::Server;
 
-use crate::config::{Config, MountMode};
+use crate::config::{Config, MountMode, Share};
 use crate::containerd::Containerd;
 use crate::control::{self, Control};
 use crate::descriptors;
@@ -263,6 +263,11 @@ fn node_config(config: &Config, root: &Path) -> node::Config {
         quota: node::Quota {
             limit: (config.cache.limit_mib > 0).then(|| mebibytes(config.cache.limit_mib)),
             min_free: mebibytes(config.cache.min_free_mib),
+        },
+        sharing: match config.cache.share {
+            Share::Repository => node::Sharing::Repository,
+            Share::Registry => node::Sharing::Registry,
+            Share::Node => node::Sharing::Node,
         },
         scrub_rate: mebibytes(config.scrub.mib_per_second.get()),
         ..node::Config::new(root)

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use sluice_layer::{Unit, verify_chunk};
-use sluice_oci::Digest;
+use sluice_oci::{Digest, Reference};
 use tokio::task::spawn_blocking;
 
 use super::Unstored;
@@ -16,10 +16,10 @@ use crate::layer_dir::{ChunkId, LayerDir};
 
 /// Knows what other layers of the node hold.
 pub trait ChunkFinder: std::fmt::Debug + Send + Sync + 'static {
-    /// Where a chunk of this digest and size is, or will be soon. Nobody
-    /// believes the answer before the bytes are verified. Blocks for some
-    /// reads of the disk.
-    fn find(&self, digest: Digest, size: u32) -> Option<Found>;
+    /// Where a chunk of this digest and size is, or will be soon, that a layer
+    /// of the image `by` may have. Nobody believes the answer before the bytes
+    /// are verified. Blocks for some reads of the disk.
+    fn find(&self, digest: Digest, size: u32, by: &Reference) -> Option<Found>;
 }
 
 /// See [`ChunkFinder`].
@@ -169,7 +169,8 @@ impl LazyLayer {
 
     fn find(&self, chunk: ChunkId) -> Option<Found> {
         let record = self.dir.chunks().get(chunk);
-        self.engine.finder()?.find(record.digest, record.size)
+        let by = &self.dir.identity().reference;
+        self.engine.finder()?.find(record.digest, record.size, by)
     }
 
     /// The chunks of a unit that are missing, and whether each is wanted: a

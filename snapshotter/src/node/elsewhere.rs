@@ -9,7 +9,7 @@ use std::sync::{Arc, Weak};
 
 use lru::LruCache;
 use parking_lot::Mutex;
-use sluice_oci::Digest;
+use sluice_oci::{Digest, Reference};
 use tokio::task::spawn_blocking;
 
 use super::Node;
@@ -29,10 +29,35 @@ const PEEKS: usize = 2;
 /// A digest that more places have than this is looked up no further.
 const PLACES: usize = 256;
 
+/// From which layers a layer takes chunks. What its TOC says of them is not
+/// verified before the bytes are there, so that an image could name what
+/// another one holds, and be given it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Sharing {
+    /// From those of its repository: whoever can push there can read there.
+    #[default]
+    Repository,
+    /// From those of its registry.
+    Registry,
+    /// From all.
+    Node,
+}
+
+impl Sharing {
+    fn allows(self, a: &Reference, b: &Reference) -> bool {
+        match self {
+            Self::Repository => a.host() == b.host() && a.repository() == b.repository(),
+            Self::Registry => a.host() == b.host(),
+            Self::Node => true,
+        }
+    }
+}
+
 /// The layers that chunks can be taken from.
 #[derive(Debug)]
 pub(super) struct Elsewhere {
     layers: PathBuf,
+    sharing: Sharing,
     index: ChunkIndex,
     open: Mutex<HashMap<u64, Weak<LazyLayer>>>,
     /// Of layers that are not open, and of those that have nothing. Held while
@@ -43,9 +68,15 @@ pub(super) struct Elsewhere {
 impl Elsewhere {
     /// With the index below `root`, which is made `anew` where the disk may
     /// have lost a part of it.
-    pub(super) fn new(root: &Path, layers: PathBuf, anew: bool) -> io::Result<Self> {
+    pub(super) fn new(
+        root: &Path,
+        layers: PathBuf,
+        sharing: Sharing,
+        anew: bool,
+    ) -> io::Result<Self> {
         Ok(Self {
             layers,
+            sharing,
             index: ChunkIndex::open(&root.join(INDEX), anew)?,
             open: Mutex::default(),
             peeked: Mutex::new(LruCache::new(PEEKED)),
@@ -139,7 +170,7 @@ impl Elsewhere {
 }
 
 impl ChunkFinder for Elsewhere {
-    fn find(&self, digest: Digest, size: u32) -> Option<Found> {
+    fn find(&self, digest: Digest, size: u32, by: &Reference) -> Option<Found> {
         let mut found = None;
         let mut places = 0;
         let mut peeks = PEEKS;
@@ -149,7 +180,8 @@ impl ChunkFinder for Elsewhere {
                 Some(layer) => Some(layer.shared_dir()),
                 None => self.peek(place.layer, &mut peeks),
             };
-            if let Some(dir) = dir {
+            let allowed = |dir: &Arc<LayerDir>| self.sharing.allows(by, &dir.identity().reference);
+            if let Some(dir) = dir.filter(allowed) {
                 if dir.claims(place.chunk, digest, size) {
                     found = Some(Found::There(dir, place.chunk));
                     return ControlFlow::Break(());

@@ -62,6 +62,7 @@ use crate::service::{
 pub use allowed::LazyFrom;
 use attached::Attachments;
 use elsewhere::Elsewhere;
+pub use elsewhere::Sharing;
 pub use evict::Quota;
 use layer::Slot;
 use left::Numbers;
@@ -98,6 +99,8 @@ pub struct Config {
     pub background: Option<Duration>,
     /// How much the layers may take on disk.
     pub quota: Quota,
+    /// How far layers share chunks.
+    pub sharing: Sharing,
     /// Bytes a second that are read to verify what is kept.
     pub scrub_rate: u64,
     /// Layers of one image whose TOCs are fetched and compiled at once.
@@ -121,6 +124,7 @@ impl Config {
             profiles: ProfileConfig::default(),
             background: Some(Duration::from_secs(10)),
             quota: Quota::default(),
+            sharing: Sharing::default(),
             scrub_rate: 50 << 20,
             opening: 8,
             lazy_from: LazyFrom::default(),

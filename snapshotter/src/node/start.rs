@@ -97,7 +97,7 @@ impl Node {
         let proven = tokio::sync::mpsc::unbounded_channel();
         // It is synced only when a process ends in order.
         let anew = before == Before::PowerLoss;
-        let elsewhere = Elsewhere::new(root, root.join(LAYERS), anew);
+        let elsewhere = Elsewhere::new(root, root.join(LAYERS), config.sharing, anew);
         let elsewhere = Arc::new(elsewhere.map_err(failed(&root.join(INDEX)))?);
         let finder = Arc::clone(&elsewhere) as Arc<dyn ChunkFinder>;
         let node = Self(Arc::new(Inner {

@@ -171,10 +171,10 @@ impl State {
         path: &str,
         range: Option<String>,
     ) -> std::io::Result<()> {
-        let (kind, name) = path
-            .trim_start_matches("/v2/app/")
-            .split_once('/')
-            .unwrap_or(("", ""));
+        // Whatever the repository.
+        let mut parts = path.rsplit('/');
+        let name = parts.next().unwrap_or_default();
+        let kind = parts.next().unwrap_or_default();
         if kind == "manifests" && self.documents.contains_key(name) {
             let (media_type, bytes) = &self.documents[name];
             let request = Request {

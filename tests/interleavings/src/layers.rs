@@ -110,7 +110,12 @@ impl RangeBody for Body {
 struct Others(Mutex<Vec<Weak<LazyLayer>>>);
 
 impl ChunkFinder for Others {
-    fn find(&self, digest: sluice_oci::Digest, size: u32) -> Option<Found> {
+    fn find(
+        &self,
+        digest: sluice_oci::Digest,
+        size: u32,
+        _by: &sluice_oci::Reference,
+    ) -> Option<Found> {
         let layers: Vec<Arc<LazyLayer>> = self.0.lock().iter().filter_map(Weak::upgrade).collect();
         let mut found = None;
         for layer in layers {

@@ -12,7 +12,12 @@ use crate::layer_dir::tests::make_as;
 struct Others(Mutex<Vec<Arc<LazyLayer>>>);
 
 impl ChunkFinder for Others {
-    fn find(&self, digest: sluice_oci::Digest, size: u32) -> Option<Found> {
+    fn find(
+        &self,
+        digest: sluice_oci::Digest,
+        size: u32,
+        _by: &sluice_oci::Reference,
+    ) -> Option<Found> {
         let layers = self.0.lock();
         let places = || {
             layers.iter().flat_map(|layer| {

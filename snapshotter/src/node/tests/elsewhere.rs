@@ -53,6 +53,34 @@ async fn indexed(node: &Node, layers: &[&Sample]) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_repository_holds_is_given_to_no_other_unless_the_node_shares() {
+    let [one, two] = [(1, 12), (2, 9)].map(|(number, new)| version(number, new));
+    for (sharing, requests) in [
+        (Sharing::Repository, 1),
+        (Sharing::Registry, 0),
+        (Sharing::Node, 0),
+    ] {
+        let root = tempfile::tempdir().unwrap();
+        let registry = serve(&[&one, &two]);
+        let mut config = without_read_ahead(&root);
+        config.sharing = sharing;
+        let node = Node::start(config, client()).unwrap();
+        let first = mount(&node, &registry, &one).await;
+        assert_content(&first, &one).await;
+        indexed(&node, &[&one]).await;
+        let mut other = request(&registry, &two);
+        let host = other.reference.host().to_owned();
+        other.reference = format!("{host}/other/app:v1").parse().unwrap();
+        node.open(other).await.unwrap();
+        let second = node.mount(two.digest()).await.unwrap();
+        registry.take_log();
+        let found = requests_for(&registry, &second, &two.files[0]).await;
+        assert_eq!(found, requests, "{sharing:?}");
+        node.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_second_version_fetches_what_is_new_before_and_after_a_restart() {
     let root = tempfile::tempdir().unwrap();
     let [one, two, three] = [(1, 12), (2, 9), (3, 8)].map(|(number, new)| version(number, new));
