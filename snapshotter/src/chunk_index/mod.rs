@@ -152,6 +152,16 @@ impl ChunkIndex {
         }
     }
 
+    /// Removes runs of which `lives` knows no layer any more. Blocks.
+    pub fn prune(&self, lives: impl Fn(LayerName) -> bool) -> io::Result<()> {
+        let _merging = self.merging.lock();
+        let runs = self.runs.read().clone();
+        let gone = runs
+            .iter()
+            .filter(|run| !run.layers.iter().any(|&layer| lives(layer)));
+        gone.into_iter().try_for_each(|run| self.drop_run(run))
+    }
+
     /// The smallest runs, up to one that is much larger than they are.
     fn due(&self) -> Vec<Arc<Run>> {
         let mut runs = self.runs.read().clone();

@@ -142,6 +142,18 @@ fn what_is_gone_is_forgotten_with_the_next_merge() {
 }
 
 #[test]
+fn of_layers_that_are_all_gone_no_file_is_left() {
+    let mut layers = Layers::new();
+    layers.add(0..40);
+    layers.add(40..80);
+    assert_eq!(layers.files().len(), 2);
+    layers.index.prune(|layer| layer.number != 0).unwrap();
+    assert_eq!(layers.files().len(), 1);
+    layers.index.prune(|_| false).unwrap();
+    assert!(layers.files().is_empty());
+}
+
+#[test]
 fn what_a_process_left_half_done_is_done_or_gone() {
     let mut layers = Layers::new();
     layers.add(0..50);

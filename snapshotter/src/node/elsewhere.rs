@@ -95,6 +95,18 @@ impl Elsewhere {
         self.peeked.lock().pop(&number);
     }
 
+    /// A layer has been removed. Blocks.
+    pub(super) fn removed(&self, number: u64) {
+        self.forget(number);
+        if let Err(error) = self.prune() {
+            tracing::warn!("what the index of chunks has of removed layers stays: {error}");
+        }
+    }
+
+    fn prune(&self) -> io::Result<()> {
+        self.index.prune(|layer| self.lives(layer))
+    }
+
     /// Adds a layer's chunks to the index. Without them it is a layer like any
     /// other. Blocks.
     fn add(&self, dir: &LayerDir) {
@@ -103,6 +115,8 @@ impl Elsewhere {
         }
         let added = self.index.add(dir);
         let merged = added.and_then(|()| self.index.merge(|layer| self.lives(layer)));
+        // It may have been removed meanwhile.
+        let merged = merged.and_then(|()| self.prune());
         if let Err(error) = merged {
             tracing::warn!(
                 layer = %dir.identity().digest,
@@ -132,7 +146,8 @@ impl Elsewhere {
                 self.index.add(&dir)?;
             }
         }
-        self.index.merge(|layer| self.lives(layer))
+        self.index.merge(|layer| self.lives(layer))?;
+        self.prune()
     }
 
     /// The layers whose chunks are in the index.

@@ -39,7 +39,7 @@ impl Node {
             delete(&path)?;
             // Whoever took chunks from it holds its files until now.
             if let Ok(identity) = identity {
-                elsewhere.forget(identity.number);
+                elsewhere.removed(identity.number);
             }
             Ok(())
         });
