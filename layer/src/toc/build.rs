@@ -5,7 +5,10 @@
 //! symbolic link, a `..`) is refused, so that the layer gets unpacked instead.
 
 use std::ops::Range;
+use std::sync::mpsc;
+use std::thread;
 
+use serde_json::de::SliceRead;
 use sluice_oci::Digest;
 
 use super::error::{EntryError, TocError, printable};
@@ -25,6 +28,17 @@ const MAX_MINOR: u32 = (1 << 20) - 1;
 /// those that share a unit.
 const PER_CHUNK: usize = 8 + 16 + 32;
 
+/// Entries that are read before the tree gets them, where both go on at once,
+/// and bytes that they may take.
+const BATCH: usize = 128;
+const BATCH_BYTES: usize = 64 << 10;
+/// Batches on their way.
+const BATCHES: usize = 2;
+/// What the batches take, of which each may end in the largest of entries.
+const IN_BATCHES: u64 = (BATCHES as u64 + 2) << 20;
+/// JSON of less than this is not worth a thread.
+const WORTH_TWO: usize = 1 << 20;
+
 /// Builds the tree that `json` describes, of a blob whose chunks end at
 /// `chunks_end`. Of the memory that `limits` allow, `taken` bytes are in use.
 pub(super) fn build<'a>(
@@ -34,29 +48,54 @@ pub(super) fn build<'a>(
     limits: &Limits,
     taken: u64,
 ) -> Result<Toc, TocError> {
-    let mut builder = Builder {
-        limits,
-        chunks_end,
-        tree: Tree::new(limits.max_entries, Meter::new(limits.max_memory, taken)),
-        chunks: Vec::new(),
-        boundaries: Vec::new(),
-        file: None,
-        landmark: None,
-        first_offset: u64::MAX,
-        layer_bytes: 0,
-    };
-    let mut index = 0;
-    for_each_entry(json, &mut |entry: Entry<'_>| {
-        if index >= limits.max_entries {
-            return Err(TocError::TooManyEntries {
-                limit: limits.max_entries,
-            });
-        }
-        builder.add(index, &entry)?;
-        index += 1;
-        Ok(())
-    })?;
+    let mut builder = Builder::new(chunks_end, limits, taken);
+    for_each_entry(json, &mut |entry: Entry<'_>| builder.take(&entry))?;
     builder.finish(format)
+}
+
+/// As [`build`], of JSON that is in memory as a whole: of much of it, one
+/// thread reads the entries and another makes the tree.
+pub(super) fn build_whole(
+    format: Format,
+    chunks_end: u64,
+    json: &[u8],
+    limits: &Limits,
+) -> Result<Toc, TocError> {
+    let taken = json.len() as u64;
+    if json.len() < WORTH_TWO {
+        return build(format, chunks_end, SliceRead::new(json), limits, taken);
+    }
+    let mut builder = Builder::new(chunks_end, limits, taken + IN_BATCHES);
+    thread::scope(|scope| {
+        let (send, batches) = mpsc::sync_channel::<Vec<Entry<'_>>>(BATCHES);
+        let built = scope.spawn(move || {
+            let mut entries = batches.iter().flatten();
+            entries.try_for_each(|entry| builder.take(&entry))?;
+            Ok(builder)
+        });
+        let mut batch = Vec::with_capacity(BATCH);
+        let mut bytes = 0;
+        let read = for_each_entry(SliceRead::new(json), &mut |entry: Entry<'_>| {
+            bytes += entry.own_size();
+            batch.push(entry);
+            if batch.len() < BATCH && bytes < BATCH_BYTES {
+                return Ok(());
+            }
+            bytes = 0;
+            let full = std::mem::replace(&mut batch, Vec::with_capacity(BATCH));
+            // Nobody takes it after an entry that is refused, which is told
+            // instead.
+            send.send(full).map_err(|_| TocError::Json(String::new()))
+        });
+        // An entry that is refused comes before what cannot be read.
+        let _ = send.send(batch);
+        drop(send);
+        let built = built.join();
+        let built = built.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        let built: Builder<'_> = built?;
+        read?;
+        built.finish(format)
+    })
 }
 
 fn located(index: usize, name: &[u8], reason: EntryError) -> TocError {
@@ -77,6 +116,8 @@ fn entry_at(index: usize, entry: &Entry<'_>) -> EntryAt {
 struct Builder<'l> {
     limits: &'l Limits,
     chunks_end: u64,
+    /// Entries so far.
+    entries: usize,
     tree: Tree,
     chunks: Vec<Chunk>,
     /// Where units begin or end.
@@ -101,7 +142,35 @@ struct OpenFile {
     next: u64,
 }
 
-impl Builder<'_> {
+impl<'l> Builder<'l> {
+    fn new(chunks_end: u64, limits: &'l Limits, taken: u64) -> Self {
+        Self {
+            limits,
+            chunks_end,
+            entries: 0,
+            tree: Tree::new(limits.max_entries, Meter::new(limits.max_memory, taken)),
+            chunks: Vec::new(),
+            boundaries: Vec::new(),
+            file: None,
+            landmark: None,
+            first_offset: u64::MAX,
+            layer_bytes: 0,
+        }
+    }
+
+    /// Adds the next entry.
+    fn take(&mut self, entry: &Entry<'_>) -> Result<(), TocError> {
+        let index = self.entries;
+        if index >= self.limits.max_entries {
+            return Err(TocError::TooManyEntries {
+                limit: self.limits.max_entries,
+            });
+        }
+        self.add(index, entry)?;
+        self.entries += 1;
+        Ok(())
+    }
+
     fn add(&mut self, index: usize, entry: &Entry<'_>) -> Result<(), TocError> {
         if &*entry.kind == b"chunk" {
             return self
@@ -421,4 +490,86 @@ fn digest(text: &[u8]) -> Result<Digest, EntryError> {
         .ok()
         .and_then(|text| text.parse().ok())
         .ok_or_else(|| EntryError::Digest(printable(text)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const END: u64 = 1 << 40;
+
+    /// JSON that is worth two threads.
+    fn json(entry_of: impl Fn(usize) -> String) -> String {
+        let entries: Vec<String> = (0..8_000).map(entry_of).collect();
+        let json = format!(r#"{{"version":1,"entries":[{}]}}"#, entries.join(","));
+        assert!(json.len() >= WORTH_TWO, "{} bytes", json.len());
+        json
+    }
+
+    fn file(index: usize) -> String {
+        // An escape makes a name that is not borrowed.
+        format!(
+            r#"{{"name":"d{}/\u0066-{index}","type":"reg","size":7,"mode":420,"offset":{},"modtime":"2024-01-01T00:00:00Z","digest":"sha256:{index:064x}"}}"#,
+            index / 100,
+            index * 100,
+        )
+    }
+
+    fn whole(json: &str, limits: &Limits) -> Result<Toc, TocError> {
+        build_whole(Format::Estargz, END, json.as_bytes(), limits)
+    }
+
+    fn by_one(json: &str) -> Result<Toc, TocError> {
+        let reader = SliceRead::new(json.as_bytes());
+        build(Format::Estargz, END, reader, &Limits::default(), 0)
+    }
+
+    #[test]
+    fn two_threads_make_the_tree_that_one_makes() {
+        let json = json(file);
+        let toc = whole(&json, &Limits::default()).unwrap();
+        assert_eq!(toc.nodes().len(), 1 + 80 + 8_000);
+        assert_eq!(toc, by_one(&json).unwrap());
+    }
+
+    #[test]
+    fn two_threads_tell_the_first_fault_as_one_does() {
+        let outside = |index| match index {
+            5_000 | 7_000 => file(index).replace(r"\u0066-", "../"),
+            _ => file(index),
+        };
+        let cut_short = |json: String| json[..json.len() - 3].to_owned();
+        let unreadable = |index| match index {
+            6_001 => "{]".to_owned(),
+            6_000 => file(index).replace("\"reg\"", "\"rag\""),
+            _ => file(index),
+        };
+        for (json, expected) in [
+            (json(outside), "entry 5000"),
+            (cut_short(json(outside)), "entry 5000"),
+            (cut_short(json(file)), "EOF"),
+            (json(unreadable), "entry 6000"),
+        ] {
+            let error = whole(&json, &Limits::default()).err().unwrap();
+            assert!(error.to_string().contains(expected), "{error}");
+            assert_eq!(error.to_string(), by_one(&json).err().unwrap().to_string());
+        }
+    }
+
+    #[test]
+    fn limits_hold_with_two_threads() {
+        let json = json(file);
+        let entries = Limits {
+            max_entries: 8_000,
+            ..Limits::default()
+        };
+        let error = whole(&json, &entries).err().unwrap();
+        assert!(error.to_string().contains("8000"), "{error}");
+        let memory = Limits {
+            max_memory: json.len() as u64 + IN_BATCHES,
+            ..Limits::default()
+        };
+        let error = whole(&json, &memory).err().unwrap();
+        assert!(error.to_string().contains("memory"), "{error}");
+    }
 }

@@ -87,6 +87,25 @@ pub(super) struct Entry<'a> {
     pub(super) chunk_type: Bytes<'a>,
 }
 
+impl Entry<'_> {
+    /// Bytes that are not borrowed from the JSON.
+    pub(super) fn own_size(&self) -> usize {
+        let text = [&self.name, &self.kind, &self.mod_time, &self.link_name];
+        let digests = [&self.digest, &self.chunk_digest, &self.chunk_type];
+        let texts = text.into_iter().chain(digests).map(|text| own(&text.0));
+        let pairs = self.xattrs.0.iter();
+        let xattrs = pairs.map(|pair| size_of::<EncodedXattr<'_>>() + own(&pair.0) + own(&pair.1));
+        texts.chain(xattrs).sum()
+    }
+}
+
+fn own(text: &Cow<'_, [u8]>) -> usize {
+    match text {
+        Cow::Borrowed(_) => 0,
+        Cow::Owned(text) => text.capacity(),
+    }
+}
+
 /// Names and base64 values, in the JSON's order. Most entries have none.
 #[derive(Debug, Default)]
 pub(super) struct Xattrs<'a>(pub(super) Vec<EncodedXattr<'a>>);

@@ -3,7 +3,7 @@
 
 use std::io::BufReader;
 
-use serde_json::de::{IoRead, SliceRead};
+use serde_json::de::IoRead;
 use sluice_oci::{Digest, Hasher};
 
 use super::error::TocError;
@@ -69,7 +69,7 @@ pub fn read_toc(
         if let TocTrust::Uncompressed(expected) = trust {
             check_digest(json.bytes(), expected)?;
         }
-        return build_whole(location.format, chunks_end, json.bytes(), limits);
+        return build::build_whole(location.format, chunks_end, json.bytes(), limits);
     }
     // Decompressed twice rather than kept: nothing is parsed before it is
     // known to be what the manifest promises.
@@ -82,16 +82,6 @@ pub fn read_toc(
     let json = IoRead::new(BufReader::new(BoundedJson::new(json)));
     let taken = unpack::stream_memory(location.format, compressed);
     build::build(location.format, chunks_end, json, limits, taken)
-}
-
-fn build_whole(
-    format: Format,
-    chunks_end: u64,
-    json: &[u8],
-    limits: &Limits,
-) -> Result<Toc, TocError> {
-    let taken = json.len() as u64;
-    build::build(format, chunks_end, SliceRead::new(json), limits, taken)
 }
 
 /// Reads a TOC from its uncompressed JSON, of a blob whose chunks end at
@@ -109,7 +99,7 @@ pub fn read_toc_json(
         });
     }
     check_digest(json, expected)?;
-    build_whole(format, chunks_end, json, limits)
+    build::build_whole(format, chunks_end, json, limits)
 }
 
 /// A TOC that nothing vouches for: for looking at images, and for finding
@@ -173,7 +163,7 @@ impl UntrustedToc {
     /// nobody.
     pub fn parse_without_trust(&self, limits: &Limits) -> Result<Toc, TocError> {
         let (format, chunks_end) = (self.location.format, self.location.chunks_end());
-        build_whole(format, chunks_end, &self.json, limits)
+        build::build_whole(format, chunks_end, &self.json, limits)
     }
 }
 

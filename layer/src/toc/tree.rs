@@ -28,6 +28,12 @@ struct Edge {
     name: Box<[u8]>,
 }
 
+/// Where a name is looked for, and what is there.
+struct Spot {
+    hash: u64,
+    edge: Option<u32>,
+}
+
 /// A hard link to a name that comes later, or never. Its node is a
 /// placeholder.
 struct Forward {
@@ -101,8 +107,8 @@ impl Tree {
             if component.starts_with(WHITEOUT) {
                 return Err(EntryError::WhiteoutName);
             }
-            let edge = self.edge(directory, component);
-            let found = edge.map(|edge| self.edges[edge as usize].node);
+            let spot = self.spot(directory, component);
+            let found = spot.edge.map(|edge| self.edges[edge as usize].node);
             directory = match found.map(|node| (node, &self.nodes[node as usize].kind)) {
                 Some((node, NodeKind::Directory(_))) => node,
                 Some((_, kind)) if !is_whiteout(kind) => {
@@ -110,7 +116,7 @@ impl Tree {
                 }
                 _ => {
                     let made = self.push(missing_directory(directory))?;
-                    self.link(edge, directory, component, made)?;
+                    self.link(spot, directory, component, made)?;
                     made
                 }
             };
@@ -128,10 +134,10 @@ impl Tree {
         name: &[u8],
         mut node: Node,
     ) -> Result<u32, EntryError> {
-        let edge = self.edge(parent, name);
+        let spot = self.spot(parent, name);
         if let NodeKind::Directory(directory) = &mut node.kind {
             directory.parent = NodeId(parent);
-            if let Some(old) = edge.map(|edge| self.edges[edge as usize].node)
+            if let Some(old) = spot.edge.map(|edge| self.edges[edge as usize].node)
                 && let NodeKind::Directory(_) = self.nodes[old as usize].kind
             {
                 // As when unpacked: attributes of the later, and of the
@@ -145,7 +151,7 @@ impl Tree {
             }
         }
         let node = self.push(node)?;
-        self.link(edge, parent, name, node)?;
+        self.link(spot, parent, name, node)?;
         Ok(node)
     }
 
@@ -157,9 +163,10 @@ impl Tree {
         name: &[u8],
         node: Node,
     ) -> Result<(), EntryError> {
-        if self.edge(parent, name).is_none() {
+        let spot = self.spot(parent, name);
+        if spot.edge.is_none() {
             let node = self.push(node)?;
-            self.link(None, parent, name, node)?;
+            self.link(spot, parent, name, node)?;
         }
         Ok(())
     }
@@ -180,7 +187,7 @@ impl Tree {
         attributes: Attributes,
         entry: EntryAt,
     ) -> Result<(), EntryError> {
-        let edge = self.edge(parent, name);
+        let spot = self.spot(parent, name);
         let node = match self.find(target) {
             Some(node) => {
                 let old = &self.nodes[node as usize];
@@ -216,7 +223,7 @@ impl Tree {
                 node
             }
         };
-        self.link(edge, parent, name, node)
+        self.link(spot, parent, name, node)
     }
 
     /// Adds extended attributes to a node's. A million entries for one
@@ -310,32 +317,33 @@ impl Tree {
 
     fn find(&self, path: &[u8]) -> Option<u32> {
         components(path).try_fold(ROOT, |directory, component| {
-            let edge = self.edge(directory, component)?;
+            let edge = self.spot(directory, component).edge?;
             Some(self.edges[edge as usize].node)
         })
     }
 
-    fn edge(&self, parent: u32, name: &[u8]) -> Option<u32> {
-        let mut at = *self.index.get(&self.hasher.hash_one((parent, name)))?;
-        while at != NONE {
-            let edge = &self.edges[at as usize];
-            if edge.parent == parent && *edge.name == *name {
-                return Some(at);
+    fn spot(&self, parent: u32, name: &[u8]) -> Spot {
+        let hash = self.hasher.hash_one((parent, name));
+        let mut edge = self.index.get(&hash).copied();
+        while let Some(at) = edge {
+            let found = &self.edges[at as usize];
+            if found.parent == parent && *found.name == *name {
+                break;
             }
-            at = edge.next;
+            edge = Some(found.next).filter(|next| *next != NONE);
         }
-        None
+        Spot { hash, edge }
     }
 
-    /// Makes `name` stand for `node`; `edge` is what [`Self::edge`] found.
+    /// Makes `name` stand for `node`; `spot` is what [`Self::spot`] found.
     fn link(
         &mut self,
-        edge: Option<u32>,
+        spot: Spot,
         parent: u32,
         name: &[u8],
         node: u32,
     ) -> Result<(), EntryError> {
-        if let Some(edge) = edge {
+        if let Some(edge) = spot.edge {
             self.edges[edge as usize].node = node;
             // A directory may have gone, with all that is below.
             self.last_directory = (Vec::new(), ROOT);
@@ -343,9 +351,8 @@ impl Tree {
         }
         self.memory
             .take(size_of::<Edge>() + PER_EDGE + block(name.len()))?;
-        let hash = self.hasher.hash_one((parent, name));
         let new = self.edges.len() as u32;
-        let next = self.index.insert(hash, new).unwrap_or(NONE);
+        let next = self.index.insert(spot.hash, new).unwrap_or(NONE);
         self.edges.push(Edge {
             parent,
             node,

@@ -14,7 +14,17 @@ pub(super) fn assign(
     boundaries.push(chunks_end);
     boundaries.sort_unstable();
     boundaries.dedup();
-    let position = |offset: u64| boundaries.partition_point(|boundary| *boundary < offset);
+    let mut last = 0;
+    let mut position = |offset: u64| {
+        // Most chunks lie in the order of the blob.
+        if boundaries.get(last) != Some(&offset) {
+            last = match boundaries.get(last + 1) {
+                Some(next) if *next == offset => last + 1,
+                _ => boundaries.partition_point(|boundary| *boundary < offset),
+            };
+        }
+        last
+    };
 
     // Bytes decoded and chunks, of the unit at each boundary.
     let mut units = vec![(0u64, 0u32); boundaries.len()];

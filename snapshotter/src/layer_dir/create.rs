@@ -129,10 +129,17 @@ fn describe(
         .map_err(failed)?;
     write_meta(toc, placement, &mut file).map_err(|p| Error::new(path, p))?;
     crash_point!("compile.meta-written");
-    file.sync_all().map_err(failed)?;
-    crash_point!("compile.meta-synced");
     file.rewind().map_err(failed)?;
-    let checksum = chunks::checksum(&file).map_err(failed)?;
+    // The disk writes while the processor adds up.
+    let (synced, checksum) = thread::scope(|scope| {
+        let synced = scope.spawn(|| file.sync_all());
+        let checksum = chunks::checksum(&file);
+        (synced.join(), checksum)
+    });
+    let synced = synced.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    synced.map_err(failed)?;
+    crash_point!("compile.meta-synced");
+    let checksum = checksum.map_err(failed)?;
     Ok((file.metadata().map_err(failed)?.len(), checksum))
 }
 

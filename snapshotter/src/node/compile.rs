@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread;
 
 use sluice_layer::Toc;
 use sluice_oci::{Digest, Reference};
@@ -54,12 +55,17 @@ impl Node {
             let (node, fetched) = (self.clone(), Arc::clone(&fetched));
             let (layers, reference) = (layers.clone(), reference.clone());
             let compiled = spawn_blocking(move || {
-                // Held to the end, also when nobody waits for it any more.
-                let memory = memory;
                 let remote = &node.0.remote;
-                compile(
-                    &layers, remote, &fetched, &memory, digest, &reference, number,
-                )
+                let (toc, made) =
+                    compile(&layers, remote, &fetched, &memory, digest, &reference, number);
+                // Nobody waits until so much in small pieces is free again.
+                drop(spawn_blocking(move || {
+                    drop(toc);
+                    give_back();
+                    // Held to the end, also when nobody waits for it any more.
+                    drop(memory);
+                }));
+                made
             });
             match compiled.await.unwrap_or(Err(Error::Panicked)) {
                 Err(error) if error.needs_more_memory() && !whole => wanted = u64::MAX,
@@ -69,8 +75,7 @@ impl Node {
     }
 }
 
-/// Blocks, and takes up to `memory`, which it gives back to the system
-/// afterwards.
+/// Blocks, and takes up to `memory`, of which what it returns holds a part.
 fn compile(
     layers: &Path,
     remote: &Remote,
@@ -79,36 +84,41 @@ fn compile(
     digest: Digest,
     reference: &Reference,
     number: u64,
-) -> Result<(), Error> {
-    let made = (|| {
-        let toc = fetched.read(remote, memory)?;
-        let new = NewLayer {
-            toc: &toc,
-            digest,
-            blob_size: fetched.blob_size(),
-            trust: fetched.trust(),
-            compressed_toc: fetched.compressed_digest(),
-            reference,
-            number,
-        };
-        layer_dir::create(layers, &new, |toc: &Toc, placement, out| {
-            let mut out = io::BufWriter::with_capacity(1 << 18, out);
-            let written = write_image(toc, placement, XattrNamespace::Trusted, &mut out)
-                .map_err(|e| Problem::Erofs(Box::new(e)))?;
-            if written.dropped_xattrs > 0 {
-                tracing::info!(
-                    layer = %digest,
-                    "{} extended attributes are in no namespace that Linux stores; left out",
-                    written.dropped_xattrs
-                );
-            }
-            io::Write::flush(&mut out).map_err(|source| Problem::Io {
-                action: "write",
-                source,
-            })
-        })?;
-        Ok(())
-    })();
-    give_back();
-    made
+) -> (Option<Toc>, Result<(), Error>) {
+    let (compressed_toc, toc) = thread::scope(|scope| {
+        let compressed_toc = scope.spawn(|| fetched.compressed_digest());
+        let toc = fetched.read(remote, memory);
+        (compressed_toc.join(), toc)
+    });
+    let compressed_toc = compressed_toc.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    let toc = match toc {
+        Ok(toc) => toc,
+        Err(error) => return (None, Err(error.into())),
+    };
+    let new = NewLayer {
+        toc: &toc,
+        digest,
+        blob_size: fetched.blob_size(),
+        trust: fetched.trust(),
+        compressed_toc,
+        reference,
+        number,
+    };
+    let made = layer_dir::create(layers, &new, |toc: &Toc, placement, out| {
+        let mut out = io::BufWriter::with_capacity(1 << 18, out);
+        let written = write_image(toc, placement, XattrNamespace::Trusted, &mut out)
+            .map_err(|e| Problem::Erofs(Box::new(e)))?;
+        if written.dropped_xattrs > 0 {
+            tracing::info!(
+                layer = %digest,
+                "{} extended attributes are in no namespace that Linux stores; left out",
+                written.dropped_xattrs
+            );
+        }
+        io::Write::flush(&mut out).map_err(|source| Problem::Io {
+            action: "write",
+            source,
+        })
+    });
+    (Some(toc), made.map_err(Error::from))
 }
