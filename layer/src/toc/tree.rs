@@ -336,13 +336,7 @@ impl Tree {
     }
 
     /// Makes `name` stand for `node`; `spot` is what [`Self::spot`] found.
-    fn link(
-        &mut self,
-        spot: Spot,
-        parent: u32,
-        name: &[u8],
-        node: u32,
-    ) -> Result<(), EntryError> {
+    fn link(&mut self, spot: Spot, parent: u32, name: &[u8], node: u32) -> Result<(), EntryError> {
         if let Some(edge) = spot.edge {
             self.edges[edge as usize].node = node;
             // A directory may have gone, with all that is below.

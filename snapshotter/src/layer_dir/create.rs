@@ -87,30 +87,38 @@ fn fill(
         prefetch_end: new.toc.prefetch_end(),
         data_size: placement.data_size(),
     };
-    let at = |name: &str| directory.join(name);
-    let (meta, table) = (at(META), at(CHUNKS));
+    let (meta, table) = (directory.join(META), directory.join(CHUNKS));
     // Neither needs the other but for the checksum, and the disk can take one
     // while the other is thought about.
     let (described, tabled) = thread::scope(|scope| {
-        let tabled = scope.spawn(|| Table::write(&table, new.toc, &placement));
+        let tabled = scope.spawn(|| {
+            let tabled = Table::write(&table, new.toc, &placement)?;
+            make_data(&directory.join(DATA), placement.data_size())?;
+            Present::empty(tabled.chunks).save(directory, &new.digest)?;
+            Ok::<_, Error>(tabled)
+        });
         let described = describe(&meta, new.toc, &placement, write_meta);
         (described, tabled.join())
     });
     let described = described?;
-    let data = at(DATA);
-    File::create_new(&data)
-        .and_then(|file| {
-            file.set_len(placement.data_size())?;
-            file.sync_all()
-        })
-        .map_err(|e| Error::io("make", &data, e))?;
-    crash_point!("compile.data-made");
-
     let tabled = tabled.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-    let count = tabled.chunks;
     tabled.finish(&table, &identity, described)?;
     crash_point!("compile.chunks-written");
-    Present::empty(count).save(directory, &new.digest)
+    // All four names, of which some came after the map of what is present.
+    File::open(directory)
+        .and_then(|directory| directory.sync_all())
+        .map_err(|e| Error::io("make", directory, e))
+}
+
+fn make_data(path: &Path, size: u64) -> Result<(), Error> {
+    File::create_new(path)
+        .and_then(|file| {
+            file.set_len(size)?;
+            file.sync_all()
+        })
+        .map_err(|e| Error::io("make", path, e))?;
+    crash_point!("compile.data-made");
+    Ok(())
 }
 
 /// Writes the EROFS image; its size and checksum.

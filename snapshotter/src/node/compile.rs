@@ -56,8 +56,9 @@ impl Node {
             let (layers, reference) = (layers.clone(), reference.clone());
             let compiled = spawn_blocking(move || {
                 let remote = &node.0.remote;
-                let (toc, made) =
-                    compile(&layers, remote, &fetched, &memory, digest, &reference, number);
+                let (toc, made) = compile(
+                    &layers, remote, &fetched, &memory, digest, &reference, number,
+                );
                 // Nobody waits until so much in small pieces is free again.
                 drop(spawn_blocking(move || {
                     drop(toc);
