@@ -108,7 +108,10 @@ async fn what_a_layers_tar_is_is_known_when_all_of_it_is_here() {
         let fetched: u64 = ranges.iter().map(|(from, to)| to - from).sum();
         let toc = sample.toc().toc_offset();
         assert!(fetched <= toc, "{format}: {fetched}");
-        assert!(ranges.iter().all(|(_, to)| *to <= toc), "{format}: {ranges:?}");
+        assert!(
+            ranges.iter().all(|(_, to)| *to <= toc),
+            "{format}: {ranges:?}"
+        );
         // In doubt it is found out from the whole blob.
         node.settle(digest, LONG).await.unwrap();
         assert_eq!(node.next_proof().await, digest);
