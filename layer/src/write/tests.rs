@@ -1,14 +1,15 @@
 use std::io::Read as _;
 
-use base64::prelude::{BASE64_STANDARD, Engine as _};
-use proptest::prelude::*;
 use serde_json::Value;
 use sluice_oci::Digest;
 
-use super::crc64::Crc64;
 use super::header::{Header, Kind, Time, encode};
 use super::*;
-use crate::{TarPart, TarSplit, locate_toc};
+
+mod cutting;
+mod order;
+mod random;
+mod tar_split;
 
 const FORMATS: [Format; 2] = [Format::Estargz, Format::ZstdChunked];
 
@@ -74,17 +75,6 @@ fn options(format: Format, chunk_size: u64) -> Options {
         chunk_size,
         ..Options::new(format)
     }
-}
-
-/// Every way to cut files.
-fn ways() -> impl Iterator<Item = Options> {
-    FORMATS.into_iter().flat_map(|format| {
-        let content = Options {
-            chunking: Chunking::Content,
-            ..options(format, 512)
-        };
-        [options(format, 4096), content]
-    })
 }
 
 /// The whole blob as an ordinary runtime decompresses it.
@@ -219,43 +209,6 @@ fn both_formats_hold_every_file_and_an_ordinary_tar() {
     }
 }
 
-/// Bytes in the middle of a large file are inserted and others removed.
-#[test]
-fn two_versions_of_a_file_share_their_chunks_where_the_content_says() {
-    let before = noise(400_000);
-    let mut after = before.clone();
-    after.splice(100_000..100_000, *b"inserted");
-    after.drain(300_000..300_100);
-    for format in FORMATS {
-        let new_bytes = |chunking| {
-            let options = Options {
-                chunking,
-                ..options(format, 8192)
-            };
-            let [before, after] = [&before, &after].map(|content| {
-                // In another place of another tar.
-                let other = file("other", &content[..content.len() % 1_000]);
-                let tar = archive(&[other, file("large", content)]);
-                let (blob, tail) = write_layer(&tar, &options, &[]).unwrap();
-                let toc = toc(format, &blob, &tail);
-                assert_eq!(files(format, &blob, &toc)[1].1, *content);
-                let entries = toc["entries"].as_array().unwrap().clone();
-                let of_file = entries.into_iter().filter(|entry| entry["name"] == "large");
-                of_file
-                    .map(|entry| {
-                        let digest = entry["chunkDigest"].as_str().unwrap().to_owned();
-                        (digest, entry["chunkSize"].as_u64().unwrap())
-                    })
-                    .collect::<Vec<_>>()
-            });
-            let new = after.iter().filter(|chunk| !before.contains(chunk));
-            new.map(|(_, size)| size).sum::<u64>()
-        };
-        assert!(new_bytes(Chunking::Fixed) > 190_000);
-        assert!(new_bytes(Chunking::Content) < 100_000);
-    }
-}
-
 #[test]
 fn footers_are_the_documented_bytes() {
     let tar = archive(&[file("a", b"b")]);
@@ -317,191 +270,6 @@ fn toc_fields_come_in_the_documented_order() {
 }
 
 #[test]
-fn prioritized_files_come_first_with_what_they_need() {
-    let tar = archive(&[
-        file("z", b"z"),
-        directory("a/"),
-        directory("a/b/"),
-        file("a/b/target", b"t"),
-        file("other", b"o"),
-        link("a/link", Kind::HardLink, "a/b/target"),
-    ]);
-    let wanted = ["/a/link".to_owned(), "nowhere".to_owned()];
-    for format in FORMATS {
-        let (blob, tail) = write_layer(&tar, &Options::new(format), &wanted).unwrap();
-        let unpacked = unpack(format, &blob);
-        assert_eq!(Digest::of(&unpacked), tail.diff_id);
-        let names: Vec<String> = tar::Archive::new(unpacked.as_slice())
-            .entries()
-            .unwrap()
-            .map(|e| e.unwrap().path().unwrap().display().to_string())
-            .filter(|name| name != TOC_NAME)
-            .collect();
-        assert_eq!(
-            names,
-            [
-                "a/",
-                "a/b/",
-                "a/b/target",
-                "a/link",
-                PREFETCH_LANDMARK,
-                "z",
-                "other"
-            ],
-            "{format}"
-        );
-    }
-    let mut index = TarIndex::new();
-    index.push(&tar).unwrap();
-    assert_eq!(index.order(&wanted).unwrap().missing, ["nowhere"]);
-}
-
-#[test]
-fn converting_twice_leaves_one_toc_and_one_landmark() {
-    let tar = archive(&[file("a", b"1"), file("b", b"2")]);
-    let prioritized = ["b".to_owned()];
-    let (first, _) = write_layer(&tar, &Options::new(Format::Estargz), &prioritized).unwrap();
-    let again = unpack(Format::Estargz, &first);
-    for format in FORMATS {
-        let (blob, tail) = write_layer(&again, &Options::new(format), &[]).unwrap();
-        let toc = toc(format, &blob, &tail);
-        let names: Vec<&str> = toc["entries"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(|e| e["name"].as_str().unwrap())
-            .filter(|n| *n != NO_PREFETCH_LANDMARK)
-            .collect();
-        assert_eq!(names, ["b", "a"]);
-        assert_eq!(Digest::of(&unpack(format, &blob)), tail.diff_id);
-    }
-}
-
-#[test]
-fn the_last_of_a_name_wins_and_a_linked_file_lives_on() {
-    let tar = archive(&[
-        file("a", b"old"),
-        link("b", Kind::HardLink, "a"),
-        link("c", Kind::HardLink, "b"),
-        file("./a", b"new"),
-        directory("d/"),
-        file("d/inside", b"gone"),
-        link("d", Kind::Symlink, "a"),
-    ]);
-    let (blob, tail) = write_layer(&tar, &Options::new(Format::ZstdChunked), &[]).unwrap();
-    let toc = toc(Format::ZstdChunked, &blob, &tail);
-    let seen: Vec<_> = toc["entries"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|e| {
-            (
-                e["name"].as_str().unwrap(),
-                e["type"].as_str().unwrap(),
-                e["linkName"].as_str(),
-            )
-        })
-        .collect();
-    assert_eq!(
-        seen,
-        [
-            ("b", "reg", None),
-            ("c", "hardlink", Some("b")),
-            ("./a", "reg", None),
-            ("d", "symlink", Some("a")),
-        ]
-    );
-    assert_eq!(
-        files(Format::ZstdChunked, &blob, &toc),
-        [
-            ("b".to_owned(), b"old".to_vec()),
-            ("./a".to_owned(), b"new".to_vec())
-        ]
-    );
-    // A tar-split with one name twice is refused by those who read it.
-    let key = "io.github.containers.zstd-chunked.tarsplit-position";
-    assert!(!tail.annotations.contains_key(key));
-    assert!(toc.get("tarSplitDigest").is_none());
-}
-
-#[test]
-fn a_directory_twice_keeps_the_attributes_of_both() {
-    let with = |name: &str, value: &str| {
-        let mut directory = header("d", Kind::Directory, 0);
-        directory.xattrs.insert(name.into(), value.into());
-        encode(&directory)
-    };
-    let tar = archive(&[with("user.a", "1"), with("user.b", "2")]);
-    let (blob, tail) = write_layer(&tar, &Options::new(Format::ZstdChunked), &[]).unwrap();
-    let toc = toc(Format::ZstdChunked, &blob, &tail);
-    assert_eq!(toc["entries"].as_array().unwrap().len(), 1);
-    let xattrs = toc["entries"][0]["xattrs"].as_object().unwrap();
-    let names: Vec<&str> = xattrs.keys().map(String::as_str).collect();
-    assert_eq!(names, ["user.a", "user.b"]);
-}
-
-#[test]
-fn tar_split_rebuilds_the_tar() {
-    let mut tar = archive(&[
-        directory("d/"),
-        file("d/one", &noise(70_000)),
-        file("empty", b""),
-        file(&"long/".repeat(40), b"x"),
-        link("hard", Kind::HardLink, "d/one"),
-    ]);
-    tar.resize(tar.len().next_multiple_of(10_240), 0);
-    let (blob, tail) = write_layer(&tar, &options(Format::ZstdChunked, 4096), &[]).unwrap();
-    let toc = toc(Format::ZstdChunked, &blob, &tail);
-    let at = position(&tail, "io.github.containers.zstd-chunked.tarsplit-position");
-    let frame = &blob[at[0]..at[0] + at[1]];
-    assert_eq!(toc["tarSplitDigest"], Digest::of(frame).to_string());
-    let lines = zstd::stream::decode_all(frame).unwrap();
-    assert_eq!(lines.len(), at[2]);
-    let contents = files(Format::ZstdChunked, &blob, &toc);
-    let mut rebuilt = Vec::new();
-    for (position, line) in lines.split_inclusive(|b| *b == b'\n').enumerate() {
-        let line: Value = serde_json::from_slice(line).unwrap();
-        assert_eq!(line["position"], position);
-        let payload = line["payload"].as_str();
-        let payload = payload.map(|p| BASE64_STANDARD.decode(p).unwrap());
-        if line["type"] == 2 {
-            rebuilt.extend(payload.unwrap());
-        } else if line["size"].as_u64().is_some() {
-            let (_, content) = contents.iter().find(|(n, _)| line["name"] == **n).unwrap();
-            let mut crc = Crc64::new();
-            crc.update(content);
-            assert_eq!(payload.unwrap(), crc.finish().to_be_bytes());
-            rebuilt.extend(content);
-        }
-    }
-    assert_eq!(rebuilt, tar);
-    // Readers find it after the TOC, and get the same of it.
-    let size = blob.len() as u64;
-    let range = locate_toc(&blob, size).unwrap().tar_split(size).unwrap();
-    assert_eq!(range, at[0] as u64 - 8..size - 48);
-    let after_toc = &blob[range.start as usize..range.end as usize];
-    let mut split = TarSplit::new(after_toc, after_toc.len() as u64).unwrap();
-    let mut read = Vec::new();
-    while let Some(part) = split.next_part().unwrap() {
-        match part {
-            TarPart::Bytes(bytes) => read.extend(bytes),
-            TarPart::Content(size) => {
-                let content = &tar[read.len()..read.len() + size as usize];
-                assert!(contents.iter().any(|(_, found)| found == content));
-                read.extend_from_slice(content);
-            }
-            TarPart::Unknown => panic!("a frame tells all"),
-        }
-    }
-    assert_eq!(read, tar);
-    let broken = &after_toc[..after_toc.len() - 9];
-    assert!(TarSplit::new(broken, broken.len() as u64).is_err());
-    let (blob, _) = write_layer(&tar, &options(Format::Estargz, 4096), &[]).unwrap();
-    let size = blob.len() as u64;
-    assert_eq!(locate_toc(&blob, size).unwrap().tar_split(size), None);
-}
-
-#[test]
 fn what_is_no_sound_tar_is_refused() {
     let tar = archive(&[file("a", &noise(2000)), file("b", b"x")]);
     let options = Options::new(Format::Estargz);
@@ -559,124 +327,4 @@ fn what_a_toc_cannot_hold_is_said() {
         let refused = write_layer(&archive(&[entry]), &options, &[]);
         assert!(matches!(refused, Err(WriteError::Unsupported(_))));
     }
-}
-
-#[test]
-fn many_empty_entries_are_cut_into_bounded_units() {
-    let entries: Vec<_> = (0..5000).map(|i| directory(&format!("d{i}/"))).collect();
-    let tar = archive(&entries);
-    let mut sizes = Vec::new();
-    let mut push = |unit: RawUnit| sizes.push(unit.size());
-    let units: &mut Units<'_> = &mut push;
-    let mut splitter = Splitter::new(&Options::new(Format::ZstdChunked), false, units).unwrap();
-    splitter.push(&tar, units).unwrap();
-    splitter.finish(units).unwrap();
-    assert_eq!(sizes.iter().sum::<usize>(), tar.len());
-    assert!(sizes.iter().all(|size| *size <= 1 << 20), "{sizes:?}");
-}
-
-fn arbitrary_tar() -> impl Strategy<Value = Vec<u8>> {
-    let content = prop_oneof![
-        Just(0usize),
-        1..600usize,
-        Just(4096usize),
-        4000..20_000usize
-    ];
-    let entry = (0..6u8, "[a-z\u{e9}]{1,6}(/[a-z]{1,120}){0,2}", content);
-    proptest::collection::vec(entry, 0..20).prop_map(|entries| {
-        let mut names: Vec<String> = Vec::new();
-        let mut raw = Vec::new();
-        for (kind, name, size) in entries {
-            raw.push(match kind {
-                0 => directory(&format!("{name}/")),
-                1 => link(&name, Kind::Symlink, "somewhere/else"),
-                2 if !names.is_empty() => link(&name, Kind::HardLink, &names[size % names.len()]),
-                _ => {
-                    names.push(name.clone());
-                    file(&name, &noise(size))
-                }
-            });
-        }
-        archive(&raw)
-    })
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
-
-    #[test]
-    fn pieces_do_not_change_the_blob(tar in arbitrary_tar(), cuts in proptest::collection::vec(1..3000usize, 1..8)) {
-        for options in ways() {
-            let Ok((_, whole)) = write_layer(&tar, &options, &[]) else { return Ok(()) };
-            let mut raw = Vec::new();
-            let mut push = |unit| raw.push(unit);
-            let units: &mut Units<'_> = &mut push;
-            let mut splitter = Splitter::new(&options, false, units).unwrap();
-            let (mut rest, mut sizes) = (tar.as_slice(), cuts.iter().cycle());
-            while !rest.is_empty() {
-                let (now, later) = rest.split_at(rest.len().min(*sizes.next().unwrap()));
-                splitter.push(now, units).unwrap();
-                rest = later;
-            }
-            let split = splitter.finish(units).unwrap();
-            let mut compressor = UnitCompressor::new(&options).unwrap();
-            let mut assembler = Assembler::new();
-            for unit in &raw {
-                assembler.place(&compressor.compress(unit).unwrap());
-            }
-            prop_assert_eq!(finish(split, assembler).unwrap(), whole);
-        }
-    }
-
-    #[test]
-    fn any_tar_keeps_its_files(tar in arbitrary_tar()) {
-        for options in ways() {
-            let format = options.format;
-            let Ok((blob, tail)) = write_layer(&tar, &options, &[]) else { return Ok(()) };
-            let unpacked = unpack(format, &blob);
-            prop_assert_eq!(Digest::of(&unpacked), tail.diff_id);
-            if format == Format::ZstdChunked {
-                prop_assert_eq!(&unpacked, &tar);
-            }
-            files(format, &blob, &toc(format, &blob, &tail));
-        }
-    }
-
-    #[test]
-    fn no_input_panics(mut tar in arbitrary_tar(), flips in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..20)) {
-        for (at, value) in flips {
-            let at = at.index(tar.len());
-            tar[at] = value;
-        }
-        let _ = write_layer(&tar, &options(Format::Estargz, 4096), &[]);
-    }
-}
-
-#[test]
-fn very_large_files_have_larger_chunks() {
-    let options = Options::new(Format::Estargz);
-    let gib = 1 << 30;
-    for (size, expected) in [
-        (0, 64 << 10),
-        (gib, 64 << 10),
-        (gib + 1, 128 << 10),
-        (16 * gib, 1 << 20),
-        (64 * gib, 4 << 20),
-        (1024 * gib, 4 << 20),
-        (u64::MAX, 4 << 20),
-    ] {
-        assert_eq!(options.chunk_size_of(size), expected, "{size}");
-    }
-    let chunk_size = 8 << 20;
-    let larger = Options {
-        chunk_size,
-        ..options
-    };
-    assert_eq!(larger.chunk_size_of(gib), chunk_size);
-    let chunking = Chunking::Content;
-    let content = Options {
-        chunking,
-        ..options
-    };
-    assert_eq!(content.chunk_size_of(16 * gib), 64 << 10);
 }

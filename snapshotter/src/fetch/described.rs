@@ -158,13 +158,8 @@ fn keep_likely(layer: &LazyLayer, style: &HeaderStyle) -> io::Result<()> {
 /// The TOC as it stands in the layer's tar.
 fn toc_json(layer: &LazyLayer) -> io::Result<impl Read> {
     let rest = layer.dir().rest().index()?;
-    let span = layer.dir().identity().toc_offset;
-    toc_in_tar(RestReader {
-        span,
-        at: 0,
-        end: rest.size(span).ok_or_else(mismatch)?,
-        rest,
-    })
+    let toc = rest.into_reader(layer.dir().identity().toc_offset);
+    toc_in_tar(toc.ok_or_else(mismatch)?)
 }
 
 fn digest_of(mut from: impl Read) -> io::Result<Digest> {
@@ -195,28 +190,6 @@ fn style_of(layer: &LazyLayer) -> io::Result<Option<HeaderStyle>> {
         }
     }
     Ok(None)
-}
-
-/// A span's rest as a reader.
-struct RestReader {
-    rest: RestIndex,
-    span: u64,
-    at: u64,
-    end: u64,
-}
-
-impl Read for RestReader {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let end = self.end.min(self.at.saturating_add(buffer.len() as u64));
-        let mut count = 0;
-        self.rest.read(self.span, self.at, end, |bytes| {
-            buffer[count..count + bytes.len()].copy_from_slice(bytes);
-            count += bytes.len();
-            Ok(())
-        })?;
-        self.at = end;
-        Ok(count)
-    }
 }
 
 /// Deals out the parts of a tar to the spans of its blob.

@@ -1,7 +1,7 @@
 //! A layer's tar, once its content is here: what nobody has read of it is
 //! fetched, and the whole is handed to whoever wants to know what it is.
 
-use std::io::{self, BufRead, Read};
+use std::io::{self, BufRead, BufReader, Read};
 use std::iter::Peekable;
 use std::ops::Range;
 use std::sync::Arc;
@@ -18,7 +18,9 @@ use super::incoming::{Arrived, Incoming};
 use super::layer::LazyLayer;
 use super::stream::{Arriving, Patience};
 use super::{Blame, Priority, SourceError};
-use crate::layer_dir::{ChunkId, LONGEST_PIECE, Owner, Piece, Span, TarDigest, TarHasher};
+use crate::layer_dir::{
+    ChunkId, LONGEST_PIECE, Owner, Piece, RestIndex, Span, TarDigest, TarHasher,
+};
 
 /// Bytes that are asked memory for at once, and read at once.
 const PIECE: u64 = 256 << 10;
@@ -190,9 +192,25 @@ impl LazyLayer {
             let rest = layer.dir().rest().index()?;
             let spans = layer.dir().spans(layer.dir().tar_end());
             let missing = spans.filter(|span| rest.size(span.start).is_none());
-            Ok::<Vec<Span>, io::Error>(missing.collect())
+            let mut missing: Vec<Span> = missing.collect();
+            missing.pop_if(|last| layer.unpack_stored(*last, rest));
+            Ok::<_, io::Error>(missing)
         });
         Ok(missing.await.map_err(io::Error::other)??)
+    }
+
+    /// Whether a span was kept as the blob stores it. Its rest is kept, then.
+    fn unpack_stored(&self, span: Span, rest: RestIndex) -> bool {
+        let Some(stored) = rest.into_stored(span.start) else {
+            return false;
+        };
+        let mut stored = BufReader::with_capacity(PIECE as usize, stored);
+        let mut left = FREE + (span.end - span.start).saturating_mul(MOST_UNPACKED);
+        let kept = self.keep_rest(span, None, &mut stored, &mut left, &mut |_| Ok(()));
+        if let Err(error) = &kept {
+            tracing::debug!(layer = %self.digest(), "its table of contents is fetched again: {error}");
+        }
+        kept.is_ok()
     }
 
     /// Unpacks a span, all of which goes to `each`, and keeps what it has

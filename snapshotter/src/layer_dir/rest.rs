@@ -2,7 +2,7 @@
 //! kept as units are decoded until the tar's digest is known.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
@@ -23,6 +23,9 @@ pub const LONGEST_PIECE: usize = 1 << 20;
 const MOST: usize = LONGEST_PIECE + (64 << 10);
 /// Headers of a tar shrink to a tenth at any level.
 const LEVEL: i32 = 1;
+/// Added to where a span begins: its pieces are of the span as the blob stores
+/// it, to be unpacked when its rest is needed.
+const STORED: u64 = 1 << 63;
 
 /// A part of what a span of the blob holds between chunks.
 #[derive(Debug, Clone, Copy)]
@@ -106,6 +109,20 @@ impl TarRest {
             true => Ok(()),
             false => self.write(&payload, by),
         }
+    }
+
+    /// Adds a span as the blob stores it, which takes less time than to unpack
+    /// it.
+    pub(super) fn append_stored(&self, span: u64, bytes: &[u8]) -> io::Result<()> {
+        let parts = bytes.chunks(LONGEST_PIECE);
+        let last = parts.len().saturating_sub(1);
+        let pieces = parts.enumerate().map(|(number, bytes)| Piece {
+            span: STORED | span,
+            at: (number * LONGEST_PIECE) as u64,
+            last: number == last,
+            bytes,
+        });
+        self.append(&pieces.collect::<Vec<_>>(), None)
     }
 
     fn write(&self, payload: &[u8], by: Option<Owner>) -> io::Result<()> {
@@ -266,6 +283,21 @@ impl RestIndex {
         None
     }
 
+    /// A span's rest, if all of it is there.
+    pub fn into_reader(self, span: u64) -> Option<RestReader> {
+        Some(RestReader {
+            end: self.size(span)?,
+            span,
+            at: 0,
+            rest: self,
+        })
+    }
+
+    /// A span as the blob stores it, if it was kept so.
+    pub fn into_stored(self, span: u64) -> Option<RestReader> {
+        self.into_reader(STORED | span)
+    }
+
     /// Hands out `from..to` of a span's rest.
     pub fn read(
         &mut self,
@@ -296,6 +328,29 @@ impl RestIndex {
             true => Ok(()),
             false => Err(cut_short()),
         }
+    }
+}
+
+/// What is kept of a span, from beginning to end.
+#[derive(Debug)]
+pub struct RestReader {
+    rest: RestIndex,
+    span: u64,
+    at: u64,
+    end: u64,
+}
+
+impl Read for RestReader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let end = self.end.min(self.at.saturating_add(buffer.len() as u64));
+        let mut count = 0;
+        self.rest.read(self.span, self.at, end, |bytes| {
+            buffer[count..count + bytes.len()].copy_from_slice(bytes);
+            count += bytes.len();
+            Ok(())
+        })?;
+        self.at = end;
+        Ok(count)
     }
 }
 

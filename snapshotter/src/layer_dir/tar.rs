@@ -3,7 +3,9 @@
 use std::io;
 use std::ops::Range;
 
-use super::{ChunkId, LayerDir, RestIndex};
+use sluice_layer::FOOTER_MAX;
+
+use super::{ChunkId, Identity, LayerDir, RestIndex};
 
 /// Bytes of content read at once.
 const AT_ONCE: u64 = 256 << 10;
@@ -46,6 +48,23 @@ impl LayerDir {
         match self.identity.format {
             sluice_layer::Format::Estargz => self.identity.blob_size,
             sluice_layer::Format::ZstdChunked => self.identity.toc_offset,
+        }
+    }
+
+    /// Keeps the TOC, as the blob stores it, if the tar has it: it was fetched
+    /// to make the directory.
+    pub fn keep_toc(&self, compressed: &[u8]) -> io::Result<()> {
+        let Identity {
+            toc_offset,
+            blob_size,
+            ..
+        } = self.identity;
+        let end = toc_offset.saturating_add(compressed.len() as u64);
+        // Nothing may be left out but a footer, which unpacks to nothing.
+        let is_span = end <= blob_size && blob_size - end <= FOOTER_MAX as u64;
+        match self.tar_end() > toc_offset && is_span && self.rest.is_needed() {
+            true => self.rest.append_stored(toc_offset, compressed),
+            false => Ok(()),
         }
     }
 

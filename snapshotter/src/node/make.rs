@@ -12,7 +12,7 @@ use super::layer::Open;
 use super::release::delete;
 use super::{Node, compile};
 use crate::layer_dir::{self, LayerDir};
-use crate::remote::{FetchedToc, Known};
+use crate::remote::{FetchedToc, Known, StoredToc};
 
 impl Node {
     /// Makes the layer's directory and opens it.
@@ -22,9 +22,12 @@ impl Node {
         digest: Digest,
         known: &Known,
     ) -> Result<Open, String> {
-        self.make(reference, digest, known).await?;
+        let toc = self.make(reference, digest, known).await?;
         let reason = match self.load(digest).await {
-            Ok(Some(open)) => return Ok(open),
+            Ok(Some(open)) => {
+                keep(&open, toc).await;
+                return Ok(open);
+            }
             Ok(None) => "its directory is gone again".to_owned(),
             Err(error) => error,
         };
@@ -44,7 +47,7 @@ impl Node {
         reference: &Reference,
         digest: Digest,
         known: &Known,
-    ) -> Result<(), String> {
+    ) -> Result<StoredToc, String> {
         let made = match self.make_once(reference, digest, known).await {
             Err(compile::Error::Toc(error)) if error.is_misplaced() => {
                 match known.without_position() {
@@ -70,7 +73,7 @@ impl Node {
         reference: &Reference,
         digest: Digest,
         known: &Known,
-    ) -> Result<(), compile::Error> {
+    ) -> Result<StoredToc, compile::Error> {
         let fetch = || self.0.remote.fetch_toc(reference, digest, known);
         let fetched = fetch().await?;
         let senders = fetched.senders();
@@ -92,11 +95,12 @@ impl Node {
         fetched: FetchedToc,
         reference: &Reference,
         digest: Digest,
-    ) -> Result<(), compile::Error> {
+    ) -> Result<StoredToc, compile::Error> {
         let number = self.0.numbers.take().map_err(compile::Error::Number)?;
         let layers = self.layers_dir();
-        self.compile(layers, fetched, digest, reference, number)
-            .await
+        let stored = fetched.stored();
+        let compiled = self.compile(layers, fetched, digest, reference, number);
+        compiled.await.map(|()| stored)
     }
 
     /// Opens the layer's directory, if there is one, and checks all of it but
@@ -146,6 +150,16 @@ impl Node {
             }
         });
         opened.await.map_err(|error| error.to_string())
+    }
+}
+
+/// Keeps the TOC for when it is found out what the layer's tar is.
+async fn keep(open: &Open, toc: StoredToc) {
+    let layer = open.layer();
+    let digest = layer.digest();
+    let kept = spawn_blocking(move || layer.dir().keep_toc(toc.as_ref()));
+    if let Err(error) = kept.await.map_err(io::Error::other).flatten() {
+        tracing::debug!(layer = %digest, "its table of contents is fetched again: {error}");
     }
 }
 

@@ -16,7 +16,7 @@ use sluice_registry::{Client, ErrorKind};
 pub use attached::AttachedProfile;
 pub use budget::{Taken, TocBudget};
 pub use images::{ImageLayer, Images};
-pub use toc::FetchedToc;
+pub use toc::{FetchedToc, StoredToc};
 
 /// Why a layer's TOC is not at hand.
 #[derive(Debug, thiserror::Error)]

@@ -1,5 +1,7 @@
 //! Fetching a TOC in as few requests as can be.
 
+use std::sync::Arc;
+
 use bytes::{Bytes, BytesMut};
 use sluice_layer::{
     FOOTER_MAX, LayerAnnotations, Limits, TocLocation, TocTrust, locate_toc, read_toc,
@@ -28,7 +30,20 @@ pub struct FetchedToc {
     blob_size: u64,
     senders: Vec<Senders>,
     /// The memory that it is in.
-    _memory: Taken,
+    memory: Arc<Taken>,
+}
+
+/// A TOC as the blob stores it.
+#[derive(Debug)]
+pub struct StoredToc {
+    bytes: Bytes,
+    _memory: Arc<Taken>,
+}
+
+impl AsRef<[u8]> for StoredToc {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
 }
 
 /// A part of a blob as it arrived.
@@ -79,7 +94,7 @@ impl Remote {
             location,
             trust,
             blob_size: part.blob_size.or(size).ok_or(Error::NoSize)?,
-            _memory: memory,
+            memory: Arc::new(memory),
         })
     }
 
@@ -148,7 +163,7 @@ impl Remote {
             trust,
             blob_size,
             senders,
-            _memory: memory,
+            memory: Arc::new(memory),
         })
     }
 }
@@ -177,6 +192,14 @@ impl FetchedToc {
     /// What the TOC is to match.
     pub fn trust(&self) -> TocTrust {
         self.trust
+    }
+
+    /// The TOC as it is stored.
+    pub fn stored(&self) -> StoredToc {
+        StoredToc {
+            bytes: self.compressed.clone(),
+            _memory: Arc::clone(&self.memory),
+        }
     }
 
     /// Digest of the TOC as it is stored.

@@ -1,7 +1,7 @@
 //! The snapshots service itself: knows neither gRPC nor how a layer is
 //! fetched.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -9,7 +9,6 @@ use std::time::SystemTime;
 use futures_util::future::try_join_all;
 use parking_lot::Mutex;
 use sluice_oci::Digest;
-use tokio::sync::OwnedMutexGuard;
 
 use super::claims::Standing;
 use super::directories::{Directories, Found};
@@ -18,6 +17,7 @@ use super::error::Error;
 use super::filter::Filter;
 use super::labels;
 use super::lazy_layers::{ImageUse, LayerRequest, LazyLayers, MountError, Owner, Usage};
+use super::locks::LayerLocks;
 use super::mounts::{Mount, OverlayOptions, mounts};
 use super::pins::{Pinned, Pins};
 use super::snapshot::{Content, Info, Key, Kind, Labels, SnapshotId};
@@ -573,39 +573,4 @@ async fn blocking<T: Send + 'static>(
     tokio::task::spawn_blocking(work)
         .await
         .unwrap_or(Err(Error::BrokeOff))
-}
-
-/// One lock a layer, there only while someone holds or awaits it.
-#[derive(Debug, Default)]
-struct LayerLocks(Mutex<HashMap<Digest, Arc<tokio::sync::Mutex<()>>>>);
-
-struct LayerLock {
-    locks: Arc<LayerLocks>,
-    layer: Digest,
-    held: Option<OwnedMutexGuard<()>>,
-}
-
-impl LayerLocks {
-    async fn lock(self: &Arc<Self>, layer: Digest) -> LayerLock {
-        let mut lock = LayerLock {
-            locks: Arc::clone(self),
-            layer,
-            held: None,
-        };
-        let mutex = Arc::clone(self.0.lock().entry(layer).or_default());
-        lock.held = Some(mutex.lock_owned().await);
-        lock
-    }
-}
-
-impl Drop for LayerLock {
-    fn drop(&mut self) {
-        let mut locks = self.locks.0.lock();
-        self.held = None;
-        if let Some(lock) = locks.get(&self.layer)
-            && Arc::strong_count(lock) == 1
-        {
-            locks.remove(&self.layer);
-        }
-    }
 }

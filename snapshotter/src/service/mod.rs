@@ -9,6 +9,7 @@ mod filter;
 mod grpc;
 mod labels;
 mod lazy_layers;
+mod locks;
 mod logic;
 mod mounts;
 mod pins;

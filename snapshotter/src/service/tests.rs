@@ -1,180 +1,24 @@
 //! The service over a strict fake of the data plane.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::sync::atomic::Ordering;
 
-use parking_lot::Mutex;
 use sluice_oci::Digest;
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
 use super::*;
 
+mod claims;
 mod disputes;
+mod fake;
 mod model;
+mod restart;
 
-/// Remembers what it was asked and objects to what the trait forbids.
-#[derive(Debug, Default)]
-struct Fake {
-    root: PathBuf,
-    state: Mutex<FakeState>,
-    opened: AtomicUsize,
-}
-
-#[derive(Debug, Default)]
-struct FakeState {
-    on_disk: HashSet<Digest>,
-    /// In `open` or `remove` now.
-    busy: HashSet<Digest>,
-    not_lazy: HashSet<Digest>,
-    broken: HashSet<Digest>,
-    requests: Vec<LayerRequest>,
-    /// What the last call to make room was told.
-    in_use: Option<HashSet<Digest>>,
-    starts: Vec<ImageUse>,
-    proofs: HashMap<Digest, Proof>,
-    settling: Vec<Digest>,
-    /// What is found out of layers; of others nothing in time.
-    truths: HashMap<Digest, Result<Proof, &'static str>>,
-}
-
-impl Fake {
-    fn new(root: &Path) -> Arc<Self> {
-        Arc::new(Self {
-            root: root.to_owned(),
-            ..Self::default()
-        })
-    }
-
-    fn directory(&self, layer: Digest) -> PathBuf {
-        self.root.join("m").join(&layer.hex()[..8])
-    }
-
-    fn begin(&self, layer: Digest) {
-        let first = self.state.lock().busy.insert(layer);
-        assert!(first, "open and remove of one layer overlap");
-    }
-
-    fn end(&self, layer: Digest) {
-        self.state.lock().busy.remove(&layer);
-    }
-
-    fn on_disk(&self) -> HashSet<Digest> {
-        self.state.lock().on_disk.clone()
-    }
-}
-
-impl LazyLayers for Fake {
-    async fn open(&self, request: LayerRequest) -> Result<(), NotLazy> {
-        let layer = request.digest;
-        self.begin(layer);
-        tokio::task::yield_now().await;
-        self.opened.fetch_add(1, Ordering::Relaxed);
-        let lazy = {
-            let mut state = self.state.lock();
-            state.requests.push(request);
-            let lazy = !state.not_lazy.contains(&layer);
-            if lazy {
-                state.on_disk.insert(layer);
-            }
-            lazy
-        };
-        self.end(layer);
-        if lazy {
-            Ok(())
-        } else {
-            Err(NotLazy::new(layer, "it has no table of contents"))
-        }
-    }
-
-    async fn mount(&self, layer: Digest) -> Result<PathBuf, MountError> {
-        let state = self.state.lock();
-        if !state.on_disk.contains(&layer) {
-            return Err(MountError::Unknown(layer));
-        }
-        if state.broken.contains(&layer) {
-            return Err(MountError::failed(layer, "meta.erofs is damaged"));
-        }
-        let directory = self.directory(layer);
-        fs::create_dir_all(&directory).unwrap();
-        Ok(directory)
-    }
-
-    async fn owner(&self, layer: Digest) -> Result<Owner, MountError> {
-        let metadata = fs::metadata(self.mount(layer).await?);
-        let metadata = metadata.map_err(|error| MountError::failed(layer, error))?;
-        use std::os::unix::fs::MetadataExt as _;
-        Ok(Owner {
-            uid: metadata.uid(),
-            gid: metadata.gid(),
-        })
-    }
-
-    async fn starts(&self, image: ImageUse) {
-        self.state.lock().starts.push(image);
-    }
-
-    async fn remove(&self, layer: Digest) -> Result<(), MountError> {
-        self.begin(layer);
-        tokio::task::yield_now().await;
-        let broken = self.state.lock().broken.contains(&layer);
-        if !broken {
-            self.state.lock().on_disk.remove(&layer);
-        }
-        self.end(layer);
-        if broken {
-            return Err(MountError::failed(layer, "target is busy"));
-        }
-        Ok(())
-    }
-
-    async fn usage(&self, layer: Digest) -> Result<Usage, MountError> {
-        if !self.on_disk().contains(&layer) {
-            return Err(MountError::Unknown(layer));
-        }
-        Ok(Usage {
-            bytes: 77,
-            inodes: 7,
-        })
-    }
-
-    async fn retain(&self, known: HashSet<Digest>) -> Result<(), MountError> {
-        self.state.lock().on_disk.retain(|l| known.contains(l));
-        Ok(())
-    }
-
-    async fn make_room(&self, in_use: InUse) {
-        let in_use = tokio::task::spawn_blocking(move || in_use()).await;
-        self.state.lock().in_use = in_use.unwrap();
-    }
-
-    async fn proof(&self, layer: Digest) -> Option<Proof> {
-        self.state.lock().proofs.get(&layer).copied()
-    }
-
-    fn settle(
-        &self,
-        layer: Digest,
-        _: Duration,
-    ) -> impl Future<Output = Result<(), Arc<str>>> + Send {
-        let mut state = self.state.lock();
-        state.settling.push(layer);
-        let found = state.truths.get(&layer).copied();
-        if let Some(Ok(proof)) = found {
-            state.proofs.insert(layer, proof);
-        }
-        let found = found.unwrap_or(Err("it takes too long"));
-        std::future::ready(found.map(drop).map_err(Arc::from))
-    }
-
-    async fn next_proof(&self) -> Digest {
-        std::future::pending().await
-    }
-}
+use fake::Fake;
 
 struct Rig {
     runtime: Runtime,
@@ -378,54 +222,6 @@ fn one_target_over_two_parents_is_served_to_both() {
 }
 
 #[test]
-fn everything_is_there_after_a_restart() {
-    let mut rig = Rig::new();
-    let labels = lazy("chain-1", layer(1));
-    let _ = rig.prepare("x", "", labels);
-    rig.prepare("c", "chain-1", Labels::new()).unwrap();
-    rig.prepare("d", "", Labels::new()).unwrap();
-    let upper = PathBuf::from(&rig.mounts("d").unwrap()[0].source);
-    fs::write(upper.join("kept"), "x").unwrap();
-    rig.commit("plain", "d").unwrap();
-    let (before, mounts) = (rig.list(), rig.mounts("c").unwrap());
-
-    rig.stop();
-    // What a crash leaves: directories without a record, a layer without one.
-    let snapshots = rig.root.path().join("snapshots");
-    fs::create_dir_all(snapshots.join("900/fs/deep")).unwrap();
-    fs::create_dir_all(snapshots.join("new-1")).unwrap();
-    fs::write(snapshots.join("file"), "").unwrap();
-    rig.fake.state.lock().on_disk.insert(layer(9));
-    // And a record whose directory never reached the disk.
-    fs::remove_dir_all(snapshots.join("2")).unwrap();
-    rig.restart();
-
-    assert_eq!(rig.list(), before);
-    assert_eq!(rig.mounts("c").unwrap(), mounts);
-    assert_eq!(fs::read(upper.join("kept")).unwrap(), b"x");
-    assert_eq!(rig.directories(), 2);
-    assert!(snapshots.join("2/work").is_dir());
-    assert_eq!(rig.fake.on_disk(), [layer(1)].into());
-    // Numbers go on where they were.
-    let new = rig.prepare("e", "", Labels::new()).unwrap();
-    assert_eq!(Path::new(&new[0].source), snapshots.join("4/fs"));
-}
-
-#[test]
-fn lost_content_is_not_replaced_by_nothing() {
-    let mut rig = Rig::new();
-    rig.prepare("tmp", "", Labels::new()).unwrap();
-    rig.commit("base", "tmp").unwrap();
-    rig.stop();
-    fs::remove_dir_all(rig.root.path().join("snapshots/1")).unwrap();
-    rig.restart();
-    assert_kind(rig.prepare("c", "base", Labels::new()), ErrorKind::Internal);
-    assert_eq!(rig.directories(), 0);
-    rig.remove("base").unwrap();
-    assert!(rig.list().is_empty());
-}
-
-#[test]
 fn one_bad_layer_fails_alone() {
     let rig = Rig::new();
     for n in 1..=2 {
@@ -576,59 +372,6 @@ fn what_is_mounted_is_told_before_anything_is_evicted() {
     assert_eq!(told(), [layer(4)].into());
 }
 
-#[test]
-fn a_layer_that_the_disk_has_lost_is_made_again() {
-    let rig = Rig::new();
-    assert_kind(
-        rig.prepare("tmp", "", lazy("chain", layer(1))),
-        ErrorKind::AlreadyExists,
-    );
-    rig.prepare("c", "chain", Labels::new()).unwrap();
-    rig.fake.state.lock().on_disk.clear();
-    let mounts = rig.mounts("c").unwrap();
-    assert_eq!(mounts[0].options.len(), 3);
-    let requests = rig.fake.state.lock().requests.clone();
-    assert_eq!(requests.len(), 2);
-    assert_eq!(requests[0], requests[1]);
-    // Where that fails, the reason is told and nothing is forgotten.
-    let mut state = rig.fake.state.lock();
-    state.on_disk.clear();
-    state.not_lazy.insert(layer(1));
-    drop(state);
-    let error = rig.mounts("c").unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Unavailable);
-    assert!(
-        error.to_string().contains("no table of contents"),
-        "{error}"
-    );
-    rig.stat("c").unwrap();
-}
-
-#[test]
-fn what_a_rebuilt_database_does_not_know_is_set_aside() {
-    let mut rig = Rig::new();
-    assert_kind(
-        rig.prepare("tmp", "", lazy("chain", layer(1))),
-        ErrorKind::AlreadyExists,
-    );
-    rig.prepare("c", "chain", Labels::new()).unwrap();
-    rig.stop();
-    let root = rig.root.path();
-    let upper = root.join("snapshots/2/fs");
-    fs::write(upper.join("precious"), "written").unwrap();
-    // Both copies of the records are gone.
-    fs::write(root.join("state.redb"), "rubbish").unwrap();
-    fs::remove_file(root.join("state.journal")).unwrap();
-    rig.restart();
-    assert_eq!(rig.list(), []);
-    let kept = rig.root.path().join("lost/2-0/fs/precious");
-    assert_eq!(fs::read(kept).unwrap(), b"written");
-    assert_eq!(rig.fake.on_disk(), [layer(1)].into(), "not this time");
-    // Numbers are not given out again.
-    rig.prepare("new", "", Labels::new()).unwrap();
-    assert!(rig.root.path().join("snapshots/3").is_dir());
-}
-
 fn chain_id(below: Digest, diff_id: Digest) -> Digest {
     Digest::of(format!("{below} {diff_id}").as_bytes())
 }
@@ -648,98 +391,5 @@ impl Rig {
         let label = "containerd.io/snapshot/sluice.content";
         let info = self.run(async |s| s.stat_with_standing(key(name)).await);
         info.unwrap().labels[label].clone()
-    }
-}
-
-#[test]
-fn nothing_new_is_made_from_what_is_not_what_it_is_named_for() {
-    let rig = Rig::new();
-    let (below, top) = (layer(10), chain_id(layer(10), layer(20)));
-    let (below, top) = (below.to_string(), top.to_string());
-    assert_kind(
-        rig.prepare("x", "", lazy(&below, layer(1))),
-        ErrorKind::AlreadyExists,
-    );
-    assert_kind(
-        rig.prepare("x", &below, lazy(&top, layer(2))),
-        ErrorKind::AlreadyExists,
-    );
-    assert_eq!(rig.standing(&top), "unknown");
-    rig.prepare("early", &top, Labels::new()).unwrap();
-
-    rig.proves(layer(1), layer(10), false);
-    assert_eq!(rig.standing(&below), "verified");
-    assert_eq!(rig.standing(&top), "unknown");
-    // What contradicts is looked at again before it is believed.
-    rig.proves(layer(2), layer(66), false);
-    assert_eq!(rig.standing(&top), "unknown");
-    assert!(rig.fake.state.lock().settling.contains(&layer(2)));
-    rig.prepare("still", &top, Labels::new()).unwrap();
-    rig.proves(layer(2), layer(66), true);
-    assert_eq!(rig.standing(&top), "contradicted");
-
-    let refused = [
-        rig.prepare("late", &top, Labels::new()),
-        rig.view("look", &top),
-        rig.prepare("y", &top, lazy("sha256:above", layer(3))),
-        // Another namespace pulls the same image.
-        rig.prepare("z", &below, lazy(&top, layer(2))),
-    ];
-    for refused in refused {
-        let error = refused.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::FailedPrecondition);
-        let text = error.to_string();
-        let named = [
-            &top,
-            &layer(2).to_string(),
-            &layer(66).to_string(),
-            "r.io/app:1",
-        ];
-        assert!(named.iter().all(|part| text.contains(*part)), "{text}");
-    }
-    // Who runs goes on, and the honest layer is not in the way of others.
-    assert!(rig.mounts("early").is_ok());
-    rig.prepare("below", &below, Labels::new()).unwrap();
-
-    rig.proves(layer(2), layer(20), true);
-    assert_eq!(rig.standing(&top), "verified");
-    rig.prepare("late", &top, Labels::new()).unwrap();
-}
-
-#[test]
-fn nobody_is_given_anothers_layer_before_it_is_known_to_be_theirs() {
-    let rig = Rig::new();
-    let name = layer(10).to_string();
-    let why = "containerd.io/snapshot/sluice.not-lazy";
-    assert_kind(
-        rig.prepare("x", "", lazy(&name, layer(1))),
-        ErrorKind::AlreadyExists,
-    );
-    let unpacked = |key: &str, labels: Labels| {
-        rig.prepare(key, "", labels).unwrap();
-        rig.stat(key).unwrap().labels[why].clone()
-    };
-    let told = unpacked("a", lazy(&name, layer(2)));
-    assert!(told.contains(&layer(1).to_string()), "{told}");
-    // The same layer with another table of contents is looked at.
-    let mut other = lazy(&name, layer(1));
-    other.insert(
-        "containerd.io/snapshot/stargz/toc.digest".into(),
-        "t".into(),
-    );
-    rig.fake.state.lock().not_lazy.insert(layer(1));
-    assert_eq!(unpacked("b", other.clone()), "it has no table of contents");
-    rig.fake.state.lock().not_lazy.clear();
-    assert_kind(
-        rig.prepare("c", "", other.clone()),
-        ErrorKind::AlreadyExists,
-    );
-
-    rig.proves(layer(1), layer(66), true);
-    let told = unpacked("d", lazy(&name, layer(2)));
-    assert!(told.contains(&layer(1).to_string()), "{told}");
-    rig.proves(layer(1), layer(10), false);
-    for labels in [lazy(&name, layer(2)), other] {
-        assert_kind(rig.prepare("e", "", labels), ErrorKind::AlreadyExists);
     }
 }

@@ -102,17 +102,15 @@ async fn what_a_layers_tar_is_is_known_when_all_of_it_is_here() {
         assert_eq!(node.proof(digest).await, Some(proof), "{format}");
         let directory = node.layer_path(digest);
         assert!(directory.join(DIFF_ID).exists() && !directory.join(TAR_REST).exists());
-        // No byte came twice but for the TOC of an eStargz layer, which is in
+        // No byte came twice, not even the TOC of an eStargz layer, which is in
         // its tar.
-        let fetched: u64 = registry
-            .take_ranges()
-            .iter()
-            .map(|(from, to)| to - from)
-            .sum();
-        let size = sample.blob.len() as u64;
+        let ranges = registry.take_ranges();
+        let fetched: u64 = ranges.iter().map(|(from, to)| to - from).sum();
+        let toc = sample.toc().toc_offset();
+        assert!(fetched <= toc, "{format}: {fetched}");
         assert!(
-            fetched <= size + (size - sample.toc().toc_offset()),
-            "{format}: {fetched}"
+            ranges.iter().all(|(_, to)| *to <= toc),
+            "{format}: {ranges:?}"
         );
         // In doubt it is found out from the whole blob.
         node.settle(digest, LONG).await.unwrap();
@@ -122,6 +120,36 @@ async fn what_a_layers_tar_is_is_known_when_all_of_it_is_here() {
         // It is known for good.
         let node = Node::start(downloading(&root), client()).unwrap();
         assert_eq!(node.proof(digest).await, Some(certain(proof)));
+        node.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_toc_in_the_tar_is_fetched_again_only_if_what_was_kept_of_it_is_damaged() {
+    let sample = converted(Format::Estargz);
+    let digest = sample.digest();
+    let expected = Some(diff_id(Format::Estargz, &sample.blob));
+    let (toc, size) = (sample.toc().toc_offset(), sample.blob.len() as u64);
+    for (damaged, requests) in [(false, 0), (true, 1)] {
+        let root = tempfile::tempdir().unwrap();
+        let registry = Registry::serve(&[(&sample, labels(&sample))]);
+        let node = Node::start(config(&root), client()).unwrap();
+        node.open(request(&registry, &sample)).await.unwrap();
+        let path = node.layer_path(digest);
+        node.stop().await;
+        assert_eq!(registry.take_ranges().len(), 1);
+        if damaged {
+            // Its checksum is right, and it is no TOC.
+            let dir = LayerDir::open(&path, digest).unwrap();
+            dir.keep_toc(&noise(1, (size - toc) as usize)).unwrap();
+        }
+        let node = Node::start(downloading(&root), client()).unwrap();
+        node.mount(digest).await.unwrap();
+        assert_eq!(node.next_proof().await, digest);
+        assert_eq!(node.proof(digest).await.unwrap().diff_id, expected);
+        let mut ranges = registry.take_ranges();
+        ranges.retain(|(_, to)| *to > toc);
+        assert_eq!(ranges.len(), requests, "{ranges:?}");
         node.stop().await;
     }
 }

@@ -1,6 +1,7 @@
 //! Layers by whose names images mean different things.
 
 use futures_util::future::BoxFuture;
+use parking_lot::Mutex;
 
 use super::*;
 
