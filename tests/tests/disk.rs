@@ -19,8 +19,8 @@ use sluice_snapshotter::layer_dir::{self, ChunkId, LayerDir, NewLayer, Problem, 
 use sluice_tests::command::{attempt, run, wait_for};
 use sluice_tests::daemon::{Mode, Options};
 use sluice_tests::disk::{Cut, Disk, Faults};
-use sluice_tests::killer::signal;
 use sluice_tests::image::{self, Compression, LayoutWriter, Meta, Tarball};
+use sluice_tests::killer::signal;
 use sluice_tests::{Containerd, Daemon, Registry, Scratch, programs};
 
 const SLUICE: &str = "sluice";
