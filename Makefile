@@ -42,7 +42,7 @@ fuzz: ## Every fuzz target for SECONDS (60) under libFuzzer; takes nightly and c
 	        found=$(CURDIR)/target/fuzz/$$crate/$$target; mkdir -p $$found/corpus $$found/artifacts; \
 	        (cd $$crate && ASAN_OPTIONS=detect_odr_violation=0 cargo +nightly fuzz run $$target \
 	            --target-dir $(CURDIR)/target/fuzz/build $$found/corpus fuzz/corpus/$$target -- \
-	            -max_total_time=$(or $(SECONDS),60) -rss_limit_mb=1024 -artifact_prefix=$$found/artifacts/ -verbosity=0); \
+	            -max_total_time=$(or $(SECONDS),60) -rss_limit_mb=1024 -artifact_prefix=$$found/artifacts/ -verbosity=0 -print_final_stats=1); \
 	    done; \
 	done
 

@@ -3,11 +3,12 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::Read;
+use std::time::Duration;
 
 use sluice_layer::{
     ChunkSource, FOOTER_MAX, Format, HeaderStyle, LayerAnnotations, Limits, NodeId, NodeKind,
-    TarPart, TarSplit, Toc, TocLocation, UntrustedToc, Wanted, decode_unit, likely_tar, locate_toc,
-    read_toc_json, toc_in_tar,
+    Profile, TarPart, TarSplit, Toc, TocLocation, UntrustedToc, Wanted, decode_unit, likely_tar,
+    locate_toc, read_toc_json, toc_in_tar,
 };
 use sluice_oci::Digest;
 
@@ -101,6 +102,44 @@ pub fn toc(data: &[u8]) {
             check_toc(&toc, &limits);
         }
     }
+}
+
+/// A profile is refused, or is as [`Profile`] promises, and its document is
+/// read as the same again. The first byte says whether it is compressed.
+pub fn profile(data: &[u8]) {
+    let Some((kind, data)) = data.split_first() else {
+        return;
+    };
+    let parsed = match kind % 2 {
+        0 => Profile::parse(data),
+        _ => Profile::parse_compressed(data),
+    };
+    let profile = match parsed {
+        Ok(profile) => profile,
+        Err(error) => {
+            assert!(error.to_string().chars().count() < 1000);
+            return;
+        }
+    };
+    let mut before = Duration::ZERO;
+    let mut seen = HashSet::new();
+    for read in profile.reads() {
+        assert!(read.layer < profile.layers().len() && read.len > 0);
+        assert!(
+            read.offset
+                .checked_add(read.len)
+                .is_some_and(|end| end <= i64::MAX as u64)
+        );
+        assert!((1..=profile.starts()).contains(&read.starts) && read.at >= before);
+        before = read.at;
+        for name in read.path.split(|byte| *byte == b'/') {
+            assert!(!matches!(name, b"" | b"." | b"..") && !name.contains(&0));
+        }
+        assert!(seen.insert((read.layer, &read.path, read.offset)));
+    }
+    let again = Profile::parse(profile.to_json().as_bytes());
+    assert_eq!(again.as_ref(), Ok(&profile));
+    let _ = Profile::merge(&[profile.clone(), profile]);
 }
 
 /// Annotations are refused, or give numbers that a blob can have. Each line

@@ -42,3 +42,8 @@ fn tars() {
 fn annotations() {
     replay("annotations", checks::annotations);
 }
+
+#[test]
+fn profiles() {
+    replay("profile", checks::profile);
+}

@@ -61,6 +61,9 @@ pub struct Options {
     pub crash_points: Option<PathBuf>,
     /// Where its layers are, when that is elsewhere than below its root.
     pub layers: Option<PathBuf>,
+    /// Where all of its root is, when that is elsewhere than beside its
+    /// configuration.
+    pub root: Option<PathBuf>,
 }
 
 const DOCKER_CONFIG: &str = "docker.json";
@@ -81,6 +84,9 @@ impl Daemon {
         let dir = scratch.fresh_dir("sluice")?;
         let config = config(scratch, &dir, options);
         fs::write(dir.join("config.toml"), config)?;
+        if let Some(root) = &options.root {
+            std::os::unix::fs::symlink(root, dir.join("root"))?;
+        }
         if let Some(layers) = &options.layers {
             fs::create_dir(dir.join("root"))?;
             std::os::unix::fs::symlink(layers, dir.join("root/layers"))?;

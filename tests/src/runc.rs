@@ -27,7 +27,13 @@ impl Runc {
     /// No container yet.
     pub fn new(scratch: &Scratch) -> Result<Self> {
         let dir = scratch.fresh_dir("runc")?;
+        fs::create_dir(dir.join("shared"))?;
         Ok(Self { dir })
+    }
+
+    /// A directory that all containers see as `/shared`.
+    pub fn shared(&self) -> PathBuf {
+        self.dir.join("shared")
     }
 
     fn command(&self) -> Command {
@@ -57,8 +63,11 @@ impl Runc {
                 "cwd": "/",
             },
             "root": {"path": "rootfs"},
-            // runc itself needs it to start the program.
-            "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
+            "mounts": [
+                // runc itself needs it to start the program.
+                {"destination": "/proc", "type": "proc", "source": "proc"},
+                {"destination": "/shared", "source": self.shared(), "options": ["bind", "ro"]},
+            ],
             "linux": {
                 "cgroupsPath": format!("/sluice-tests/{}-{id}", std::process::id()),
                 "namespaces": [{"type": "pid"}, {"type": "mount"}],

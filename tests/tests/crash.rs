@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::Signal;
+use sluice_oci::Digest;
 use sluice_snapshotter::layer_dir::LayerDir;
 use sluice_tests::command::{self, attempt, run, wait_for};
 use sluice_tests::content::{self, noise};
@@ -26,6 +27,16 @@ const TAKEN_OVER: &str = "going on with the mount at";
 const LAYERS: usize = 3;
 const FILES: usize = 8;
 
+/// A daemon that fetches nothing but what is read.
+fn quiet(mode: Mode, supervised: bool) -> Options {
+    Options {
+        mode: Some(mode),
+        more: "[background]\nenabled = false\n[prefetch]\nenabled = false\n".to_owned(),
+        supervised,
+        ..Options::default()
+    }
+}
+
 /// A lazily pulled image, mounted as a container's root would be.
 struct Mounted {
     scratch: Scratch,
@@ -40,24 +51,21 @@ struct Mounted {
 
 impl Mounted {
     fn start(mode: Mode, format: &str, supervised: bool) -> Result<Self> {
-        Self::start_with(
-            format,
-            Options {
-                mode: Some(mode),
-                // Only what is read is fetched.
-                more: "[background]\nenabled = false\n[prefetch]\nenabled = false\n".to_owned(),
-                supervised,
-                ..Options::default()
-            },
-        )
+        Self::start_with(format, quiet(mode, supervised))
     }
 
     fn start_with(format: &str, options: Options) -> Result<Self> {
+        Self::with_programs(&[], format, options)
+    }
+
+    /// With programs for a container, and `sums` for them to compare by.
+    fn with_programs(names: &[&str], format: &str, options: Options) -> Result<Self> {
         let scratch = Scratch::new()?;
         let registry = Registry::start(&scratch)?;
         let layout = scratch.fresh_dir("layout")?;
         let mut writer = LayoutWriter::new(&layout)?;
         let mut files = Vec::new();
+        let mut sums = String::new();
         for layer in 0..LAYERS {
             writer.layer(Compression::Gzip, |to| {
                 let mut tar = Tarball::new(to);
@@ -66,7 +74,12 @@ impl Mounted {
                     let content = noise(50_000 + file * file * 20_011, seed);
                     let name = format!("{layer}-{file}");
                     tar.file(&name, &Meta::mode(0o644), &content)?;
+                    sums += &format!("{}  /{name}\n", Digest::of(&content).hex());
                     files.push((name, content));
+                }
+                if layer + 1 == LAYERS && !names.is_empty() {
+                    image::add_programs(&mut tar, names)?;
+                    tar.file("sums", &Meta::mode(0o644), sums.as_bytes())?;
                 }
                 tar.finish()
             })?;
@@ -205,9 +218,38 @@ fn time_to_go_on(mounted: &Mounted, process: u32, reads: &AtomicU64) -> Result<D
     Ok(since.elapsed())
 }
 
+/// What a container does that reads all files from where they come from, and
+/// compares every byte, until one is wrong or cannot be read.
+const COMPARE: &str = "while :; do
+    for file in /[0-9]*; do dd if=$file iflag=nocache count=0 status=none || exit 1; done
+    sha256sum --quiet --check /sums || exit 1
+    echo compared
+done";
+
 fn reads_survive_kills(mode: Mode, format: &str) -> Result<()> {
     const KILLS: usize = 22;
-    let mounted = Mounted::start(mode, format, true)?;
+    let mounted = Mounted::with_programs(&["sh", "dd", "sha256sum"], format, quiet(mode, true))?;
+    let Mounted {
+        containerd,
+        reference,
+        ..
+    } = &mounted;
+    let run = containerd.run_command(SLUICE, reference, "load", &["sh", "-c", COMPARE]);
+    let container = mounted.scratch.spawn("container", run)?;
+    let compares = || {
+        let before = container.log().matches("compared").count();
+        wait_for("the container to compare all files", || {
+            let log = container.log();
+            ensure!(
+                container.is_running(),
+                "it ended: {log}\n{}",
+                mounted.daemon.log()
+            );
+            // Once from where it is, and once from the beginning.
+            Ok((log.matches("compared").count() >= before + 2).then_some(()))
+        })
+    };
+    compares()?;
     let mut gaps = Vec::new();
     let read = under_load(&mounted, 4, |reads| {
         let mut killer = Killer::new(7, Duration::from_millis(255));
@@ -219,6 +261,7 @@ fn reads_survive_kills(mode: Mode, format: &str) -> Result<()> {
                 gaps.push(time_to_go_on(&mounted, process, reads)?);
             }
         }
+        compares()?;
         go_on(reads, 40)
     })?;
     ensure!(read >= 40, "only {read} files were read");
@@ -232,6 +275,11 @@ fn reads_survive_kills(mode: Mode, format: &str) -> Result<()> {
     assert_eq!(mounted.said("killed by signal 9"), KILLS);
     let taken_over = mounted.said(TAKEN_OVER);
     ensure!((KILLS / 2..=KILLS).contains(&taken_over), "{taken_over}");
+    mounted.containerd_is_back()?;
+    (mounted.containerd).ctr_text(&["tasks", "kill", "--signal", "SIGKILL", "load"])?;
+    wait_for("the container to be removed", || {
+        Ok((!container.is_running()).then_some(()))
+    })?;
     mounted.end()
 }
 
@@ -331,8 +379,6 @@ fn a_new_program_takes_over_under_load() -> Result<()> {
     mounted.end()
 }
 
-/// What a former process had begun to download, the next one does, without
-/// being asked for the layer.
 /// The shipped unit under a real systemd: what it keeps, how it ends what, and
 /// when it starts again.
 #[test]
@@ -340,10 +386,8 @@ fn reads_survive_kills_and_restarts_under_systemd() -> Result<()> {
     const ROUNDS: usize = 6;
     for mode in Mode::ALL {
         let options = Options {
-            mode: Some(mode),
-            more: "[background]\nenabled = false\n[prefetch]\nenabled = false\n".to_owned(),
             systemd: true,
-            ..Options::default()
+            ..quiet(mode, false)
         };
         let mounted = Mounted::start_with("estargz", options)?;
         let systemd = mounted.daemon.systemd()?;
@@ -384,6 +428,8 @@ fn reads_survive_kills_and_restarts_under_systemd() -> Result<()> {
     Ok(())
 }
 
+/// What a former process had begun to download, the next one does, without
+/// being asked for the layer.
 #[test]
 fn regression_downloads_go_on_after_a_restart_in_both_modes() -> Result<()> {
     for mode in Mode::ALL {

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use rustix::fs::Advice;
+use rustix::process::Signal;
 use sluice_layer::write::{Options as WriteOptions, write_layer};
 use sluice_layer::{Format, TocTrust, Wanted, decode_unit, locate_toc, read_toc};
 use sluice_oci::Digest;
@@ -19,6 +20,7 @@ use sluice_tests::command::{attempt, run, wait_for};
 use sluice_tests::daemon::{Mode, Options};
 use sluice_tests::disk::{Cut, Disk, Faults};
 use sluice_tests::image::{self, Compression, LayoutWriter, Meta, Tarball};
+use sluice_tests::killer::signal;
 use sluice_tests::{Containerd, Daemon, Registry, Scratch, programs};
 
 const SLUICE: &str = "sluice";
@@ -233,42 +235,55 @@ fn reads_survive_a_disk_that_is_full_fails_is_slow_or_loses_power() -> Result<()
     rig.daemon.stop()
 }
 
-/// The same on a block device, whose file system puts off what it allocates.
+/// The same on a block device, whose file system puts off what it allocates,
+/// and which has everything that the daemon keeps.
 #[test]
 fn reads_survive_a_full_ext4() -> Result<()> {
-    let scratch = Scratch::new()?;
-    let disk = scratch.disk("disk", 16 << 20)?;
-    let mut rig = Rig::start(
-        &scratch,
-        &Options {
-            layers: Some(disk.clone()),
-            ..quiet(Mode::Erofs)
-        },
-    )?;
-    rig.check(0)?;
-    let ballast = disk.join("ballast");
-    fill(&ballast)?;
-    for number in [1, 2, 3, 1, 0] {
-        rig.check(number)?;
+    for mode in Mode::ALL {
+        let scratch = Scratch::new()?;
+        let disk = scratch.disk("disk", 24 << 20)?;
+        let root = disk.join("root");
+        fs::create_dir(&root)?;
+        let rig = Rig::start(
+            &scratch,
+            &Options {
+                root: Some(root),
+                supervised: true,
+                ..quiet(mode)
+            },
+        )?;
+        rig.check(0)?;
+        let ballast = disk.join("ballast");
+        fill(&ballast)?;
+        for number in [1, 2, 3, 1, 0] {
+            rig.check(number)?;
+        }
+        assert_eq!(rig.said("cannot store content"), 1, "once for each cause");
+        ensure!(rig.said("No space left on device") > 0);
+        // A death, an end in order, and the starts that follow, with no room to
+        // write anything: readers go on.
+        for end in [Signal::KILL, Signal::HUP, Signal::KILL] {
+            let process = rig.daemon.serving().context("no process serves")?;
+            match end {
+                Signal::HUP => rig.daemon.process().signal(end)?,
+                _ => signal(process, end)?,
+            }
+            rig.check(0)?;
+            rig.check(4)?;
+            rig.daemon.wait_until_ready(process)?;
+        }
+        fs::remove_file(&ballast)?;
+        rig.check_all()?;
+        ensure!(
+            rig.said("content is stored again") > 0,
+            "{}",
+            rig.daemon.log()
+        );
+        rig.containerd.wait_for_snapshotter(SLUICE)?;
+        rig.containerd.unmount(&rig.root)?;
+        rig.daemon.stop()?;
     }
-    assert_eq!(rig.said("cannot store content"), 1, "once for each cause");
-    ensure!(rig.said("No space left on device") > 0);
-    // An end in order, and a start, with no room to write anything.
-    rig.containerd.unmount(&rig.root)?;
-    rig.daemon.stop()?;
-    rig.daemon.start_again()?;
-    rig.mount_again()?;
-    rig.check(0)?;
-    rig.check(4)?;
-    fs::remove_file(&ballast)?;
-    rig.check_all()?;
-    ensure!(
-        rig.said("content is stored again") > 0,
-        "{}",
-        rig.daemon.log()
-    );
-    rig.containerd.unmount(&rig.root)?;
-    rig.daemon.stop()
+    Ok(())
 }
 
 fn cut(path: &Path, left: u64) -> Result<()> {

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::Read as _;
+use std::io::{Read as _, Write as _};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::Mutex;
@@ -11,11 +11,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
+use rustix::process::Signal;
 use sluice_oci::Digest;
 use sluice_tests::command::{run, wait_for};
 use sluice_tests::daemon::{Mode, Options};
 use sluice_tests::figures::{self, Work};
 use sluice_tests::image::{self, Compression, LayoutWriter, Meta, Noise, Tarball};
+use sluice_tests::killer::signal;
 use sluice_tests::proxy::{Fault, Proxy};
 use sluice_tests::{Containerd, Daemon, Registry, Runc, Scratch, Snapshots, programs, snapshots};
 
@@ -36,8 +38,8 @@ fn convert(layout: &Path, to: &str, more: &[&str]) -> Result<()> {
 }
 
 const CONTAINERS: usize = 200;
-/// How many are being started at one moment: no machine does more at once than
-/// it has cores, and what they read overlaps all the same.
+/// How many are made at one moment: no machine does more at once than it has
+/// cores. Where nothing is prefetched, they begin to read when all are there.
 const STARTING: usize = 16;
 
 /// Two hundred containers of one image: every one reads everything and stays.
@@ -96,15 +98,15 @@ fn two_hundred_containers_of_one_image_fetch_each_byte_once() -> Result<()> {
             mode.name(),
             ["only", "prefetch"][usize::from(prefetch)]
         );
-        daemons.push((name, Daemon::start(&scratch, &options)?));
+        daemons.push((name, Daemon::start(&scratch, &options)?, prefetch));
     }
     let named: Vec<_> = daemons
         .iter()
-        .map(|(name, daemon)| (name.as_str(), daemon))
+        .map(|(name, daemon, _)| (name.as_str(), daemon))
         .collect();
     let containerd = Containerd::start_with(&scratch, &named)?;
     let runtime = tokio::runtime::Runtime::new()?;
-    for (name, daemon) in named {
+    for (name, daemon, prefetch) in &daemons {
         let proxy = Proxy::start(registry.host())?;
         let reference = proxy.reference("many:1");
         containerd.lazy_pull(&reference, name)?;
@@ -113,15 +115,25 @@ fn two_hundred_containers_of_one_image_fetch_each_byte_once() -> Result<()> {
         proxy.forget();
         let client = runtime.block_on(Snapshots::connect(daemon))?;
         let runc = Runc::new(&scratch)?;
+        let gate = runc.shared().join("gate");
+        run(std::process::Command::new("mkfifo").arg(&gate))?;
+        let wait = if *prefetch {
+            ""
+        } else {
+            "read line < /shared/gate;"
+        };
+        let read = format!("{wait} cat /data/* | sha256sum; exec sleep 100000");
         let clock = Instant::now();
         let containers = all_at_once(|number| {
             let id = format!("{name}-{number}");
-            let read = "cat /data/* | sha256sum; exec sleep 100000";
             let mounts = runtime.block_on(client.prepare(&id, &parent))?;
-            runc.start(&id, &["sh", "-c", read], |root| {
+            runc.start(&id, &["sh", "-c", &read], |root| {
                 snapshots::mount(&mounts, root)
             })
         })?;
+        // A line for each; open until all have taken theirs.
+        let mut opened = File::options().read(true).write(true).open(&gate)?;
+        opened.write_all(&[b'\n'; CONTAINERS])?;
         for container in &containers {
             let read = wait_for("a container to have read everything", || {
                 ensure!(container.is_alive(), "it ended: {}", container.output()?);
@@ -133,7 +145,7 @@ fn two_hundred_containers_of_one_image_fetch_each_byte_once() -> Result<()> {
         let alive = containers.iter().filter(|container| container.is_alive());
         ensure!(alive.count() == CONTAINERS, "not all are alive together");
         let started = clock.elapsed();
-        let fetched = each_byte_once(&proxy).with_context(|| name.to_owned())?;
+        let fetched = each_byte_once(&proxy).with_context(|| name.clone())?;
         println!(
             "{name}: {CONTAINERS} containers in {started:.1?}: {} requests, {fetched} bytes",
             proxy.seen().len()
@@ -205,7 +217,8 @@ const BUDGET: u64 = 64 << 20;
 const OVERHEAD: u64 = 32 << 20;
 
 /// Every reader waits for a chunk of its own, 120 MB together, while the
-/// registry delivers nothing; then it does.
+/// registry delivers nothing; the daemon is killed, and the next one takes all
+/// of them over; then the registry delivers.
 #[test]
 fn thousands_of_readers_wait_within_the_memory_budget_and_all_are_answered() -> Result<()> {
     let scratch = Scratch::new()?;
@@ -229,6 +242,7 @@ fn thousands_of_readers_wait_within_the_memory_budget_and_all_are_answered() -> 
         let options = Options {
             mode: Some(mode),
             more: "[prefetch]\nenabled = false\n[background]\nenabled = false\n".to_owned(),
+            supervised: true,
             ..Options::default()
         };
         let daemon = Daemon::start(&scratch, &options)?;
@@ -240,9 +254,10 @@ fn thousands_of_readers_wait_within_the_memory_budget_and_all_are_answered() -> 
                 .await?;
             snapshots::mount(&client.prepare("container", "layer").await?, &dir)
         })?;
-        let process = daemon.process().pid();
-        let before = figures::memory(process, "VmRSS")?;
-        figures::forget_peak(process)?;
+        let first = daemon.serving().context("no process serves")?;
+        let before = figures::memory(first, "VmRSS")?;
+        figures::forget_peak(first)?;
+        let mut peaks = Vec::new();
         proxy.fail_ranges("/blobs/", u64::MAX, Fault::Status(503, ""));
         let clock = Instant::now();
         std::thread::scope(|scope| -> Result<()> {
@@ -263,6 +278,9 @@ fn thousands_of_readers_wait_within_the_memory_budget_and_all_are_answered() -> 
                 );
                 Ok((waiting >= READERS).then_some(()))
             })?;
+            peaks.push(figures::memory(first, "VmHWM")?);
+            signal(first, Signal::KILL)?;
+            let next = daemon.wait_until_ready(first)?;
             proxy.heal();
             for reader in readers {
                 reader
@@ -270,9 +288,10 @@ fn thousands_of_readers_wait_within_the_memory_budget_and_all_are_answered() -> 
                     .expect("a reader panicked")
                     .with_context(|| daemon.log())?;
             }
+            peaks.push(figures::memory(next, "VmHWM")?);
             Ok(())
         })?;
-        let peak = figures::memory(process, "VmHWM")?;
+        let peak = peaks.into_iter().max().unwrap_or_default();
         println!(
             "{}: {READERS} readers answered in {:.1?}; the daemon took {} MiB, at most {} MiB",
             mode.name(),

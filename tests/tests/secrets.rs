@@ -10,15 +10,19 @@ use sluice_tests::command::{attempt, run, text};
 use sluice_tests::daemon::{Mode, Options};
 use sluice_tests::image::{self, Compression, LayoutWriter, Meta, Tarball};
 use sluice_tests::node::snapshotter;
-use sluice_tests::proxy::{Access, Proxy, TOKEN};
+use sluice_tests::proxy::{Access, Fault, Proxy, Rule, TOKEN};
 use sluice_tests::{Containerd, Daemon, Registry, Scratch, programs};
 
 /// The password of the user `sluice`.
 const PASSWORD: &str = "hush-hush-hush";
 /// Both, as HTTP and Docker's configuration have them.
 const PAIR: &str = "c2x1aWNlOmh1c2gtaHVzaC1odXNo";
+/// The same of another user, who is named by a header of `hosts.toml`.
+const HEADER: &str = "bWlycm9yOnF1aWV0LXF1aWV0";
+/// What makes a redirect good for whoever has it.
+const SIGNATURE: &str = "sealed-sealed-sealed";
 /// What nobody may see.
-const SECRETS: [&str; 3] = [PASSWORD, PAIR, TOKEN];
+const SECRETS: [&str; 5] = [PASSWORD, PAIR, TOKEN, HEADER, SIGNATURE];
 
 const FILES: usize = 20;
 
@@ -59,6 +63,15 @@ fn no_file_holds_a_secret(dir: &Path) -> Result<()> {
     let found = attempt(grep.arg(dir))?;
     ensure!(found.status.code() == Some(1), "{found:?}");
     Ok(())
+}
+
+/// Has the registry reached with a header that lets everything pass.
+fn set_header(hosts_dir: &Path, registry: &Proxy) -> Result<()> {
+    let host = registry.host();
+    let directory = hosts_dir.join(host.replace(':', "_") + "_");
+    fs::create_dir_all(&directory)?;
+    let text = format!("[host.\"http://{host}\".header]\nauthorization = \"Basic {HEADER}\"\n");
+    Ok(fs::write(directory.join("hosts.toml"), text)?)
 }
 
 /// Neither group nor others may do anything with what is below the root, but
@@ -117,29 +130,50 @@ fn credentials_are_told_to_the_registry_alone() -> Result<()> {
             (snapshotter(Mode::Fuse), &fuse),
         ],
     )?;
-    let reference = proxy.reference("guarded:lazy");
     let layer = (registry
         .manifest(&registry.reference("guarded:lazy"))?
         .layers)
         .pop()
         .context("the image has no layer")?;
-    for (daemon, mode, access) in [
-        (&erofs, Mode::Erofs, Access::Password(PAIR.to_owned())),
-        (&fuse, Mode::Fuse, Access::Token),
+    let other = Proxy::start(registry.host())?;
+    let store = Proxy::start(registry.host())?;
+    let password = |pair: &str| Access::Password(pair.to_owned());
+    for (daemon, mode, proxy, access) in [
+        (&erofs, Mode::Erofs, &proxy, password(PAIR)),
+        (&fuse, Mode::Fuse, &proxy, Access::Token),
+        (&erofs, Mode::Erofs, &other, password(HEADER)),
     ] {
         proxy.demand(access.clone());
+        let reference = proxy.reference("guarded:lazy");
         let name = snapshotter(mode);
         let mut pull = containerd.lazy_pull_command(&reference, name)?;
+        if access == Access::Token {
+            let query = format!("signature={SIGNATURE}");
+            let to = store.host();
+            proxy.schedule(Rule::new(Fault::Redirect { to, query }).on("/blobs/"));
+        } else if access == password(HEADER) {
+            set_header(&daemon.hosts_dir(), proxy)?;
+            pull.arg("--hosts-dir").arg(daemon.hosts_dir());
+        }
         let pulled = run(pull.env("DOCKER_CONFIG", &docker).env("RUST_LOG", "trace"))?;
         let meta = daemon.root().join("layers").join(layer.digest.hex());
         ensure!(meta.join("meta.erofs").exists(), "{}", daemon.log());
         let dir = containerd.mount(&reference, name)?;
+        if access == Access::Token {
+            // The signature was good until now.
+            store.schedule(Rule::new(Fault::Status(403, "")).times(1));
+        }
         for number in 0..FILES {
             let read = fs::read(dir.join(number.to_string()))?;
             ensure!(read == vec![number as u8; 10_000], "file {number}");
         }
-        let asked = proxy.asked("/token");
-        ensure!((asked > 0) == (access == Access::Token), "{asked} tokens");
+        for (what, asked) in [
+            ("tokens", proxy.asked("/token")),
+            ("signatures", store.asked(SIGNATURE)),
+        ] {
+            ensure!((asked > 0) == (access == Access::Token), "{asked} {what}");
+        }
+        store.forget();
 
         let log = daemon.log();
         ensure!(log.contains("TRACE"), "not all is logged:\n{log}");
@@ -156,6 +190,7 @@ fn credentials_are_told_to_the_registry_alone() -> Result<()> {
         no_file_holds_a_secret(&dir)?;
         is_roots_alone(daemon)?;
         containerd.unmount(&dir)?;
+        containerd.forget_images()?;
     }
     Ok(())
 }

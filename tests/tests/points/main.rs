@@ -438,8 +438,6 @@ fn in_mode_erofs(source: &Source) -> Result<Vec<(String, u32)>> {
             &[
                 "start.root-taken",
                 "start.database-opened",
-                "probe.mounted",
-                "probe.unmounted",
                 "start.probed",
                 "marker.opened",
                 "marker.written",
@@ -475,7 +473,13 @@ fn in_mode_erofs(source: &Source) -> Result<Vec<(String, u32)>> {
     world.deaths_at_the_end()?;
     let mut struck = world.orders.struck()?;
     let first = [
-        &["database.drafted", "database.initialised", "database.named"][..],
+        &[
+            "database.drafted",
+            "database.initialised",
+            "database.named",
+            "probe.mounted",
+            "probe.unmounted",
+        ][..],
         &FIRST,
     ]
     .concat();
