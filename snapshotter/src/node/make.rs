@@ -2,6 +2,7 @@
 //! registry, or found on the disk, mended where that is damaged.
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use sluice_oci::{Digest, Reference};
@@ -11,6 +12,7 @@ use tokio::task::spawn_blocking;
 use super::layer::Open;
 use super::release::delete;
 use super::{Node, compile};
+use crate::fetch::LazyLayer;
 use crate::layer_dir::{self, LayerDir};
 use crate::remote::{FetchedToc, Known, StoredToc};
 
@@ -25,7 +27,8 @@ impl Node {
         let toc = self.make(reference, digest, known).await?;
         let reason = match self.load(digest).await {
             Ok(Some(open)) => {
-                keep(&open, toc).await;
+                // Nobody waits for it: who lacks it fetches it again.
+                tokio::spawn(keep(open.layer(), toc));
                 return Ok(open);
             }
             Ok(None) => "its directory is gone again".to_owned(),
@@ -154,8 +157,7 @@ impl Node {
 }
 
 /// Keeps the TOC for when it is found out what the layer's tar is.
-async fn keep(open: &Open, toc: StoredToc) {
-    let layer = open.layer();
+async fn keep(layer: Arc<LazyLayer>, toc: StoredToc) {
     let digest = layer.digest();
     let kept = spawn_blocking(move || layer.dir().keep_toc(toc.as_ref()));
     if let Err(error) = kept.await.map_err(io::Error::other).flatten() {
