@@ -13,9 +13,18 @@ use super::relatives::{Allowance, State, relatives};
 use super::reuse::Asked;
 use crate::layer_dir::ChunkId;
 
-/// Bounds of what is fetched around a read: less saves nothing, since a request
-/// costs as much; more delays what is read next by too much when it is wrong.
-const AROUND: (u64, u64) = (32 << 10, 2 << 20);
+/// What is fetched around a read that misses, as a multiple of what a miss
+/// costs: the best in replayed starts of programs.
+const AROUND: u64 = 2;
+/// Its bounds: less saves nothing, since a request costs as much; more delays
+/// what is read next by too much when it is wrong.
+const LEAST_AROUND: u64 = 32 << 10;
+const MOST_AROUND: u64 = 16 << 20;
+/// Where a miss costs less than this, bytes are what is dear.
+const DEAR_MISS: u64 = 512 << 10;
+/// Beyond that, guesses may be wrong once as often for each so many bytes that
+/// a miss costs.
+const ONCE_MORE: u64 = 128 << 10;
 
 impl LazyLayer {
     /// Adds to `claims` what may be wanted after them and can share their
@@ -42,12 +51,19 @@ impl LazyLayer {
     /// How much may be guessed; none where read-ahead is off.
     fn budget(&self) -> Option<Budget> {
         let longest = self.engine.config().read_ahead;
-        let around = self.link.around().clamp(AROUND.0, AROUND.1);
+        let price = self.link.price_of_miss();
+        let around = (price * AROUND).clamp(LEAST_AROUND, MOST_AROUND);
+        let around = around.min(longest);
+        let (onwards, times) = match price {
+            ..DEAR_MISS => (0, 1),
+            _ => (around, price / ONCE_MORE),
+        };
         (longest > 0).then(|| Budget {
-            around: around.min(longest),
+            around,
+            onwards,
             sequential: self.link.window().max(around).min(longest),
             piece: self.link.piece(),
-            credit: self.reads.credit(),
+            credit: self.reads.credit(times),
         })
     }
 
@@ -59,6 +75,7 @@ impl LazyLayer {
         let allowance = Allowance {
             family: budget.around,
             namesakes: self.reads.again(kin),
+            onwards: budget.onwards,
             credit: budget.credit,
         };
         let chunks = relatives(self.dir.chunks(), first, allowance, |chunk| {

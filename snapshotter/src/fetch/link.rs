@@ -151,10 +151,9 @@ impl Link {
             .clamp(SMALLEST_PIECE, LARGEST_PIECE)
     }
 
-    /// What to fetch around a read that misses. The next miss would cost a
-    /// round trip; twice that is the best in replayed starts of programs.
-    pub(super) fn around(&self) -> u64 {
-        self.bytes_in(|round_trip| round_trip.max(LEAST_MISS) * 2)
+    /// Bytes that could have come while a reader waits for one that misses.
+    pub(super) fn price_of_miss(&self) -> u64 {
+        self.bytes_in(|round_trip| round_trip.max(LEAST_MISS))
     }
 
     /// How far to fetch ahead of a sequential reader at most: one range that

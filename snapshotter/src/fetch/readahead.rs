@@ -31,6 +31,8 @@ const BEFORE: u64 = 16;
 pub(super) struct Budget {
     /// Compressed bytes around one read.
     pub(super) around: u64,
+    /// Compressed bytes of whatever lies behind a file in the blob.
+    pub(super) onwards: u64,
     /// The largest window of a sequential reader, in compressed bytes.
     pub(super) sequential: u64,
     /// The shortest piece by which such a window is moved on.

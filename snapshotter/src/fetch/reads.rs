@@ -15,8 +15,8 @@ use crate::layer_dir::{ChunkId, Kin, Present, Record};
 const PATIENCE: u32 = 32;
 /// What one read within the plan makes up for.
 const WORTH: u32 = 2;
-/// Guesses may be wrong by so many bytes, and by as many as were read, so that
-/// no more than twice what is read is fetched, and this.
+/// Guesses may be wrong by so many bytes, and by as many as were read, where
+/// bytes are dear: no more than twice what is read is fetched, and this.
 const FREE_GUESSES: u64 = 2 << 20;
 
 /// The reads of one layer since it was opened.
@@ -140,9 +140,12 @@ impl Reads {
         self.beside.load(Ordering::Acquire) == 0
     }
 
-    /// Bytes, uncompressed, that may be fetched on a guess now.
-    pub(super) fn credit(&self) -> u64 {
+    /// Bytes, uncompressed, that may be fetched on a guess now, where `times` as
+    /// many may be wrong as were read.
+    pub(super) fn credit(&self, times: u64) -> u64 {
         let earned = self.read_bytes.load(Ordering::Relaxed) + FREE_GUESSES;
-        earned.saturating_sub(self.wrong_bytes.load(Ordering::Relaxed))
+        earned
+            .saturating_mul(times)
+            .saturating_sub(self.wrong_bytes.load(Ordering::Relaxed))
     }
 }

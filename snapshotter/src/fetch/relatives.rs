@@ -4,7 +4,7 @@
 //! for `__init__.pyc` or `package.json` in one place does so in the next.
 
 use super::readahead::SMALL_FILE;
-use crate::layer_dir::{ChunkId, ChunkTable};
+use crate::layer_dir::{ChunkId, ChunkTable, Kin};
 
 /// Chunks that are searched in either direction.
 const REACH: usize = 8192;
@@ -37,6 +37,8 @@ pub(super) struct Allowance {
     pub(super) family: u64,
     /// Whether a file of the same name has been read before.
     pub(super) namesakes: bool,
+    /// Compressed bytes of whatever lies behind in the blob.
+    pub(super) onwards: u64,
     /// Uncompressed bytes of all.
     pub(super) credit: u64,
 }
@@ -74,6 +76,9 @@ pub(super) fn relatives(
         let namesakes = after().filter(named).take(NAMESAKES);
         choice.add(namesakes, ALL_NAMESAKES, NAMESAKE);
     }
+    let others = |k: Kin| kin.family == 0 || k.family != kin.family;
+    let files = after().filter(|&chunk| table.kin(chunk).is_some_and(others));
+    choice.add(files, allowance.onwards, u64::MAX);
     choice.chosen
 }
 

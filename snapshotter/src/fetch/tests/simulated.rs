@@ -478,6 +478,34 @@ async fn neighbours_of_small_files_are_fetched_while_they_are_read() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn where_a_miss_is_dear_what_lies_behind_is_fetched() {
+    let files = (0..600).map(|index| SampleFile {
+        name: format!("{:02}/{index}", index / 10),
+        content: noise(index as u64, CHUNK),
+    });
+    let layout = Layout {
+        chunk: CHUNK,
+        ..Layout::default()
+    };
+    let sample = Sample::new(files.collect(), &layout);
+    // A program that reads one file in most of its directories.
+    let start = async |round_trip| {
+        let world = World::new(round_trip, std::slice::from_ref(&sample));
+        for directory in (0..60).filter(|directory| directory % 4 != 1) {
+            world.read_file(0, directory * 10).await;
+        }
+        assert!(world.bytes() <= world.all_bytes(0), "each byte once");
+        (world.asked().len(), world.bytes())
+    };
+    let (near, few) = start(20).await;
+    let (far, many) = start(100).await;
+    let read = 45 * CHUNK as u64;
+    assert!(few <= (read * 2 + (2 << 20)) * 11 / 10, "{few} bytes");
+    assert!(far * 2 < near, "{far} requests, {near} at 20 ms");
+    assert!(many > few, "{many} bytes, {few} at 20 ms");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_file_read_here_and_there_is_fetched_in_growing_parts() {
     let chunk = 32 << 10;
     let sample = one_file(256 * chunk, chunk);
