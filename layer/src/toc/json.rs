@@ -92,17 +92,13 @@ impl Entry<'_> {
     pub(super) fn own_size(&self) -> usize {
         let text = [&self.name, &self.kind, &self.mod_time, &self.link_name];
         let digests = [&self.digest, &self.chunk_digest, &self.chunk_type];
-        let texts = text.into_iter().chain(digests).map(|text| own(&text.0));
-        let pairs = self.xattrs.0.iter();
-        let xattrs = pairs.map(|pair| size_of::<EncodedXattr<'_>>() + own(&pair.0) + own(&pair.1));
-        texts.chain(xattrs).sum()
-    }
-}
-
-fn own(text: &Cow<'_, [u8]>) -> usize {
-    match text {
-        Cow::Borrowed(_) => 0,
-        Cow::Owned(text) => text.capacity(),
+        let texts = text.into_iter().chain(digests).map(|text| &text.0);
+        let pairs = self.xattrs.0.iter().flat_map(|(name, value)| [name, value]);
+        let owned = texts.chain(pairs).map(|text| match text {
+            Cow::Borrowed(_) => 0,
+            Cow::Owned(text) => text.capacity(),
+        });
+        owned.sum::<usize>() + self.xattrs.0.len() * size_of::<EncodedXattr<'_>>()
     }
 }
 
