@@ -315,7 +315,7 @@ pub(crate) struct ProfilePush {
     #[arg(long)]
     pub(crate) with_data: bool,
     /// How hard the content is compressed: a level of Zstandard.
-    #[arg(long, value_name = "N", default_value_t = 19, requires = "with_data",
+    #[arg(long, value_name = "N", default_value_t = 17, requires = "with_data",
           value_parser = clap::value_parser!(i32).range(1..=22))]
     pub(crate) level: i32,
     #[command(flatten)]

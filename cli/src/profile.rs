@@ -6,6 +6,7 @@ mod spec;
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
+use std::num::NonZero;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -71,6 +72,7 @@ async fn push(args: ProfilePush) -> anyhow::Result<ExitCode> {
     let client = registry::client(&args.registry, [&args.image])?;
     let attaching = Attaching {
         data: args.with_data.then_some(args.level),
+        workers: std::thread::available_parallelism().unwrap_or(NonZero::<usize>::MIN),
     };
     let scratch = std::env::temp_dir();
     let attached = sluice_converter::attach(&client, &args.image, &profile, attaching, &scratch);

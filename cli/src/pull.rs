@@ -9,7 +9,6 @@ mod labels;
 mod layers;
 pub(crate) mod node;
 mod report;
-mod time;
 
 use std::process::ExitCode;
 use std::sync::Arc;

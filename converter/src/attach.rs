@@ -3,10 +3,12 @@
 use std::collections::HashSet;
 use std::fs::File;
 use std::io::{self, BufReader};
+use std::num::NonZero;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use bytes::Bytes;
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use serde_json::json;
 use sluice_layer::profile::{
     ARTIFACT_TYPE, Attachment, CONTENT_TYPE, CONTENT_WINDOW_LOG, DOCUMENT_TYPE, Part, Read,
@@ -25,15 +27,21 @@ use crate::{Error, Location, document};
 const GAP: u64 = 64 << 10;
 /// The longest range of one request.
 const LONGEST: u64 = 8 << 20;
+/// Requests that are under way at once.
+const AT_ONCE: usize = 4;
+/// Each takes some 100 MB of memory at high levels.
+const MOST_WORKERS: usize = 8;
 /// The empty document that takes the place of a configuration.
 const EMPTY: &[u8] = b"{}";
 
 /// How a profile is attached.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Attaching {
     /// With the content of all that it names, compressed at this level of
     /// Zstandard.
     pub data: Option<i32>,
+    /// Threads that compress, eight at most.
+    pub workers: NonZero<usize>,
 }
 
 /// What was attached.
@@ -84,9 +92,10 @@ pub async fn attach(
     }
     if let Some(level) = attaching.data {
         let raw = Spool::new(scratch)?;
-        fetch_content(&source, &layers, &chunks, &raw, scratch).await?;
-        let place = scratch.to_owned();
-        let (spool, content) = blocking(move || compress(&raw, level, &place)).await?;
+        fetch_content(&source, &layers, chunks, &raw, scratch).await?;
+        let (place, workers) = (scratch.to_owned(), attaching.workers);
+        let compressed = blocking(move || compress(&raw, level, workers, &place));
+        let (spool, content) = compressed.await?;
         stored += content.size;
         attachment.content = Some(content);
         let from = BlobSource::file(spool.path());
@@ -221,43 +230,64 @@ fn to_chunks(
 async fn fetch_content(
     source: &Source,
     layers: &[(Digest, Toc)],
-    chunks: &[Carried],
+    mut chunks: Vec<Carried>,
     to: &Spool,
     scratch: &Path,
 ) -> Result<(), Error> {
-    for (number, (digest, toc)) in layers.iter().enumerate() {
-        let mut wanted: Vec<&Carried> = chunks.iter().filter(|c| c.layer == number).collect();
-        wanted.sort_by_key(|chunk| (chunk.unit.offset, chunk.inner_offset));
-        let mut units: Vec<&[&Carried]> = wanted.chunk_by(|a, b| a.unit == b.unit).collect();
-        while let Some(first) = units.first().map(|unit| unit[0].unit) {
-            let mut end = first.offset + first.size;
-            let mut count = 1;
-            for next in &units[1..] {
-                let next = next[0].unit;
-                let next_end = next.offset + next.size;
-                if next.offset - end > GAP || next_end - first.offset > LONGEST {
-                    break;
-                }
-                end = next_end;
-                count += 1;
-            }
-            let range = source.range(*digest, first.offset, end - first.offset);
-            let range = range.await?;
-            for unit in units.drain(..count) {
-                let start = (unit[0].unit.offset - first.offset) as usize;
-                let bytes = &range[start..start + unit[0].unit.size as usize];
-                store_unit(*digest, toc, bytes, unit, to, scratch)?;
-            }
+    chunks.sort_by_key(|chunk| (chunk.layer, chunk.unit.offset, chunk.inner_offset));
+    let requests = runs(&chunks).into_iter().map(|run| async move {
+        let (start, end) = extent(run);
+        let layer = layers[run[0].layer].0;
+        let bytes = source.range(layer, start, end - start).await?;
+        Ok::<_, Error>((run, bytes))
+    });
+    let mut answers = stream::iter(requests).buffer_unordered(AT_ONCE);
+    while let Some((run, bytes)) = answers.try_next().await? {
+        let (digest, toc) = &layers[run[0].layer];
+        for unit in run.chunk_by(|a, b| a.unit == b.unit) {
+            let at = unit[0].unit.offset - run[0].unit.offset;
+            let range = at as usize..(at + unit[0].unit.size) as usize;
+            let bytes = bytes.get(range).unwrap_or_default();
+            store_unit(*digest, toc, bytes, unit, to, scratch)?;
         }
     }
     Ok(())
+}
+
+/// The chunks, which are in the order of the blobs, in parts that one request
+/// each asks for.
+fn runs(chunks: &[Carried]) -> Vec<&[Carried]> {
+    let mut runs = Vec::new();
+    let mut rest = chunks;
+    while let Some(first) = rest.first() {
+        let (start, mut end) = extent(&rest[..1]);
+        let joins = |chunk: &&Carried| {
+            let (next, next_end) = extent(std::slice::from_ref(*chunk));
+            let near = next.saturating_sub(end) <= GAP && next_end.max(end) - start <= LONGEST;
+            let joins = chunk.layer == first.layer && (chunk.unit == first.unit || near);
+            if joins {
+                end = end.max(next_end);
+            }
+            joins
+        };
+        let (run, more) = rest.split_at(rest.iter().take_while(joins).count());
+        runs.push(run);
+        rest = more;
+    }
+    runs
+}
+
+/// Where in the blob the units of a run begin and end.
+fn extent(run: &[Carried]) -> (u64, u64) {
+    let ends = run.iter().map(|chunk| chunk.unit.offset + chunk.unit.size);
+    (run[0].unit.offset, ends.max().unwrap_or_default())
 }
 
 fn store_unit(
     layer: Digest,
     toc: &Toc,
     bytes: &[u8],
-    chunks: &[&Carried],
+    chunks: &[Carried],
     to: &Spool,
     scratch: &Path,
 ) -> Result<(), Error> {
@@ -283,13 +313,21 @@ fn store_unit(
     stored.map_err(in_scratch(scratch))
 }
 
-fn compress(raw: &Spool, level: i32, scratch: &Path) -> Result<(Spool, Part), Error> {
+/// The same bytes however many workers there are.
+fn compress(
+    raw: &Spool,
+    level: i32,
+    workers: NonZero<usize>,
+    scratch: &Path,
+) -> Result<(Spool, Part), Error> {
     let spool = Spool::new(scratch)?;
     let path = raw.path();
     let raw = File::open(&path).map_err(Error::file("cannot open", &path))?;
     let write = || -> io::Result<()> {
         let size = raw.metadata()?.len();
         let mut encoder = zstd::Encoder::new(spool.file(), level)?;
+        // Nearly all of the time goes here.
+        encoder.multithread(workers.get().min(MOST_WORKERS) as u32)?;
         encoder.window_log(CONTENT_WINDOW_LOG)?;
         encoder.include_checksum(false)?;
         encoder.set_pledged_src_size(Some(size))?;
@@ -350,4 +388,64 @@ fn artifact(image: &Descriptor, attachment: &Attachment) -> Manifest {
     other.insert("artifactType".to_owned(), json!(ARTIFACT_TYPE));
     other.insert("subject".to_owned(), json!(subject));
     manifest
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read as _, Write as _};
+
+    use sluice_layer::profile::decode_content;
+
+    use super::*;
+
+    #[test]
+    fn content_is_one_frame_and_the_same_for_any_number_of_workers() {
+        let scratch = tempfile::tempdir().unwrap();
+        let raw = Spool::new(scratch.path()).unwrap();
+        // More than one worker gets at once.
+        let block: Vec<u8> = (0..1 << 20).map(|n: u32| (n % 251) as u8).collect();
+        for _ in 0..40 {
+            raw.file().write_all(&block).unwrap();
+        }
+        let [one, three] = [1, 3].map(|workers| {
+            let workers = NonZero::new(workers).unwrap();
+            compress(&raw, 1, workers, scratch.path()).unwrap()
+        });
+        assert_eq!(one.1, three.1);
+        let stored = File::open(one.0.path()).unwrap();
+        let mut content = decode_content(BufReader::new(stored)).unwrap();
+        let mut read = vec![0; block.len()];
+        for _ in 0..40 {
+            content.read_exact(&mut read).unwrap();
+            assert!(read == block);
+        }
+        assert_eq!(content.read(&mut read).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_request_asks_for_neighbours_and_never_for_half_a_unit() {
+        let chunk = |layer, offset, size, inner_offset| Carried {
+            layer,
+            unit: Unit { offset, size },
+            inner_offset,
+            size: 1,
+            digest: Digest::of(b""),
+            at: 0,
+        };
+        let large = LONGEST + 5;
+        let chunks = [
+            chunk(0, 10, 10, 0),
+            chunk(0, 10, 10, 5),
+            chunk(0, 20 + GAP, 10, 0),
+            chunk(0, 31 + 2 * GAP, large, 0),
+            chunk(0, 31 + 2 * GAP, large, 9),
+            chunk(0, 31 + 2 * GAP + large, 10, 0),
+            chunk(1, 31 + 2 * GAP + large, 10, 0),
+        ];
+        let lengths: Vec<usize> = runs(&chunks).iter().map(|run| run.len()).collect();
+        assert_eq!(lengths, [3, 2, 1, 1]);
+        let ends: Vec<_> = runs(&chunks).into_iter().map(extent).collect();
+        assert_eq!(ends[0], (10, 30 + GAP));
+        assert_eq!(ends[1], (31 + 2 * GAP, 31 + 2 * GAP + large));
+    }
 }

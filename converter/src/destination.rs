@@ -1,6 +1,5 @@
 //! Writing an image, wherever it goes.
 
-use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -11,7 +10,7 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 use crate::layout::{LayoutWriter, Spool};
-use crate::pipeline::Counted;
+use crate::pipeline::spooled;
 use crate::source::Source;
 use crate::{Error, Location};
 
@@ -102,22 +101,7 @@ impl Destination {
                 let copy = |blob| {
                     let writer = Arc::clone(writer);
                     blocking(move || {
-                        let spool = Spool::new(&writer.spool_directory())?;
-                        let mut blob = Counted::new(blob, |_| ());
-                        let mut buffer = vec![0; 256 << 10];
-                        loop {
-                            match blob.read(&mut buffer) {
-                                Ok(0) => break,
-                                Ok(n) => spool.write_all(&buffer[..n])?,
-                                Err(cause) if cause.kind() == io::ErrorKind::Interrupted => {}
-                                Err(cause) => {
-                                    return Err(crate::pipeline::read_error(digest, cause));
-                                }
-                            }
-                        }
-                        let end = blob.end();
-                        let end =
-                            end.map_err(|cause| crate::pipeline::read_error(digest, cause))?;
+                        let (spool, end) = spooled(blob, digest, &writer.spool_directory())?;
                         end.check(what, digest, size)?;
                         writer.adopt(&spool, digest)
                     })

@@ -22,7 +22,7 @@ use sluice_oci::{Digest, Hasher};
 
 use self::budget::Budget;
 use self::input::pieces;
-pub(crate) use self::input::{Counted, decompressed, read_error};
+pub(crate) use self::input::{Counted, decompressed, spooled};
 use crate::Error;
 use crate::layout::Spool;
 

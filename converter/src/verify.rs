@@ -13,8 +13,7 @@ use sluice_layer::{
 use sluice_oci::{Descriptor, Digest, Hasher, Index, Manifest, media_type};
 
 use crate::destination::blocking;
-use crate::layout::Spool;
-use crate::pipeline::{Counted, decompressed, read_error};
+use crate::pipeline::{decompressed, spooled};
 use crate::source::{BlobReader, Source};
 use crate::toc::{self, NoToc};
 use crate::{Error, document, media};
@@ -232,18 +231,7 @@ fn read_whole(
     is_layer: bool,
     scratch: &Path,
 ) -> Result<ReadBlob, Error> {
-    let spool = Spool::new(scratch)?;
-    let mut blob = Counted::new(blob, |_| ());
-    let mut buffer = vec![0; 256 << 10];
-    loop {
-        match blob.read(&mut buffer) {
-            Ok(0) => break,
-            Ok(n) => spool.write_all(&buffer[..n])?,
-            Err(cause) if cause.kind() == io::ErrorKind::Interrupted => {}
-            Err(cause) => return Err(read_error(layer, cause)),
-        }
-    }
-    let end = blob.end().map_err(|cause| read_error(layer, cause))?;
+    let (spool, end) = spooled(blob, layer, scratch)?;
     let path = spool.path();
     let file = std::fs::File::open(&path).map_err(Error::file("cannot open", &path))?;
     let diff_id = is_layer.then(|| {

@@ -18,8 +18,7 @@ use crate::transport::{Call, Purpose, Transport, body_up_to};
 /// The distribution specification asks registries to accept this much.
 pub(crate) const MAX_MANIFEST: usize = 4 << 20;
 
-pub(crate) const DOCKER_CONTENT_DIGEST: HeaderName =
-    HeaderName::from_static("docker-content-digest");
+const DOCKER_CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
 
 /// A client for any number of registries. Clones share connections, tokens
 /// and redirects.

@@ -14,12 +14,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use hyper_util::rt::TokioIo;
 use sluice_proto::containerd::services::snapshots::v1 as api;
 use sluice_proto::containerd::types::Mount;
 use tempfile::TempDir;
 use tonic::Code;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 
 type Client = api::snapshots_client::SnapshotsClient<Channel>;
 
@@ -74,18 +73,8 @@ impl Daemon {
     }
 
     async fn client(&self) -> Client {
-        let socket = self.socket();
-        let channel = Endpoint::from_static("http://localhost")
-            .connect_with_connector(tower::service_fn(move |_| {
-                let socket = socket.clone();
-                async move {
-                    let stream = tokio::net::UnixStream::connect(socket).await?;
-                    Ok::<_, std::io::Error>(TokioIo::new(stream))
-                }
-            }))
-            .await
-            .unwrap();
-        Client::new(channel)
+        let channel = containerd_client::connect(self.socket()).await;
+        Client::new(channel.unwrap())
     }
 }
 

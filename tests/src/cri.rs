@@ -6,10 +6,8 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 use http::uri::PathAndQuery;
-use hyper_util::rt::TokioIo;
 use tokio::runtime::Runtime;
 use tonic::client::Grpc;
-use tonic::transport::Endpoint;
 use tonic_prost::ProstCodec;
 
 use crate::command::{attempt, wait_for};
@@ -127,17 +125,7 @@ path = "{dir}/opt"
 }
 
 async fn pull(socket: &Path, image: &str) -> Result<String> {
-    let socket = socket.to_owned();
-    let channel = Endpoint::from_static("http://localhost")
-        .connect_with_connector(tower::service_fn(move |_| {
-            let socket = socket.clone();
-            async move {
-                let stream = tokio::net::UnixStream::connect(socket).await?;
-                Ok::<_, std::io::Error>(TokioIo::new(stream))
-            }
-        }))
-        .await?;
-    let mut client = Grpc::new(channel);
+    let mut client = Grpc::new(containerd_client::connect(socket).await?);
     client.ready().await?;
     let request = PullImageRequest {
         image: Some(ImageSpec {

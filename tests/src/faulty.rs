@@ -9,11 +9,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail, ensure};
 use sluice_oci::Descriptor;
 
+use crate::command;
 use crate::daemon::Mode;
 use crate::image::{self, Compression, LayoutWriter, Meta, Noise, Tarball};
 use crate::node::{Node, snapshotter};
 use crate::proxy::{Fault, Proxy};
-use crate::{command, programs};
 
 /// Files of the image.
 pub const FILES: u64 = 24;
@@ -65,12 +65,8 @@ impl World {
         writer.finish(image::TAG, &[])?;
         let plain = node.registry.push(&layout, image::TAG, "faulty:plain")?;
         let direct = node.registry.reference("faulty:lazy");
-        command::run(
-            programs::sluice_command()?
-                .args(["convert", "--chunk-size", "1M", "--format", format])
-                .arg(format!("oci:{}:{}", layout.display(), image::TAG))
-                .arg(&direct),
-        )?;
+        let chunks = ["--chunk-size", "1M", "--format", format];
+        image::convert(&layout, &direct, &chunks)?;
         let layer = node.registry.manifest(&direct)?.layers.remove(0);
         let proxy = Proxy::start(node.registry.host())?;
         Ok(Self {

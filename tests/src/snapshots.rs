@@ -7,7 +7,6 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use futures_util::{TryStreamExt as _, stream};
-use hyper_util::rt::TokioIo;
 use rustix::mount::MountFlags;
 use sluice_oci::Descriptor;
 use sluice_proto::containerd::services::snapshots::v1::snapshots_client::SnapshotsClient;
@@ -15,9 +14,8 @@ use sluice_proto::containerd::services::snapshots::v1::{
     CommitSnapshotRequest, PrepareSnapshotRequest, RemoveSnapshotRequest,
 };
 use sluice_proto::containerd::types::Mount;
-use tokio::net::UnixStream;
 use tonic::Code;
-use tonic::transport::{Channel, Endpoint, Uri};
+use tonic::transport::Channel;
 
 use crate::daemon::Daemon;
 
@@ -30,14 +28,7 @@ pub struct Snapshots(SnapshotsClient<Channel>);
 impl Snapshots {
     /// Connects.
     pub async fn connect(daemon: &Daemon) -> Result<Self> {
-        let socket = daemon.socket();
-        let connect = tower::service_fn(move |_: Uri| {
-            let socket = socket.clone();
-            async move { UnixStream::connect(socket).await.map(TokioIo::new) }
-        });
-        let channel = Endpoint::from_static("http://localhost")
-            .connect_with_connector(connect)
-            .await?;
+        let channel = containerd_client::connect(daemon.socket()).await?;
         Ok(Self(SnapshotsClient::new(channel)))
     }
 

@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 use sluice_tests::daemon::Mode;
 use sluice_tests::node::{Node, snapshotter};
 use sluice_tests::tree::{self, Times};
-use sluice_tests::{command, image, programs};
+use sluice_tests::{command, image};
 
 /// Everything that a container does to its file system: new, changed,
 /// removed, replaced, renamed, linked, with attributes.
@@ -77,12 +77,7 @@ fn a_container_writes_and_becomes_an_image() -> Result<()> {
             .registry
             .push(&layout, image::TAG, &format!("committed:{name}"))?;
         let committed = node.registry.reference(&format!("committed:{name}-lazy"));
-        command::run(
-            programs::sluice_command()?
-                .arg("convert")
-                .arg(format!("oci:{}:{}", layout.display(), image::TAG))
-                .arg(&committed),
-        )?;
+        image::convert(&layout, &committed, &[])?;
         let below = node.registry.manifest(&lazy)?.layers;
         let above = node.registry.manifest(&committed)?.layers;
         ensure!(above.len() == below.len() + 1, "{above:?}");

@@ -85,11 +85,8 @@ impl Mounted {
             })?;
         }
         writer.finish(image::TAG, &["/none"])?;
-        run(programs::sluice_command()?
-            .args(["convert", "--plain-http", "--format", format])
-            .args(["--chunk-size", "65536"])
-            .arg(format!("oci:{}:{}", layout.display(), image::TAG))
-            .arg(registry.reference("app:1")))?;
+        let chunks = ["--format", format, "--chunk-size", "65536"];
+        image::convert(&layout, &registry.reference("app:1"), &chunks)?;
         let proxy = Proxy::start(registry.host())?;
         let reference = proxy.reference("app:1");
         let daemon = Daemon::start(&scratch, &options)?;

@@ -71,11 +71,8 @@ impl Rig {
         })?;
         writer.finish(image::TAG, &["/none"])?;
         let reference = registry.reference("app:1");
-        run(programs::sluice_command()?
-            .args(["convert", "--plain-http", "--format", "estargz"])
-            .args(["--chunk-size", "65536"])
-            .arg(format!("oci:{}:{}", layout.display(), image::TAG))
-            .arg(&reference))?;
+        let chunks = ["--format", "estargz", "--chunk-size", "65536"];
+        image::convert(&layout, &reference, &chunks)?;
         let daemon = Daemon::start(scratch, options)?;
         let containerd = Containerd::start_with(scratch, &[(SLUICE, &daemon)])?;
         containerd.lazy_pull(&reference, SLUICE)?;

@@ -19,22 +19,12 @@ use sluice_tests::figures::{self, Work};
 use sluice_tests::image::{self, Compression, LayoutWriter, Meta, Noise, Tarball};
 use sluice_tests::killer::signal;
 use sluice_tests::proxy::{Fault, Proxy};
-use sluice_tests::{Containerd, Daemon, Registry, Runc, Scratch, Snapshots, programs, snapshots};
+use sluice_tests::{Containerd, Daemon, Registry, Runc, Scratch, Snapshots, snapshots};
 
 fn noise(seed: u64, len: u64) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     Noise(seed << 32).take(len).read_to_end(&mut bytes)?;
     Ok(bytes)
-}
-
-/// Converts a layout into the registry.
-fn convert(layout: &Path, to: &str, more: &[&str]) -> Result<()> {
-    run(programs::sluice_command()?
-        .args(["convert", "--plain-http"])
-        .args(more)
-        .arg(format!("oci:{}:{}", layout.display(), image::TAG))
-        .arg(to))?;
-    Ok(())
 }
 
 const CONTAINERS: usize = 200;
@@ -76,7 +66,7 @@ fn two_hundred_containers_of_one_image_fetch_each_byte_once() -> Result<()> {
     fs::write(&first, names.collect::<String>())?;
     let first = first.to_string_lossy();
     let direct = registry.reference("many:1");
-    convert(
+    image::convert(
         &layout,
         &direct,
         &["--chunk-size", "65536", "--prioritize", &first],
@@ -234,7 +224,7 @@ fn thousands_of_readers_wait_within_the_memory_budget_and_all_are_answered() -> 
     })?;
     writer.finish(image::TAG, &[])?;
     let direct = registry.reference("many:1");
-    convert(&layout, &direct, &["--format", "zstd-chunked"])?;
+    image::convert(&layout, &direct, &["--format", "zstd-chunked"])?;
     let layer = registry.manifest(&direct)?.layers.remove(0);
     let runtime = tokio::runtime::Runtime::new()?;
     for mode in Mode::ALL {
@@ -401,7 +391,7 @@ fn at_the_limit_of_descriptors_the_next_layer_is_refused_and_all_others_work() -
     }
     writer.finish(image::TAG, &[])?;
     let reference = registry.reference("layers:1");
-    convert(&layout, &reference, &[])?;
+    image::convert(&layout, &reference, &[])?;
     let layers = registry.manifest(&reference)?.layers;
     // The soft limit alone would not even do for the first.
     let options = Options {

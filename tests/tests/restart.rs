@@ -10,11 +10,11 @@ use anyhow::{Context as _, Result, ensure};
 use rustix::fs::Advice;
 use rustix::process::{Pid, Signal, kill_process};
 use sluice_oci::Descriptor;
-use sluice_tests::command::{run, wait_for};
+use sluice_tests::command::wait_for;
 use sluice_tests::daemon::{Mode, Options};
 use sluice_tests::figures::Figures;
 use sluice_tests::image::{self, Compression, LayoutWriter, Meta, Noise, Tarball};
-use sluice_tests::{Daemon, Registry, Scratch, Snapshots, programs, snapshots};
+use sluice_tests::{Daemon, Registry, Scratch, Snapshots, snapshots};
 
 const LAYERS: usize = 100;
 /// As many as fit into one mount's options.
@@ -55,10 +55,7 @@ fn registry_with_layers(scratch: &Scratch) -> Result<(Registry, Vec<Descriptor>)
     }
     writer.finish(image::TAG, &[])?;
     let reference = registry.reference("layers:1");
-    run(programs::sluice_command()?
-        .args(["convert", "--plain-http"])
-        .arg(format!("oci:{}:{}", layout.display(), image::TAG))
-        .arg(&reference))?;
+    image::convert(&layout, &reference, &[])?;
     let layers = registry.manifest(&reference)?.layers;
     Ok((registry, layers))
 }

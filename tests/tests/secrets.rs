@@ -11,7 +11,7 @@ use sluice_tests::daemon::{Mode, Options};
 use sluice_tests::image::{self, Compression, LayoutWriter, Meta, Tarball};
 use sluice_tests::node::snapshotter;
 use sluice_tests::proxy::{Access, Fault, Proxy, Rule, TOKEN};
-use sluice_tests::{Containerd, Daemon, Registry, Scratch, programs};
+use sluice_tests::{Containerd, Daemon, Registry, Scratch};
 
 /// The password of the user `sluice`.
 const PASSWORD: &str = "hush-hush-hush";
@@ -38,11 +38,8 @@ fn make_image(scratch: &Scratch, registry: &Registry) -> Result<()> {
         tar.finish()
     })?;
     writer.finish(image::TAG, &[])?;
-    run(programs::sluice_command()?
-        .args(["convert", "--format", "estargz"])
-        .arg(format!("oci:{}:{}", layout.display(), image::TAG))
-        .arg(registry.reference("guarded:lazy")))?;
-    Ok(())
+    let to = registry.reference("guarded:lazy");
+    image::convert(&layout, &to, &["--format", "estargz"])
 }
 
 fn holds_no_secret(what: &str, text: &str) -> Result<()> {

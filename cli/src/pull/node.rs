@@ -16,12 +16,10 @@ use containerd_client::services::v1::{
     UpdateImageRequest, UpdateRequest,
 };
 use containerd_client::types;
-use prost_types::FieldMask;
+use prost_types::{FieldMask, Timestamp};
 use sluice_oci::{Descriptor, Digest};
 use tonic::metadata::{AsciiMetadataValue, MetadataMap};
 use tonic::{Code, Request, Status};
-
-use super::time::rfc3339;
 
 /// What a lease protects is collected after this even if nobody ends it.
 const LEASE_TIME: Duration = Duration::from_secs(24 * 3600);
@@ -65,7 +63,7 @@ impl Node {
                 .map_err(|_| anyhow!("'{namespace}' is no name of a containerd namespace"))?,
             lease: id.parse()?,
         };
-        let expires = rfc3339(SystemTime::now() + LEASE_TIME);
+        let expires = Timestamp::from(SystemTime::now() + LEASE_TIME).to_string();
         let labels = Labels::from([("containerd.io/gc.expire".to_owned(), expires)]);
         node.client
             .leases()

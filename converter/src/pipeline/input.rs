@@ -1,11 +1,14 @@
 //! The blob that comes in: counted, digested, decompressed.
 
 use std::io::{self, BufRead, BufReader, Read};
+use std::path::Path;
 use std::sync::mpsc;
 
 use sluice_oci::{Digest, Hasher};
 
 use crate::Error;
+use crate::layout::Spool;
+use crate::source::BlobReader;
 
 /// Size of the pieces that the decompressor hands on.
 const PIECE: usize = 256 << 10;
@@ -53,6 +56,27 @@ impl<R: Read, F: Fn(u64)> Read for Counted<R, F> {
         (self.read)(n as u64);
         Ok(n)
     }
+}
+
+/// Puts a blob into a file in `directory`, whatever is in it.
+pub(crate) fn spooled(
+    blob: BlobReader,
+    digest: Digest,
+    directory: &Path,
+) -> Result<(Spool, BlobEnd), Error> {
+    let spool = Spool::new(directory)?;
+    let mut blob = Counted::new(blob, |_| ());
+    let mut buffer = vec![0; 256 << 10];
+    loop {
+        match blob.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(n) => spool.write_all(&buffer[..n])?,
+            Err(cause) if cause.kind() == io::ErrorKind::Interrupted => {}
+            Err(cause) => return Err(read_error(digest, cause)),
+        }
+    }
+    let end = blob.end().map_err(|cause| read_error(digest, cause))?;
+    Ok((spool, end))
 }
 
 impl BlobEnd {
@@ -145,7 +169,7 @@ pub(crate) fn pieces<R: Read, F: Fn(u64)>(
 
 /// An error of the decompressor means a damaged blob, unless it carries one
 /// of the source.
-pub(crate) fn read_error(layer: Digest, cause: io::Error) -> Error {
+fn read_error(layer: Digest, cause: io::Error) -> Error {
     match cause.downcast::<Error>() {
         Ok(error) => error,
         Err(cause) => Error::Damaged {

@@ -146,11 +146,6 @@ impl LazyLayer {
         *self.mended.lock() = Some(what);
     }
 
-    /// Compressed bytes of units that were decoded since the layer was opened.
-    pub fn fetched_bytes(&self) -> u64 {
-        self.activity().fetched.iter().sum()
-    }
-
     /// What happened to it since it was opened.
     pub fn activity(&self) -> Activity {
         self.counters.get()

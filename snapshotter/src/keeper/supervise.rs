@@ -129,16 +129,7 @@ pub fn run(options: Options) -> Result<ExitCode, Error> {
     raise_limit()?;
     let signals = SignalFd::with_flags(&wanted, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
         .map_err(|e| Error::system("signalfd", e))?;
-    let mut supervisor = Supervisor {
-        options,
-        inbox: Inbox::open()?,
-        kept: Kept::default(),
-        child: None,
-        stopping: None,
-        start_at: Instant::now(),
-        failures: 0,
-        ever_ready: false,
-    };
+    let mut supervisor = Supervisor::new(options)?;
     loop {
         supervisor.start_if_due()?;
         supervisor.wait(&signals)?;
@@ -176,6 +167,19 @@ fn raise_limit() -> Result<(), Error> {
 }
 
 impl Supervisor {
+    fn new(options: Options) -> Result<Self, Error> {
+        Ok(Self {
+            options,
+            inbox: Inbox::open()?,
+            kept: Kept::default(),
+            child: None,
+            stopping: None,
+            start_at: Instant::now(),
+            failures: 0,
+            ever_ready: false,
+        })
+    }
+
     fn start_if_due(&mut self) -> Result<(), Error> {
         if self.child.is_some() || Instant::now() < self.start_at {
             return Ok(());
@@ -363,19 +367,11 @@ mod tests {
     use super::*;
 
     fn supervisor() -> Supervisor {
-        Supervisor {
-            options: Options {
-                program: PathBuf::new(),
-                args: Vec::new(),
-            },
-            inbox: Inbox::open().unwrap(),
-            kept: Kept::default(),
-            child: None,
-            stopping: None,
-            start_at: Instant::now(),
-            failures: 0,
-            ever_ready: false,
-        }
+        let options = Options {
+            program: PathBuf::new(),
+            args: Vec::new(),
+        };
+        Supervisor::new(options).unwrap()
     }
 
     const FAILED: Life = Life {

@@ -19,20 +19,20 @@ pub(super) const VERSION: u32 = 1;
 /// Bytes of the header, the reference's text included.
 pub(super) const HEADER: usize = 4096;
 /// Where the reference's text begins, and how long it can be.
-pub(super) const REFERENCE_AT: usize = 256;
+const REFERENCE_AT: usize = 256;
 pub(super) const REFERENCE_MAX: usize = HEADER - REFERENCE_AT - 4;
 /// Bytes of one record.
 pub(super) const RECORD: usize = 64;
 
-pub(super) const FLAG_PREFETCH: u32 = 1;
-pub(super) const FLAG_TRUST_COMPRESSED: u32 = 2;
-pub(super) const FLAG_META_SUMMED: u32 = 4;
+const FLAG_PREFETCH: u32 = 1;
+const FLAG_TRUST_COMPRESSED: u32 = 2;
+const FLAG_META_SUMMED: u32 = 4;
 
 /// How far the chunks of one file are searched in either direction.
 const FILE_REACH: u32 = 16 << 10;
 
 /// A record's flag: the chunk is its file's first.
-pub(super) const STARTS_FILE: u32 = 1;
+const STARTS_FILE: u32 = 1;
 /// Where a record's flags hold the file's [`Kin`].
 const FAMILY_SHIFT: u32 = 1;
 const NAME_SHIFT: u32 = 17;

@@ -39,7 +39,7 @@ pub(super) const MOUNTS: &str = "m";
 pub(super) const TREES: &str = "t";
 
 /// What images read while they start.
-pub(super) const PROFILES: &str = "profiles";
+const PROFILES: &str = "profiles";
 
 /// How often what has become present is made durable.
 const PERSIST: Duration = Duration::from_secs(30);

@@ -143,8 +143,13 @@ async fn a_layer_is_mounted_with_one_request_and_read_as_needed() {
 
 /// A mounted layer and the registry behind it.
 async fn mounted(root: &TempDir, sample: &Sample) -> (Registry, Node, PathBuf) {
+    mounted_with(config(root), sample).await
+}
+
+/// The same, on a node of another kind.
+async fn mounted_with(config: Config, sample: &Sample) -> (Registry, Node, PathBuf) {
     let registry = Registry::serve(&[(sample, labels(sample))]);
-    let node = Node::start(config(root), client()).unwrap();
+    let node = Node::start(config, client()).unwrap();
     node.open(request(&registry, sample)).await.unwrap();
     let mount = node.mount(sample.digest()).await.unwrap();
     registry.take_log();
@@ -159,13 +164,9 @@ fn is_eio(result: std::io::Result<Vec<u8>>) -> bool {
 async fn mode_fuse_shows_the_same() {
     let root = tempfile::tempdir().unwrap();
     let sample = sample();
-    let registry = Registry::serve(&[(&sample, labels(&sample))]);
     let mut config = config(&root);
     config.mode = Some(Mode::Fuse);
-    let node = Node::start(config, client()).unwrap();
-    node.open(request(&registry, &sample)).await.unwrap();
-    let mount = node.mount(sample.digest()).await.unwrap();
-    registry.take_log();
+    let (registry, node, mount) = mounted_with(config, &sample).await;
     let first = read(mount.join(&sample.files[0].name)).await.unwrap();
     assert!(first == sample.files[0].content);
     assert_eq!(registry.take_ranges().len(), 1);

@@ -2,10 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use hyper_util::rt::TokioIo;
 use sluice_proto::control::v1 as api;
-use tokio::net::UnixStream;
-use tonic::transport::Endpoint;
 
 use super::Report;
 use super::grpc::from_message;
@@ -32,19 +29,11 @@ pub enum AskError {
 /// Has the daemon behind the socket check all its layers, and calls `each`
 /// with what it finds.
 pub async fn ask(address: &Path, mut each: impl FnMut(Report)) -> Result<(), AskError> {
-    let socket = address.to_owned();
-    let connect = tower::service_fn(move |_| {
-        let socket = socket.clone();
-        async move { UnixStream::connect(socket).await.map(TokioIo::new) }
-    });
-    // The address is only for HTTP's sake.
-    let channel = Endpoint::from_static("http://daemon")
-        .connect_with_connector(connect)
-        .await
-        .map_err(|source| AskError::Unreachable {
-            address: address.to_owned(),
-            source,
-        })?;
+    let channel = containerd_client::connect(address).await;
+    let channel = channel.map_err(|source| AskError::Unreachable {
+        address: address.to_owned(),
+        source,
+    })?;
     let mut client = api::scrub_client::ScrubClient::new(channel);
     let refused = |status| AskError::Refused(Box::new(status));
     let answer = client.run(api::ScrubRequest {}).await.map_err(refused)?;

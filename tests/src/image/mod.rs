@@ -12,6 +12,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 
+use crate::command::run;
+use crate::programs::{cache_dir, sluice_command};
 use crate::scratch::Scratch;
 
 pub use debian::{base, scientific};
@@ -51,10 +53,21 @@ impl Image {
     /// changes whenever the recipe does.
     fn cached(name: &str, recipe: &str, build: impl FnOnce(&Path) -> Result<()>) -> Result<Self> {
         let recipe = sluice_oci::Digest::of(recipe.as_bytes()).hex();
-        let layout = crate::programs::cache_dir()?.join(format!("{name}-{}", &recipe[..12]));
+        let layout = cache_dir()?.join(format!("{name}-{}", &recipe[..12]));
         once(&layout, build).with_context(|| format!("cannot make the image '{name}'"))?;
         Ok(Self { layout })
     }
+}
+
+/// Converts the image in a layout to a lazy one in a registry, with these
+/// arguments of `sluice convert`.
+pub fn convert(layout: &Path, to: &str, more: &[&str]) -> Result<()> {
+    run(sluice_command()?
+        .args(["convert", "--plain-http"])
+        .args(more)
+        .arg(format!("oci:{}:{TAG}", layout.display()))
+        .arg(to))?;
+    Ok(())
 }
 
 /// Makes a file or directory once: `build` is given a draft's path, which is

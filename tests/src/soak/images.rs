@@ -5,9 +5,7 @@ use std::io::Read as _;
 use anyhow::Result;
 use sluice_oci::Digest;
 
-use crate::command::run;
 use crate::image::{self, Compression, LayoutWriter, Meta, Noise, Tarball};
-use crate::programs::sluice_command;
 use crate::proxy::Proxy;
 use crate::{Registry, Scratch};
 
@@ -63,11 +61,8 @@ pub(super) fn make(
             }
             writer.finish(image::TAG, &CHECK)?;
             let format = ["estargz", "zstd-chunked"][number as usize % 2];
-            run(sluice_command()?
-                .args(["convert", "--plain-http", "--format", format])
-                .args(["--chunk-size", "32768"])
-                .arg(format!("oci:{}:{}", layout.display(), image::TAG))
-                .arg(registry.reference(&name)))?;
+            let chunks = ["--format", format, "--chunk-size", "32768"];
+            image::convert(&layout, &registry.reference(&name), &chunks)?;
             let reference = proxy.reference(&name);
             Ok(SoakImage { reference, files })
         })

@@ -13,7 +13,7 @@ use sluice_tests::content::{self, noise};
 use sluice_tests::daemon::{Mode, Options};
 use sluice_tests::image::{self, Compression, LayoutWriter, Meta, Tarball};
 use sluice_tests::relay::Relay;
-use sluice_tests::{Containerd, Daemon, Registry, Scratch, programs};
+use sluice_tests::{Containerd, Daemon, Registry, Scratch};
 
 pub(crate) const SLUICE: &str = "sluice";
 const LAYERS: usize = 2;
@@ -59,10 +59,7 @@ impl Source {
         }
         writer.finish(image::TAG, &["/none"])?;
         let reference = registry.reference("points:1");
-        run(programs::sluice_command()?
-            .args(["convert", "--plain-http", "--format", "estargz"])
-            .arg(format!("oci:{}:{}", layout.display(), image::TAG))
-            .arg(&reference))?;
+        image::convert(&layout, &reference, &["--format", "estargz"])?;
         Ok(Self {
             reference,
             files,

@@ -253,12 +253,9 @@ async fn what_describes_a_layer_is_mended_where_it_is_mounted() {
     for mode in [Mode::Erofs, Mode::Fuse] {
         let root = tempfile::tempdir().unwrap();
         let sample = sample();
-        let registry = Registry::serve(&[(&sample, labels(&sample))]);
         let mut config = config(&root);
         config.mode = Some(mode);
-        let node = Node::start(config, client()).unwrap();
-        node.open(request(&registry, &sample)).await.unwrap();
-        let mount = node.mount(sample.digest()).await.unwrap();
+        let (registry, node, mount) = mounted_with(config, &sample).await;
         for (name, damage) in damages {
             let path = layer_path(&root, &sample).join(name);
             let whole = fs::read(&path).unwrap();
@@ -311,12 +308,9 @@ async fn after_a_power_loss_nothing_is_read_unverified() {
     for mode in [Mode::Erofs, Mode::Fuse] {
         let root = tempfile::tempdir().unwrap();
         let sample = sample();
-        let registry = Registry::serve(&[(&sample, labels(&sample))]);
         let mut config = config(&root);
         config.mode = Some(mode);
-        let node = Node::start(config.clone(), client()).unwrap();
-        node.open(request(&registry, &sample)).await.unwrap();
-        let mount = node.mount(sample.digest()).await.unwrap();
+        let (_registry, node, mount) = mounted_with(config.clone(), &sample).await;
         assert_content(&mount, &sample).await;
         node.persist().await;
         die(node).await;

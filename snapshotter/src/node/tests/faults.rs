@@ -96,12 +96,9 @@ async fn readers_wait_for_a_failing_registry() {
 async fn a_read_fails_after_the_deadline_or_a_refusal_and_the_next_one_tries_again() {
     let root = tempfile::tempdir().unwrap();
     let sample = sample();
-    let registry = Registry::serve(&[(&sample, labels(&sample))]);
     let mut config = config(&root);
     config.fetch.deadline = Duration::from_millis(100);
-    let node = Node::start(config, client()).unwrap();
-    node.open(request(&registry, &sample)).await.unwrap();
-    let mount = node.mount(sample.digest()).await.unwrap();
+    let (registry, node, mount) = mounted_with(config, &sample).await;
     let path = mount.join(&sample.files[0].name);
     for status in [404, 500] {
         registry.misbehave(move |_| Some(Fault::Status(status)));
@@ -118,12 +115,9 @@ async fn a_reader_that_waits_can_be_killed() {
     for mode in [Mode::Erofs, Mode::Fuse] {
         let root = tempfile::tempdir().unwrap();
         let sample = sample();
-        let registry = Registry::serve(&[(&sample, labels(&sample))]);
         let mut config = config(&root);
         config.mode = Some(mode);
-        let node = Node::start(config, client()).unwrap();
-        node.open(request(&registry, &sample)).await.unwrap();
-        let mount = node.mount(sample.digest()).await.unwrap();
+        let (registry, node, mount) = mounted_with(config, &sample).await;
         registry.misbehave(|_| Some(Fault::Status(503)));
         let large = mount.join("large");
         let mut reader = tokio::process::Command::new("cat")
