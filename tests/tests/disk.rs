@@ -92,6 +92,19 @@ impl Rig {
         })
     }
 
+    /// One whose daemon keeps everything on a small ext4, and where that is.
+    fn on_ext4(scratch: &Scratch, mode: Mode) -> Result<(Self, PathBuf)> {
+        let disk = scratch.disk("disk", 24 << 20)?;
+        let root = disk.join("root");
+        fs::create_dir(&root)?;
+        let options = Options {
+            root: Some(root),
+            supervised: true,
+            ..quiet(mode)
+        };
+        Ok((Self::start(scratch, &options)?, disk))
+    }
+
     /// Reads a file from where it comes from, and compares every byte.
     fn check(&self, number: usize) -> Result<()> {
         let (name, content) = &self.files[number];
@@ -241,17 +254,7 @@ fn reads_survive_a_disk_that_is_full_fails_is_slow_or_loses_power() -> Result<()
 fn reads_survive_a_full_ext4() -> Result<()> {
     for mode in Mode::ALL {
         let scratch = Scratch::new()?;
-        let disk = scratch.disk("disk", 24 << 20)?;
-        let root = disk.join("root");
-        fs::create_dir(&root)?;
-        let rig = Rig::start(
-            &scratch,
-            &Options {
-                root: Some(root),
-                supervised: true,
-                ..quiet(mode)
-            },
-        )?;
+        let (rig, disk) = Rig::on_ext4(&scratch, mode)?;
         rig.check(0)?;
         let ballast = disk.join("ballast");
         fill(&ballast)?;
@@ -291,17 +294,7 @@ fn reads_survive_a_full_ext4() -> Result<()> {
 fn reads_survive_an_ext4_that_has_become_read_only() -> Result<()> {
     for mode in Mode::ALL {
         let scratch = Scratch::new()?;
-        let disk = scratch.disk("disk", 24 << 20)?;
-        let root = disk.join("root");
-        fs::create_dir(&root)?;
-        let rig = Rig::start(
-            &scratch,
-            &Options {
-                root: Some(root),
-                supervised: true,
-                ..quiet(mode)
-            },
-        )?;
+        let (rig, disk) = Rig::on_ext4(&scratch, mode)?;
         rig.check(0)?;
         let (content, said) = rig.scrub()?;
         ensure!(content, "{said}");
