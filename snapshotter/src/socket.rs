@@ -84,8 +84,12 @@ impl Root {
             return Err(Error::Unmountable(path));
         }
         make_private(&path)?;
-        fs::set_permissions(&path, Permissions::from_mode(0o700))
-            .map_err(failed("close to others", &path))?;
+        let found = fs::metadata(&path).map_err(failed("look at", &path))?;
+        // Not for nothing: the file system may have become read-only.
+        if found.permissions().mode() & 0o7777 != 0o700 {
+            fs::set_permissions(&path, Permissions::from_mode(0o700))
+                .map_err(failed("close to others", &path))?;
+        }
         let lock = take_lock(&path)?;
         Ok(Self { path, _lock: lock })
     }
@@ -106,13 +110,17 @@ fn make_private(path: &Path) -> Result<(), Error> {
 
 fn take_lock(root: &Path) -> Result<File, Error> {
     let path = root.join("lock");
-    let mut file = File::options()
+    let opened = File::options()
         .read(true)
         .write(true)
         .create(true)
         .truncate(false)
         .open(&path)
-        .map_err(failed("open", &path))?;
+        .or_else(|error| match error.kind() {
+            io::ErrorKind::ReadOnlyFilesystem => File::open(&path),
+            _ => Err(error),
+        });
+    let mut file = opened.map_err(failed("open", &path))?;
     match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => {}
         Err(rustix::io::Errno::WOULDBLOCK) => {

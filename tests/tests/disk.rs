@@ -16,7 +16,7 @@ use sluice_layer::{Format, TocTrust, Wanted, decode_unit, locate_toc, read_toc};
 use sluice_oci::Digest;
 use sluice_snapshotter::erofs::{XattrNamespace, write_image};
 use sluice_snapshotter::layer_dir::{self, ChunkId, LayerDir, NewLayer, Problem, Verdict};
-use sluice_tests::command::{attempt, run, wait_for};
+use sluice_tests::command::{attempt, run, text, wait_for};
 use sluice_tests::daemon::{Mode, Options};
 use sluice_tests::disk::{Cut, Disk, Faults};
 use sluice_tests::image::{self, Compression, LayoutWriter, Meta, Tarball};
@@ -87,6 +87,19 @@ impl Rig {
             files,
             layer,
         })
+    }
+
+    /// One whose daemon keeps everything on a small ext4, and where that is.
+    fn on_ext4(scratch: &Scratch, mode: Mode) -> Result<(Self, PathBuf)> {
+        let disk = scratch.disk("disk", 24 << 20)?;
+        let root = disk.join("root");
+        fs::create_dir(&root)?;
+        let options = Options {
+            root: Some(root),
+            supervised: true,
+            ..quiet(mode)
+        };
+        Ok((Self::start(scratch, &options)?, disk))
     }
 
     /// Reads a file from where it comes from, and compares every byte.
@@ -238,17 +251,7 @@ fn reads_survive_a_disk_that_is_full_fails_is_slow_or_loses_power() -> Result<()
 fn reads_survive_a_full_ext4() -> Result<()> {
     for mode in Mode::ALL {
         let scratch = Scratch::new()?;
-        let disk = scratch.disk("disk", 24 << 20)?;
-        let root = disk.join("root");
-        fs::create_dir(&root)?;
-        let rig = Rig::start(
-            &scratch,
-            &Options {
-                root: Some(root),
-                supervised: true,
-                ..quiet(mode)
-            },
-        )?;
+        let (rig, disk) = Rig::on_ext4(&scratch, mode)?;
         rig.check(0)?;
         let ballast = disk.join("ballast");
         fill(&ballast)?;
@@ -280,6 +283,45 @@ fn reads_survive_a_full_ext4() -> Result<()> {
         rig.containerd.unmount(&rig.root)?;
         rig.daemon.stop()?;
     }
+    Ok(())
+}
+
+/// As after an error of its disk, which most systems have ext4 answer so.
+#[test]
+fn reads_survive_an_ext4_that_has_become_read_only() -> Result<()> {
+    for mode in Mode::ALL {
+        let scratch = Scratch::new()?;
+        let (rig, disk) = Rig::on_ext4(&scratch, mode)?;
+        rig.check(0)?;
+        let (content, said) = rig.scrub()?;
+        ensure!(content, "{said}");
+        become_read_only(&disk)?;
+        rig.check(1)?;
+        for end in [Signal::KILL, Signal::HUP] {
+            let process = rig.daemon.serving().context("no process serves")?;
+            match end {
+                Signal::HUP => rig.daemon.process().signal(end)?,
+                _ => signal(process, end)?,
+            }
+            rig.check(0)?;
+            rig.check(2)?;
+        }
+        rig.check_all()?;
+        ensure!(rig.said("has become read-only") > 0);
+        run(Command::new("umount").arg(&rig.root))?;
+    }
+    Ok(())
+}
+
+fn become_read_only(mount: &Path) -> Result<()> {
+    run(Command::new("mount")
+        .args(["-o", "remount,errors=remount-ro"])
+        .arg(mount))?;
+    let device = text(Command::new("findmnt").args(["-no", "SOURCE"]).arg(mount))?;
+    let name = device.rsplit('/').next().unwrap_or_default();
+    fs::write(format!("/sys/fs/ext4/{name}/trigger_fs_error"), "test")?;
+    let refused = fs::write(mount.join("x"), "").expect_err("it is read-only");
+    assert_eq!(refused.kind(), std::io::ErrorKind::ReadOnlyFilesystem);
     Ok(())
 }
 

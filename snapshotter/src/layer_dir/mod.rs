@@ -453,7 +453,12 @@ impl LayerDir {
 fn open_data(directory: &Path, size: u64) -> Result<File, Error> {
     let path = directory.join(DATA);
     let open = || {
-        let data = File::options().read(true).write(true).open(&path)?;
+        let data = File::options().read(true).write(true).open(&path);
+        let data = data.or_else(|error| match error.kind() {
+            // What is there can be read, at least.
+            io::ErrorKind::ReadOnlyFilesystem => File::open(&path),
+            _ => Err(error),
+        })?;
         let found = data.metadata()?.len();
         Ok::<_, io::Error>((data, found))
     };

@@ -163,14 +163,15 @@ impl Numbers {
 }
 
 /// Removes directories that were being made or deleted, and files that were
-/// to replace others; returns what the directories hold.
+/// to replace others; returns what the directories hold. What a read-only file
+/// system keeps does not keep the daemon down.
 pub(super) fn tidy(layers: &Path) -> Result<Vec<Identity>, StartError> {
     let mut found = Vec::new();
     for entry in fs::read_dir(layers).map_err(failed(layers))? {
         let path = entry.map_err(failed(layers))?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         if name.starts_with(TEMPORARY) {
-            fs::remove_dir_all(&path).map_err(failed(&path))?;
+            unless_read_only(fs::remove_dir_all(&path)).map_err(failed(&path))?;
             crash_point!("start.tidied");
             continue;
         }
@@ -194,9 +195,17 @@ pub(super) fn tidy(layers: &Path) -> Result<Vec<Identity>, StartError> {
 
 fn remove_draft(path: &Path) -> Result<(), StartError> {
     use io::ErrorKind::{NotADirectory, NotFound};
-    match fs::remove_file(path) {
+    match unless_read_only(fs::remove_file(path)) {
         Err(error) if !matches!(error.kind(), NotFound | NotADirectory) => Err(failed(path)(error)),
         _ => Ok(()),
+    }
+}
+
+/// What cannot be removed there has to stay.
+fn unless_read_only(removed: io::Result<()>) -> io::Result<()> {
+    match removed {
+        Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => Ok(()),
+        removed => removed,
     }
 }
 
@@ -289,7 +298,7 @@ pub(super) fn clear(root: &Path) -> Result<(), StartError> {
     for entry in fs::read_dir(&directory).map_err(failed(&directory))? {
         let path = entry.map_err(failed(&directory))?.path();
         if !mounts.iter().any(|mount| mount.target == path) {
-            fs::remove_dir(&path).map_err(failed(&path))?;
+            unless_read_only(fs::remove_dir(&path)).map_err(failed(&path))?;
             crash_point!("start.cleared");
         }
     }

@@ -135,9 +135,10 @@ impl Error {
             | Self::EmptyKey(_)
             | Self::Missing(_)
             | Self::Filter(_) => ErrorKind::InvalidArgument,
-            Self::Layer(MountError::Failed { .. }) | Self::Disputed(_) | Self::Images { .. } => {
-                ErrorKind::Unavailable
-            }
+            Self::Layer(MountError::Failed { .. })
+            | Self::Disputed(_)
+            | Self::Images { .. }
+            | Self::Store(StoreError::ReadOnly { .. }) => ErrorKind::Unavailable,
             Self::Directory { source, .. } if is_full(source) => ErrorKind::ResourceExhausted,
             Self::Store(StoreError::Full { .. }) => ErrorKind::ResourceExhausted,
             Self::Directory { .. } | Self::Store(_) | Self::BrokeOff => ErrorKind::Internal,

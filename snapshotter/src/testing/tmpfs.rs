@@ -31,6 +31,16 @@ impl Tmpfs {
         self.0.path()
     }
 
+    /// Whether nothing can be changed. Nobody may have a file open for writing.
+    pub(crate) fn set_read_only(&self, read_only: bool) {
+        let flags = match read_only {
+            true => MountFlags::RDONLY,
+            false => MountFlags::empty(),
+        };
+        let flags = MountFlags::BIND | flags;
+        rustix::mount::mount_remount(self.path(), flags, "").unwrap();
+    }
+
     /// Leaves no space; it is back when the returned file is removed.
     pub(crate) fn fill(&self) -> PathBuf {
         let ballast = self.path().join("ballast");

@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
-use redb::ReadableDatabase;
+use redb::{ReadableDatabase, StorageBackend as _};
 
 use super::journal::{Entry, Journal};
 use super::tables::{CHILDREN, LAYERS, META, Read, SNAPSHOTS, Tables, VERSION, Write};
@@ -13,7 +13,8 @@ use super::{Error, ROOT_VERSION, StoreError};
 
 /// redb refuses all work after an I/O error such as a full disk, until its
 /// file is opened anew: this does so at the next call, and the daemon goes on
-/// as soon as there is space.
+/// as soon as there is space. On a file system that has become read-only what
+/// the file says is known, and cannot be changed.
 #[derive(Debug)]
 pub(super) struct Database {
     path: PathBuf,
@@ -25,6 +26,8 @@ pub(super) struct Database {
 #[derive(Debug)]
 enum State {
     Open(redb::Database),
+    /// In memory, for reading.
+    ReadOnly(redb::Database),
     Failed,
     Closed,
 }
@@ -32,7 +35,7 @@ enum State {
 impl State {
     fn database(&self) -> Result<&redb::Database, StoreError> {
         match self {
-            Self::Open(database) => Ok(database),
+            Self::Open(database) | Self::ReadOnly(database) => Ok(database),
             Self::Failed | Self::Closed => Err(StoreError::Stopping),
         }
     }
@@ -40,15 +43,19 @@ impl State {
 
 impl Database {
     pub(super) fn open(path: PathBuf) -> Result<Self, StoreError> {
-        let (database, rebuilt) = match open_checked(&path) {
-            Ok(database) => (database, false),
-            Err(error) if error.is_damage() => (rebuild(&path, &error)?, true),
+        let (state, rebuilt) = match open_checked(&path, open_file) {
+            Ok(database) => (State::Open(database), false),
+            Err(error) if error.is_damage() => (State::Open(rebuild(&path, &error)?), true),
+            Err(error @ StoreError::ReadOnly { .. }) => {
+                tracing::error!("{error}; nothing can be changed, what is mounted is served");
+                (State::ReadOnly(open_checked(&path, open_in_memory)?), false)
+            }
             Err(error) => return Err(error),
         };
         let database = Self {
             journal: Mutex::new(Journal::new(path.with_extension("journal"))),
             path,
-            state: RwLock::new(State::Open(database)),
+            state: RwLock::new(state),
             rebuilt,
         };
         database.write_journal(Vec::new());
@@ -105,7 +112,15 @@ impl Database {
         &self,
         write: impl FnOnce(&mut Write<'_>) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
+        if matches!(*self.state.read(), State::ReadOnly(_)) {
+            // It may have been repaired.
+            *self.state.write() = State::Failed;
+        }
         let guard = self.opened()?;
+        if let State::ReadOnly(_) = &*guard {
+            let path = self.path.clone();
+            return Err(StoreError::ReadOnly { path });
+        }
         let result = self.transaction(guard.database()?, write);
         drop(guard);
         match result {
@@ -154,7 +169,10 @@ impl Database {
         drop(guard);
         let mut state = self.state.write();
         if matches!(*state, State::Failed) {
-            *state = State::Open(open_file(&self.path)?);
+            *state = match open_file(&self.path) {
+                Err(StoreError::ReadOnly { .. }) => State::ReadOnly(open_in_memory(&self.path)?),
+                opened => State::Open(opened?),
+            };
         }
         Ok(RwLockWriteGuard::downgrade(state))
     }
@@ -198,12 +216,14 @@ fn write_tables<'t>(
     })
 }
 
+type Open = fn(&Path) -> Result<redb::Database, StoreError>;
+
 /// Opens the file, and checks all of it.
-fn open_checked(path: &Path) -> Result<redb::Database, StoreError> {
+fn open_checked(path: &Path, open: Open) -> Result<redb::Database, StoreError> {
     let damaged = |what: &str| StoreError::new(path, redb::Error::Corrupted(what.to_owned()));
     // redb is not made for bytes that are none of its own, and may panic.
     let opened = std::panic::catch_unwind(|| {
-        let mut database = open_file(path)?;
+        let mut database = open(path)?;
         match database.check_integrity() {
             Ok(true) => Ok(database),
             Ok(false) => Err(damaged("its checksums do not match")),
@@ -258,6 +278,24 @@ fn open_file(path: &Path) -> Result<redb::Database, StoreError> {
         create_file(path)?;
     }
     let database = builder().open(path).map_err(|e| StoreError::new(path, e))?;
+    of_our_version(database, path)
+}
+
+/// Opens a copy of the file. A megabyte holds a thousand snapshots.
+fn open_in_memory(path: &Path) -> Result<redb::Database, StoreError> {
+    let copied = || {
+        let bytes = fs::read(path)?;
+        let memory = redb::backends::InMemoryBackend::new();
+        memory.set_len(bytes.len() as u64)?;
+        memory.write(0, &bytes)?;
+        Ok(memory)
+    };
+    let memory = copied().map_err(|e| StoreError::new(path, redb::Error::Io(e)))?;
+    let database = builder().create_with_backend(memory);
+    of_our_version(database.map_err(|e| StoreError::new(path, e))?, path)
+}
+
+fn of_our_version(database: redb::Database, path: &Path) -> Result<redb::Database, StoreError> {
     match version(&database).map_err(|e| StoreError::new(path, e))? {
         ROOT_VERSION => Ok(database),
         found => Err(StoreError::Newer {

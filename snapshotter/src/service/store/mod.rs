@@ -63,6 +63,15 @@ pub enum StoreError {
         /// What the kernel said.
         source: Arc<io::Error>,
     },
+    /// Its file system can only be read.
+    #[error(
+        "{}: the file system has become read-only, as after an error of its disk; repair it",
+        path.display()
+    )]
+    ReadOnly {
+        /// The database.
+        path: PathBuf,
+    },
     /// A record that cannot be read.
     #[error("{}: snapshot '{key}' has an unreadable record: {source}", path.display())]
     Record {
@@ -120,6 +129,9 @@ impl StoreError {
         let path = path.to_owned();
         match source.into() {
             redb::Error::DatabaseAlreadyOpen => Self::InUse { path },
+            redb::Error::Io(source) if source.kind() == io::ErrorKind::ReadOnlyFilesystem => {
+                Self::ReadOnly { path }
+            }
             redb::Error::Io(source) if is_full(&source) => Self::Full {
                 path,
                 source: Arc::new(source),

@@ -237,6 +237,39 @@ fn after_a_full_disk_it_goes_on() {
 }
 
 #[test]
+fn on_a_read_only_file_system_it_tells_what_it_knows() {
+    let disk = Tmpfs::new("8m");
+    let open = || Store::open(disk.path()).unwrap();
+    let create = async |store: &Store, key| store.create(Kind::Active, new(store, key)).await;
+    let names = async |store: &Store| {
+        let all = store.list(Vec::new()).await.unwrap();
+        let all = all.into_iter().map(|info| info.name.as_str().to_owned());
+        all.collect::<Vec<_>>()
+    };
+    runtime().block_on(async {
+        let store = open();
+        create(&store, "a").await.unwrap();
+        store.close().await;
+        drop(store);
+        disk.set_read_only(true);
+        let store = open();
+        let error = create(&store, "b").await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+        assert!(
+            error.to_string().contains("has become read-only"),
+            "{error}"
+        );
+        assert_eq!(names(&store).await, ["a"]);
+        // What was repaired is used at once.
+        disk.set_read_only(false);
+        create(&store, "b").await.unwrap();
+        store.close().await;
+        drop(store);
+        assert_eq!(names(&open()).await, ["a", "b"]);
+    });
+}
+
+#[test]
 fn regression_a_commit_whose_answer_was_lost_succeeds_again() {
     let root = tempdir().unwrap();
     let store = Store::open(root.path()).unwrap();
