@@ -46,22 +46,16 @@ pub struct ChunkIndex {
 impl ChunkIndex {
     /// Opens the index in `directory`, which is made if it is not there. Files
     /// that cannot be read are removed: what they held is [`Self::covers`] no
-    /// more. With `anew`, so are all others.
-    pub fn open(directory: &Path, anew: bool) -> io::Result<Self> {
-        if anew {
-            remove(fs::remove_dir_all(directory))?;
-        }
-        fs::create_dir_all(directory)?;
-        let mut found = Vec::new();
-        for entry in fs::read_dir(directory)? {
-            let path = entry?.path();
-            let name = path.file_name().and_then(|name| name.to_str());
-            let number = name.and_then(|name| name.parse::<u64>().ok());
-            match number.and_then(|number| Some((number, Run::open(&path).ok()?))) {
-                Some(run) => found.push(run),
-                None => remove(fs::remove_file(&path))?,
-            }
-        }
+    /// more. With `anew`, so are all others. What the disk does not give is
+    /// told and done without: no start may depend on it.
+    pub fn open(directory: &Path, anew: bool) -> Self {
+        let mut found = look_around(directory, anew).unwrap_or_else(|error| {
+            tracing::warn!(
+                "the index of chunks in {} cannot be read, so that some are fetched again: {error}",
+                directory.display()
+            );
+            Vec::new()
+        });
         // The newest first: what a merge was made of is in it.
         found.sort_unstable_by_key(|(number, _)| std::cmp::Reverse(*number));
         let next = found.first().map_or(0, |(number, _)| number + 1);
@@ -76,15 +70,16 @@ impl ChunkIndex {
             if new.contains(&true) {
                 runs.push(Arc::new(run));
             } else {
-                remove(fs::remove_file(&run.path))?;
+                // What stays is passed over at the next start, too.
+                let _ = fs::remove_file(&run.path);
             }
         }
-        Ok(Self {
+        Self {
             directory: directory.to_owned(),
             runs: RwLock::new(runs),
             next: AtomicU64::new(next),
             merging: Mutex::default(),
-        })
+        }
     }
 
     /// Whether the layer's chunks are in it.
@@ -223,6 +218,25 @@ impl ChunkIndex {
         let runs = self.runs.read();
         runs.iter().flat_map(|run| run.layers.clone()).collect()
     }
+}
+
+/// The runs in `directory`, with their numbers.
+fn look_around(directory: &Path, anew: bool) -> io::Result<Vec<(u64, Run)>> {
+    if anew {
+        remove(fs::remove_dir_all(directory))?;
+    }
+    fs::create_dir_all(directory)?;
+    let mut found = Vec::new();
+    for entry in fs::read_dir(directory)? {
+        let path = entry?.path();
+        let name = path.file_name().and_then(|name| name.to_str());
+        let number = name.and_then(|name| name.parse::<u64>().ok());
+        match number.and_then(|number| Some((number, Run::open(&path).ok()?))) {
+            Some(run) => found.push(run),
+            None => remove(fs::remove_file(&path))?,
+        }
+    }
+    Ok(found)
 }
 
 fn remove(removed: io::Result<()>) -> io::Result<()> {

@@ -19,7 +19,7 @@ impl Layers {
     fn new() -> Self {
         let root = tempfile::tempdir().unwrap();
         Self {
-            index: ChunkIndex::open(&root.path().join("index"), false).unwrap(),
+            index: ChunkIndex::open(&root.path().join("index"), false),
             dirs: Vec::new(),
             root,
         }
@@ -44,7 +44,7 @@ impl Layers {
     }
 
     fn reopen(&mut self, anew: bool) {
-        self.index = ChunkIndex::open(&self.root.path().join("index"), anew).unwrap();
+        self.index = ChunkIndex::open(&self.root.path().join("index"), anew);
     }
 
     fn files(&self) -> Vec<String> {

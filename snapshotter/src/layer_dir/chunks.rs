@@ -194,16 +194,6 @@ pub(super) struct MetaSum {
 impl ChunkTable {
     /// Checks the file's version, size and checksums, and maps it.
     pub(super) fn open(path: &Path) -> Result<(Identity, Self), Error> {
-        Self::map(path, true)
-    }
-
-    /// The same without reading all of it, for who believes nothing of it
-    /// before it was compared with bytes.
-    pub(super) fn peek(path: &Path) -> Result<(Identity, Self), Error> {
-        Self::map(path, false)
-    }
-
-    fn map(path: &Path, check: bool) -> Result<(Identity, Self), Error> {
         let failed = |e| Error::io("read", path, e);
         let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
         let len = file.metadata().map_err(failed)?.len();
@@ -222,7 +212,7 @@ impl ChunkTable {
         // Read and not mapped for this, so that a disk's error is one, and
         // pages that no lookup needs take no memory.
         let crc = u32_at(&header, 28);
-        if check && checksum(&file).map_err(failed)? != crc {
+        if checksum(&file).map_err(failed)? != crc {
             return Err(Error::damaged(path, "its checksum does not match"));
         }
         // SAFETY: the file is written once, before its directory gets its

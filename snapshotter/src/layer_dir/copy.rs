@@ -32,10 +32,11 @@ const CLONE_RANGE: rustix::ioctl::Opcode = opcode::write::<CloneRange>(0x94, 13)
 
 impl LayerDir {
     /// Opens the directory only to read what it holds: nothing is mended in
-    /// it, whoever else has it open, and nothing in it is compared with its
-    /// checksum, so that a reader's miss can wait for it.
+    /// it, whoever else has it open. Its chunk table is compared with its
+    /// checksum all the same: one on a bad sector would kill the process that
+    /// maps it.
     pub fn peek(path: &Path, digest: Digest) -> Result<Self, Error> {
-        let (identity, chunks) = ChunkTable::peek(&path.join(CHUNKS))?;
+        let (identity, chunks) = ChunkTable::open(&path.join(CHUNKS))?;
         if identity.digest != digest {
             let what = format!("it describes layer {}", identity.digest);
             return Err(Error::damaged(&path.join(CHUNKS), what));

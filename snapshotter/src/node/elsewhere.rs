@@ -68,19 +68,14 @@ pub(super) struct Elsewhere {
 impl Elsewhere {
     /// With the index below `root`, which is made `anew` where the disk may
     /// have lost a part of it.
-    pub(super) fn new(
-        root: &Path,
-        layers: PathBuf,
-        sharing: Sharing,
-        anew: bool,
-    ) -> io::Result<Self> {
-        Ok(Self {
+    pub(super) fn new(root: &Path, layers: PathBuf, sharing: Sharing, anew: bool) -> Self {
+        Self {
             layers,
             sharing,
-            index: ChunkIndex::open(&root.join(INDEX), anew)?,
+            index: ChunkIndex::open(&root.join(INDEX), anew),
             open: Mutex::default(),
             peeked: Mutex::new(LruCache::new(PEEKED)),
-        })
+        }
     }
 
     /// A layer is open from now on.

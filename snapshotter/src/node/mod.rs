@@ -53,7 +53,7 @@ use crate::fuse::blobs::BlobTable;
 use crate::fuse::{self, SessionError, TreeTable};
 use crate::keeper::Keeper;
 use crate::mount::{self, users::Overlay};
-use crate::profiles::{ImageId, ProfileError, Profiles};
+use crate::profiles::{ImageId, Profiles};
 use crate::remote::Remote;
 use crate::service::{
     ImageUse, InUse, LayerRequest, LazyLayers, MountError, NotLazy, Owner, Proof, Usage,
@@ -175,9 +175,6 @@ pub enum StartError {
     /// No FUSE.
     #[error("{0}")]
     Session(#[from] SessionError),
-    /// The directory of profiles.
-    #[error(transparent)]
-    Profiles(#[from] ProfileError),
     /// Mounts that a former process left behind cannot be listed or removed.
     #[error("{0}")]
     Mount(#[from] mount::Error),

@@ -15,7 +15,7 @@ use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
 use super::attached::Attachments;
-use super::elsewhere::{Elsewhere, INDEX};
+use super::elsewhere::Elsewhere;
 use super::left::{self, Left, Numbers, clear, tidy};
 use super::marker::{Before, Marker};
 use super::recording::Recordings;
@@ -95,13 +95,13 @@ impl Node {
         let (marker, before) = Marker::set(root)?;
         let layers = tidy(&root.join(LAYERS))?;
         clear(root)?;
-        let profiles = Profiles::open(root.join(PROFILES), config.profiles.images)?;
+        let profiles = Profiles::open(root.join(PROFILES), config.profiles.images);
         let runtime = Handle::current();
         let proven = tokio::sync::mpsc::unbounded_channel();
         // It is synced only when a process ends in order.
         let anew = before == Before::PowerLoss;
         let elsewhere = Elsewhere::new(root, root.join(LAYERS), config.sharing, anew);
-        let elsewhere = Arc::new(elsewhere.map_err(failed(&root.join(INDEX)))?);
+        let elsewhere = Arc::new(elsewhere);
         let finder = Arc::clone(&elsewhere) as Arc<dyn ChunkFinder>;
         let node = Self(Arc::new(Inner {
             engine: Engine::with_finder(config.fetch.clone(), runtime.clone(), finder),

@@ -90,34 +90,44 @@ pub struct Profiles {
 
 impl Profiles {
     /// Those in the directory `dir`, which is made; of more than `most`, the
-    /// ones least recently used are removed.
-    pub fn open(dir: PathBuf, most: usize) -> Result<Self, ProfileError> {
-        fs::create_dir_all(&dir).map_err(failed(&dir))?;
+    /// ones least recently used are removed. What the disk does not give is
+    /// told and done without: no start may depend on it.
+    pub fn open(dir: PathBuf, most: usize) -> Self {
         let profiles = Self {
             most: most.max(1),
             stored: Mutex::default(),
             dir,
         };
         let mut stored = profiles.stored.lock();
-        for entry in fs::read_dir(&profiles.dir).map_err(failed(&profiles.dir))? {
-            let path = entry.map_err(failed(&profiles.dir))?.path();
+        if let Err(error) = profiles.look_around(&mut stored) {
+            tracing::warn!("{error}; not all that was recorded is known");
+        }
+        stored.sort_by_key(|stored| stored.used);
+        if let Err(error) = profiles.trim(&mut stored) {
+            tracing::warn!("{error}; it stays");
+        }
+        drop(stored);
+        profiles
+    }
+
+    fn look_around(&self, stored: &mut Vec<Stored>) -> Result<(), ProfileError> {
+        fs::create_dir_all(&self.dir).map_err(failed(&self.dir))?;
+        for entry in fs::read_dir(&self.dir).map_err(failed(&self.dir))? {
+            let path = entry.map_err(failed(&self.dir))?.path();
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             if name.starts_with(TEMPORARY) {
-                fs::remove_file(&path).map_err(failed(&path))?;
+                remove(&path);
                 continue;
             }
             match look(&path, &name) {
                 Ok(found) => stored.push(found),
                 Err(error) => {
                     tracing::warn!("{error}; it is removed");
-                    fs::remove_file(&path).map_err(failed(&path))?;
+                    remove(&path);
                 }
             }
         }
-        stored.sort_by_key(|stored| stored.used);
-        profiles.trim(&mut stored)?;
-        drop(stored);
-        Ok(profiles)
+        Ok(())
     }
 
     /// All, those least recently used first.
@@ -289,6 +299,12 @@ fn merged(path: &Path, recordings: &[Profile]) -> Result<Profile, ProfileError> 
     Profile::merge(recordings).map_err(|error| damaged(path, error.to_string()))
 }
 
+fn remove(path: &Path) {
+    if let Err(error) = fs::remove_file(path).map_err(failed(path)) {
+        tracing::warn!("{error}; it stays");
+    }
+}
+
 fn look(path: &Path, name: &str) -> Result<Stored, ProfileError> {
     let (header, recordings) = read(path)?;
     let profile = merged(path, &recordings)?;
@@ -384,7 +400,7 @@ mod tests {
     #[test]
     fn recordings_add_up_and_survive_a_restart() {
         let dir = tempfile::tempdir().unwrap();
-        let open = || Profiles::open(dir.path().join("profiles"), 2).unwrap();
+        let open = || Profiles::open(dir.path().join("profiles"), 2);
         let profiles = open();
         let one = image(1);
         for paths in [&["old"][..], &["a", "b"], &["a"], &["a", "c"], &["a", "b"]] {
@@ -400,7 +416,7 @@ mod tests {
     #[test]
     fn what_saw_everything_wins() {
         let dir = tempfile::tempdir().unwrap();
-        let profiles = Profiles::open(dir.path().to_owned(), 2).unwrap();
+        let profiles = Profiles::open(dir.path().to_owned(), 2);
         let one = image(1);
         let record = |paths, whole| profiles.record(&one, recording(&one, paths), whole);
         assert!(record(&["part"], false).unwrap());
@@ -415,7 +431,7 @@ mod tests {
     #[test]
     fn the_least_recently_used_goes_first() {
         let dir = tempfile::tempdir().unwrap();
-        let profiles = Profiles::open(dir.path().to_owned(), 2).unwrap();
+        let profiles = Profiles::open(dir.path().to_owned(), 2);
         for n in [1, 2] {
             let image = image(n);
             profiles
@@ -444,7 +460,7 @@ mod tests {
     #[test]
     fn an_image_is_known_by_its_manifest_or_its_upper_layers() {
         let dir = tempfile::tempdir().unwrap();
-        let profiles = Profiles::open(dir.path().to_owned(), 2).unwrap();
+        let profiles = Profiles::open(dir.path().to_owned(), 2);
         let one = image(1);
         profiles.put(&one, recording(&one, &["a"])).unwrap();
         let id = |manifest, layers: &[Digest]| ImageId {
@@ -463,7 +479,7 @@ mod tests {
     #[test]
     fn damage_is_removed() {
         let dir = tempfile::tempdir().unwrap();
-        let profiles = Profiles::open(dir.path().to_owned(), 9).unwrap();
+        let profiles = Profiles::open(dir.path().to_owned(), 9);
         let names: Vec<PathBuf> = [1, 2, 3]
             .map(|n| {
                 let image = image(n);
@@ -476,7 +492,7 @@ mod tests {
         fs::write(&names[1], &text[..text.len() - 5]).unwrap();
         fs::write(dir.path().join(".tmp-x"), "half").unwrap();
         fs::rename(&names[2], dir.path().join("0")).unwrap();
-        let again = Profiles::open(dir.path().to_owned(), 9).unwrap();
+        let again = Profiles::open(dir.path().to_owned(), 9);
         assert!(again.list().is_empty());
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }

@@ -128,3 +128,16 @@ async fn a_damaged_directory_is_made_again() {
     assert_content(&mount, &sample).await;
     node.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_start_depends_on_profiles_or_the_index_of_chunks() {
+    let root = tempfile::tempdir().unwrap();
+    // What neither can be read nor be made.
+    for name in ["profiles", "chunk-index"] {
+        fs::write(root.path().join(name), "no directory").unwrap();
+    }
+    let sample = sample();
+    let (_registry, node, mount) = mounted(&root, &sample).await;
+    assert_content(&mount, &sample).await;
+    node.stop().await;
+}
