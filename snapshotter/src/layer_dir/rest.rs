@@ -122,7 +122,13 @@ impl TarRest {
             last: number == last,
             bytes,
         });
-        self.append(&pieces.collect::<Vec<_>>(), None)
+        let appended = self.append(&pieces.collect::<Vec<_>>(), None);
+        // Most layers that are open are not read: each has a descriptor only.
+        let mut state = self.state.lock();
+        if let Place::Open { .. } = state.place {
+            state.place = Place::Closed;
+        }
+        appended
     }
 
     fn write(&self, payload: &[u8], by: Option<Owner>) -> io::Result<()> {
