@@ -1,7 +1,8 @@
 //! Files that are likely to be read because one like them is: of the same kind
 //! in the same directory, or of the same name in others. A program that loads
 //! one library or module of a package loads most of them, and one that looks
-//! for `__init__.pyc` or `package.json` in one place does so in the next.
+//! for `__init__.pyc` or `package.json` in one place does so in the next. Where
+//! a miss is dear, whatever lies behind it as well.
 
 use super::readahead::SMALL_FILE;
 use crate::layer_dir::{ChunkId, ChunkTable, Kin};
@@ -76,9 +77,11 @@ pub(super) fn relatives(
         let namesakes = after().filter(named).take(NAMESAKES);
         choice.add(namesakes, ALL_NAMESAKES, NAMESAKE);
     }
-    let others = |k: Kin| kin.family == 0 || k.family != kin.family;
-    let files = after().filter(|&chunk| table.kin(chunk).is_some_and(others));
-    choice.add(files, allowance.onwards, u64::MAX);
+    if allowance.onwards > 0 {
+        let others = |k: Kin| kin.family == 0 || k.family != kin.family;
+        let files = after().filter(|&chunk| table.kin(chunk).is_some_and(others));
+        choice.add(files, allowance.onwards, u64::MAX);
+    }
     choice.chosen
 }
 
