@@ -212,6 +212,12 @@ pub fn terms(data: &[u8]) {
     }
 }
 
+/// The names in a Python module, and what an ELF file has, are a few or none.
+pub fn dependencies(data: &[u8]) {
+    assert!(crate::dependencies::names_in(data).len() <= data.len());
+    assert!(crate::fetch::segments(data).len() <= data.len());
+}
+
 #[cfg(test)]
 #[path = "../../layer/fuzz/replay.rs"]
 mod replay;
@@ -238,5 +244,10 @@ mod tests {
         replay("labels", 1000, labels);
         replay("notify", 1000, notify);
         replay("terms", 2000, terms);
+    }
+
+    #[test]
+    fn corpora_of_what_files_load() {
+        replay("dependencies", 2000, dependencies);
     }
 }

@@ -10,6 +10,7 @@ pub mod config;
 pub mod containerd;
 pub mod control;
 pub mod daemon;
+pub mod dependencies;
 pub mod descriptors;
 pub mod erofs;
 pub mod fetch;

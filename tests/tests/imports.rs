@@ -67,10 +67,12 @@ const MODULES: &[(&str, &[&str])] = &[
     ("remote", &["layer_dir"]),
     ("fuse", &["erofs", "layer_dir"]),
     ("fetch", &["layer_dir", "remote", "fuse"]),
+    ("dependencies", &["erofs", "fetch", "layer_dir"]),
     (
         "node",
         &[
             "chunk_index",
+            "dependencies",
             "mount",
             "fuse",
             "fetch",
@@ -121,7 +123,15 @@ const MODULES: &[(&str, &[&str])] = &[
     // For fuzzing alone: whatever reads foreign bytes.
     (
         "fuzzing",
-        &["erofs", "fuse", "keeper", "layer_dir", "service"],
+        &[
+            "dependencies",
+            "erofs",
+            "fetch",
+            "fuse",
+            "keeper",
+            "layer_dir",
+            "service",
+        ],
     ),
     // The program: arguments in, exit status out.
     ("cleanup", &["mount", "socket"]),

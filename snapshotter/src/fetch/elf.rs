@@ -19,9 +19,24 @@ const LOAD: u32 = 1;
 const EXECUTABLE: u32 = 1;
 const WRITABLE: u32 = 2;
 
-/// Ranges of a file that begins with `head`, if it is one: empty otherwise. A
-/// hint, from whatever the file says.
-pub(super) fn loaded_first(head: &[u8]) -> Vec<Range<u64>> {
+/// A program header of a 64-bit little-endian file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Segment {
+    /// Its type, of the constants `PT_*`.
+    pub kind: u32,
+    /// The bits `PF_*`.
+    pub flags: u32,
+    /// Where it begins in the file.
+    pub offset: u64,
+    /// Where it is in memory.
+    pub address: u64,
+    /// Bytes that it has in the file.
+    pub size: u64,
+}
+
+/// The segments of a file that begins with `head`, as far as it tells them:
+/// none if it is no ELF file. Nothing of it is checked.
+pub fn segments(head: &[u8]) -> Vec<Segment> {
     if !head.starts_with(MAGIC_64_LITTLE) || head.len() < HEADER {
         return Vec::new();
     }
@@ -34,23 +49,38 @@ pub(super) fn loaded_first(head: &[u8]) -> Vec<Range<u64>> {
     if size != PROGRAM_HEADER as u64 {
         return Vec::new();
     }
+    (0..(count as usize).min(SEGMENTS))
+        .map(|index| table.saturating_add(index * PROGRAM_HEADER))
+        .take_while(|at| at.saturating_add(PROGRAM_HEADER) <= head.len())
+        .map(|at| Segment {
+            kind: number(at, 4) as u32,
+            flags: number(at + 4, 4) as u32,
+            offset: number(at + 8, 8),
+            address: number(at + 16, 8),
+            size: number(at + 32, 8),
+        })
+        .collect()
+}
+
+/// Ranges of a file that begins with `head`, if it is one: empty otherwise. A
+/// hint, from whatever the file says.
+pub(super) fn loaded_first(head: &[u8]) -> Vec<Range<u64>> {
+    let segments = segments(head);
+    if segments.is_empty() {
+        return Vec::new();
+    }
     let beginning = 0..HEAD;
     let mut ranges = vec![beginning];
     let mut constants = 0;
-    for index in 0..(count as usize).min(SEGMENTS) {
-        let at = table.saturating_add(index * PROGRAM_HEADER);
-        if at.saturating_add(PROGRAM_HEADER) > head.len() {
-            break;
-        }
-        let (kind, flags) = (number(at, 4) as u32, number(at + 4, 4) as u32);
-        let (offset, size) = (number(at + 8, 8), number(at + 32, 8));
-        let end = offset.saturating_add(size);
+    for segment in segments {
+        let Segment { kind, flags, .. } = segment;
+        let (offset, end) = (segment.offset, segment.offset.saturating_add(segment.size));
         if kind != LOAD || (flags & EXECUTABLE != 0 && flags & WRITABLE == 0) {
             continue;
         }
         // The tables come first, and are read whole.
         constants += u32::from(flags & WRITABLE == 0);
-        let whole = flags & WRITABLE != 0 || constants == 1 || size <= CONSTANTS;
+        let whole = flags & WRITABLE != 0 || constants == 1 || segment.size <= CONSTANTS;
         ranges.push(match whole {
             true => offset..end,
             false => end.saturating_sub(CONSTANTS_END)..end,

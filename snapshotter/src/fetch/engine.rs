@@ -74,6 +74,8 @@ struct Shared {
     under_way: UnderWay,
     proving: Semaphore,
     finder: Option<Arc<dyn ChunkFinder>>,
+    /// Files that were read so far and name others.
+    read: AtomicU64,
 }
 
 /// Part of the memory that may hold what the disk does not take.
@@ -127,6 +129,7 @@ impl Engine {
             under_way: UnderWay::default(),
             proving: Semaphore::new(1),
             finder,
+            read: AtomicU64::new(0),
             config,
         }))
     }
@@ -144,6 +147,11 @@ impl Engine {
     /// Who knows what other layers hold.
     pub(super) fn finder(&self) -> Option<&dyn ChunkFinder> {
         self.0.finder.as_deref()
+    }
+
+    /// The number of a file that is read just now.
+    pub(super) fn number_read(&self) -> u64 {
+        self.0.read.fetch_add(1, Ordering::Relaxed)
     }
 
     /// Its budget.

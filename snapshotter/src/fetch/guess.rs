@@ -6,6 +6,7 @@ use std::sync::Arc;
 use sluice_layer::Unit;
 
 use super::elf;
+use super::foreseen::Need;
 use super::inflight::Claim;
 use super::layer::LazyLayer;
 use super::readahead::Budget;
@@ -20,6 +21,12 @@ const AROUND: u64 = 2;
 /// what is read next by too much when it is wrong.
 const LEAST_AROUND: u64 = 32 << 10;
 const MOST_AROUND: u64 = 16 << 20;
+/// A file up to this size, uncompressed, is read whole as a rule.
+const SMALL_FILE: u64 = 1 << 20;
+/// So is a larger one, to some bound, of so many times what a miss costs: of the
+/// parts of a library that are not, most are missed one after the other.
+const SMALL: u64 = 8;
+const LARGEST_SMALL_FILE: u64 = 8 << 20;
 /// Where a miss costs less than this, bytes are what is dear.
 const DEAR_MISS: u64 = 512 << 10;
 /// Beyond that, guesses may be wrong once as often for each so many bytes that
@@ -48,6 +55,11 @@ impl LazyLayer {
         self.claim_chunks(&guess.before, asked)
     }
 
+    /// A file up to this size is fetched whole.
+    pub(super) fn small_file(&self) -> u64 {
+        (self.link.price_of_miss() * SMALL).clamp(SMALL_FILE, LARGEST_SMALL_FILE)
+    }
+
     /// How much may be guessed; none where read-ahead is off.
     fn budget(&self) -> Option<Budget> {
         let longest = self.engine.config().read_ahead;
@@ -64,15 +76,17 @@ impl LazyLayer {
             sequential: self.link.window().max(around).min(longest),
             piece: self.link.piece(),
             credit: self.reads.credit(times),
+            small: self.small_file(),
         })
     }
 
     /// The file that begins with `first` is read: others are likely to be.
-    pub(super) fn fetch_relatives(self: &Arc<Self>, first: ChunkId) {
+    pub(super) fn fetch_relatives(self: &Arc<Self>, first: ChunkId, number: u64) {
         let (Some(budget), Some(kin)) = (self.budget(), self.dir.chunks().kin(first)) else {
             return;
         };
         let allowance = Allowance {
+            small: self.small_file(),
             family: budget.around,
             namesakes: self.reads.again(kin),
             onwards: budget.onwards,
@@ -81,11 +95,11 @@ impl LazyLayer {
         let chunks = relatives(self.dir.chunks(), first, allowance, |chunk| {
             match self.reads.contains(chunk) {
                 true => State::Read,
-                false if self.is_missing(chunk) => State::Missing,
+                false if self.is_missing(chunk) && !self.is_foreseen(chunk) => State::Missing,
                 false => State::Unread,
             }
         });
-        self.fetch_guessed(&chunks);
+        self.fetch_guessed(&chunks, number);
     }
 
     /// A chunk has come that somebody waits for, or that was guessed: what it
@@ -95,14 +109,21 @@ impl LazyLayer {
         if table.kin(chunk).is_none() || !(awaited || self.reads.is_guessed(chunk)) {
             return;
         }
-        let ranges = elf::loaded_first(content);
         let record = table.get(chunk);
-        if ranges.is_empty() || self.reads.is_planned(chunk, &record) {
-            return;
-        }
-        let (Some(budget), Some(me)) = (self.budget(), self.me.upgrade()) else {
+        let Some(me) = self.me.upgrade() else {
             return;
         };
+        if self.reads.is_planned(chunk, &record) {
+            return;
+        }
+        let need = self.need_of(chunk).filter(|_| !awaited);
+        if let Some(need) = need {
+            me.fetch_dependencies(chunk, need);
+        }
+        let ranges = elf::loaded_first(content);
+        if ranges.is_empty() {
+            return;
+        }
         let end = table.get(*table.file_of(chunk).end()).data_end();
         let place = |at: u64| record.data_offset.saturating_add(at).min(end);
         let chunks: BTreeSet<ChunkId> = ranges
@@ -111,24 +132,13 @@ impl LazyLayer {
             .flat_map(|(from, to)| table.overlapping(from, to.saturating_sub(from)))
             .filter(|&chunk| self.is_missing(chunk))
             .collect();
-        let mut credit = budget.credit;
-        let affordable = chunks.into_iter().take_while(|&chunk| {
-            let left = credit.checked_sub(u64::from(table.get(chunk).size));
-            credit = left.unwrap_or(0);
-            left.is_some()
-        });
-        me.fetch_guessed(&affordable.collect::<Vec<_>>());
-    }
-
-    fn fetch_guessed(self: &Arc<Self>, chunks: &[ChunkId]) {
-        if !chunks.is_empty() {
-            let claims = self.claim_chunks(chunks, &BTreeSet::new());
-            self.start_over(claims, self.link.parallel_gap(), Asked::default());
-        }
+        let chunks: Vec<ChunkId> = chunks.into_iter().collect();
+        let need = need.unwrap_or_else(|| Need::now(self.engine.number_read()));
+        me.fetch_foreseen(&chunks, need);
     }
 
     /// Whether a chunk is neither here nor on its way.
-    fn is_missing(&self, chunk: ChunkId) -> bool {
+    pub(super) fn is_missing(&self, chunk: ChunkId) -> bool {
         let unit = self.dir.chunks().get(chunk).unit;
         !self.dir.present().contains(chunk) && !self.in_flight.contains(unit)
     }
@@ -166,8 +176,12 @@ impl LazyLayer {
                 let claims = self.claim_chunks(&further, &BTreeSet::new());
                 me.start(claims, Asked::default());
             }
-            if hit && table.kin(chunk).is_some() {
-                me.fetch_relatives(chunk);
+            if table.kin(chunk).is_some() {
+                let number = self.engine.number_read();
+                me.fetch_dependencies(chunk, Need::now(number));
+                if hit {
+                    me.fetch_relatives(chunk, number);
+                }
             }
         }
     }

@@ -74,6 +74,11 @@ impl InFlight {
         self.0.lock().contains_key(&unit.offset)
     }
 
+    /// Waits with whoever fetches the unit.
+    pub(super) fn waiter(&self, unit: Unit) -> Option<Waiter> {
+        self.0.lock().get(&unit.offset).cloned().map(Waiter)
+    }
+
     /// Takes on a unit that is neither present nor being fetched.
     pub(super) fn claim(&self, unit: Unit, present: impl Fn(Unit) -> bool) -> Option<Claim> {
         let mut map = self.0.lock();

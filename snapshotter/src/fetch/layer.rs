@@ -13,7 +13,9 @@ use sluice_oci::Digest;
 use tokio_util::sync::CancellationToken;
 
 use super::activity::{Activity, Counters};
+use super::dependencies::Followed;
 use super::engine::Engine;
+use super::foreseen::Foreseen;
 use super::inflight::{Abandoned, Claim, InFlight, Waiter};
 use super::plan;
 use super::readahead::ReadAhead;
@@ -44,6 +46,8 @@ pub struct LazyLayer {
     pub(super) in_flight: InFlight,
     pub(super) read_ahead: ReadAhead,
     pub(super) reads: Reads,
+    pub(super) followed: Followed,
+    pub(super) foreseen: Foreseen,
     path_of: PathOf,
     trouble: Mutex<HashSet<String>>,
     closed: CancellationToken,
@@ -77,6 +81,8 @@ impl LazyLayer {
             link: engine.link(source.host()),
             read_ahead: ReadAhead::default(),
             reads: Reads::new(dir.chunks().len()),
+            followed: Followed::default(),
+            foreseen: Foreseen::default(),
             engine: engine.clone(),
             in_flight: InFlight::default(),
             trouble: Mutex::default(),
@@ -239,7 +245,7 @@ impl LazyLayer {
             // What is planned comes with what else is.
             let begins = |&&chunk: &&ChunkId| table.kin(chunk).is_some() && beside(&chunk);
             if new && let Some(&file) = missing.iter().find(begins) {
-                self.fetch_relatives(file);
+                self.fetch_relatives(file, self.engine.number_read());
             }
             for waiter in waiters {
                 match waiter.wait().await {

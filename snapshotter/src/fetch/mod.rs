@@ -10,10 +10,12 @@ mod admission;
 mod ahead;
 mod content;
 mod decode;
+mod dependencies;
 mod described;
 mod disk;
 mod elf;
 mod engine;
+mod foreseen;
 mod guess;
 mod incoming;
 mod inflight;
@@ -41,6 +43,8 @@ pub use activity::{Activity, Request};
 pub use admission::{Admission, Permit, Priority};
 pub use ahead::Handle;
 pub use content::{Content, Piece};
+pub use dependencies::{Dependencies, LazyFile};
+pub use elf::{Segment, segments};
 pub use engine::{Config, Engine};
 pub use layer::{LazyLayer, PathOf};
 pub use link::{Link, LinkFigures};
@@ -98,4 +102,4 @@ impl From<FetchError> for io::Error {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

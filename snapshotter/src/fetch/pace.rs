@@ -7,6 +7,16 @@ use parking_lot::Mutex;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
+use super::foreseen::Need;
+
+/// When something is needed: what the files that are read name is, before what a
+/// plan names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Due {
+    Foreseen(Need),
+    At(Instant),
+}
+
 /// What prefetches, of any layer, have asked one host for and do not have yet,
 /// and who asks next. Clones are the same.
 #[derive(Debug, Clone, Default)]
@@ -17,8 +27,8 @@ struct Queue {
     outstanding: u64,
     limit: u64,
     arrivals: u64,
-    /// By when they are due, and in order of arrival where that is the same.
-    waiting: BTreeMap<(Instant, u64), Waiting>,
+    /// In the order of need, and of arrival where that is the same.
+    waiting: BTreeMap<(Due, u64), Waiting>,
 }
 
 #[derive(Debug)]
@@ -39,7 +49,7 @@ impl Pace {
     /// Waits until fewer than `limit` bytes are outstanding and nobody has
     /// anything that is due earlier than `due`. `bytes` is what will be asked
     /// for, about.
-    pub(super) async fn turn(&self, due: Instant, bytes: u64, limit: u64) -> Turn {
+    pub(super) async fn turn(&self, due: Due, bytes: u64, limit: u64) -> Turn {
         let (turn, receiver) = oneshot::channel();
         {
             let mut queue = self.0.lock();
@@ -123,7 +133,7 @@ mod tests {
     async fn what_is_due_first_goes_first_and_the_rest_waits() {
         let pace = Pace::default();
         let now = Instant::now();
-        let turn = |seconds| pace.turn(now + Duration::from_secs(seconds), 60, 100);
+        let turn = |seconds| pace.turn(Due::At(now + Duration::from_secs(seconds)), 60, 100);
         let mut first = turn(5).await;
         let second = turn(9).await;
         let mut late = Box::pin(turn(8));

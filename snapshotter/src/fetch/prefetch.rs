@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use super::ahead::Handle;
 use super::inflight::Claim;
 use super::layer::LazyLayer;
+use super::pace::Due;
 use super::reads::Planned;
 use super::stream::{Terms, courtesy, fetch_claimed, window};
 use super::{Priority, SourceError};
@@ -83,7 +84,7 @@ impl LazyLayer {
             };
             self.reads().pays().await;
             let assumed = || Duration::from_secs_f64(asked as f64 / ASSUMED_NEED);
-            let due = started + at.unwrap_or_else(assumed);
+            let due = Due::At(started + at.unwrap_or_else(assumed));
             let largest = piece.max(first.size);
             let limit = self.link().outstanding();
             let mut turn = self.link().pace().turn(due, largest, limit).await;
@@ -103,6 +104,7 @@ impl LazyLayer {
                     priority: Priority::Prefetch,
                     permit: Some(permit),
                     turn: Some(turn),
+                    gives_way: true,
                 };
                 flights.spawn(async move { fetch_claimed(&layer, claims, terms).await });
             }
@@ -242,26 +244,39 @@ impl<'a> Queue<'a> {
             return claims;
         };
         let gap = self.layer.link().parallel_gap();
-        let (mut start, mut end) = (seed.offset, seed.offset + seed.size);
-        loop {
-            let after = self.soon.range(end..).next().map(|(_, &unit)| unit);
-            let after = after.filter(|unit| {
-                unit.offset - end <= gap && unit.offset + unit.size - start <= piece
-            });
-            let before = self.soon.range(..start).next_back().map(|(_, &unit)| unit);
-            let before = before.filter(|unit| {
-                start.saturating_sub(unit.offset + unit.size) <= gap
-                    && end - unit.offset <= piece
-                    && seed.offset - unit.offset <= piece / BEFORE_SHARE
-            });
-            let Some(unit) = after.or(before) else { break };
-            if let Some(claim) = self.remove(unit) {
-                start = start.min(unit.offset);
-                end = end.max(unit.offset + unit.size);
-                claims.push(claim);
-            }
+        for unit in neighbours(&self.soon, seed, piece, gap) {
+            claims.extend(self.remove(unit));
         }
         claims.sort_by_key(|claim| claim.unit().offset);
         claims
+    }
+}
+
+/// Of the units that are wanted soon, by their place in the blob, those that can
+/// share a request of up to `piece` bytes with `seed`.
+pub(super) fn neighbours(
+    soon: &BTreeMap<u64, Unit>,
+    seed: Unit,
+    piece: u64,
+    gap: u64,
+) -> Vec<Unit> {
+    let (mut start, mut end) = (seed.offset, seed.offset + seed.size);
+    let mut found = Vec::new();
+    loop {
+        let after = soon.range(end..).next().map(|(_, &unit)| unit);
+        let after = after
+            .filter(|unit| unit.offset - end <= gap && unit.offset + unit.size - start <= piece);
+        let before = soon.range(..start).next_back().map(|(_, &unit)| unit);
+        let before = before.filter(|unit| {
+            start.saturating_sub(unit.offset + unit.size) <= gap
+                && end - unit.offset <= piece
+                && seed.offset - unit.offset <= piece / BEFORE_SHARE
+        });
+        let Some(unit) = after.or(before) else {
+            return found;
+        };
+        start = start.min(unit.offset);
+        end = end.max(unit.offset + unit.size);
+        found.push(unit);
     }
 }

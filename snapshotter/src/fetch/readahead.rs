@@ -10,8 +10,6 @@ use crate::layer_dir::{ChunkId, ChunkTable};
 
 /// Files of one layer whose readers are followed at once.
 const FILES: usize = 16;
-/// A file up to this size, uncompressed, is read whole as a rule.
-pub(super) const SMALL_FILE: u64 = 1 << 20;
 /// Two reads so near to each other, uncompressed, are one after the other: the
 /// kernel asks for several pieces at once, in any order.
 const NEAR: u64 = 256 << 10;
@@ -39,6 +37,8 @@ pub(super) struct Budget {
     pub(super) piece: u64,
     /// Uncompressed bytes that may turn out wrong.
     pub(super) credit: u64,
+    /// A file up to this size, uncompressed, is taken whole.
+    pub(super) small: u64,
 }
 
 /// What to fetch beside what was asked for.
@@ -95,7 +95,7 @@ impl ReadAhead {
         let known = files.iter().position(|file| file.chunks.contains(&first));
         let (followed, guess) = match known {
             Some(at) => files.remove(at).missed(first, last, budget, &walk),
-            None => Followed::new(first, last, budget.around, &walk),
+            None => Followed::new(first, last, budget, &walk),
         };
         if files.len() == FILES {
             files.remove(0);
@@ -129,15 +129,16 @@ impl Followed {
     fn new<M: Fn(ChunkId) -> bool>(
         first: ChunkId,
         last: ChunkId,
-        window: u64,
+        budget: &Budget,
         walk: &Walk<'_, M>,
     ) -> (Self, Guess) {
         let table = walk.table;
+        let window = budget.around;
         let chunks = table.file_of(last);
         let size = table.get(*chunks.end()).data_end() - table.get(*chunks.start()).data_offset;
         let mut guess = Guess::default();
         let rest = table.after(last).take_while(|c| c <= chunks.end());
-        if size <= SMALL_FILE {
+        if size <= budget.small {
             guess.ahead = walk.all(rest);
             let before = table.before(first).take_while(|c| c >= chunks.start());
             guess.before = walk.all(before);

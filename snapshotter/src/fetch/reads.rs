@@ -19,16 +19,22 @@ const WORTH: u32 = 2;
 /// bytes are dear: no more than twice what is read is fetched, and this.
 const FREE_GUESSES: u64 = 2 << 20;
 
+/// Of what files say that they load, so many bytes are fetched, and as many
+/// times what was read.
+const FORESEEN: (u64, u64) = (32 << 20, 4);
+
 /// The reads of one layer since it was opened.
 #[derive(Debug)]
 pub(super) struct Reads {
     read: Present,
     guessed: Present,
+    foreseen: Present,
     /// Names of files that were read, as [`Kin`] has them.
     names: Mutex<HashSet<u16>>,
     planned: OnceLock<Planned>,
     read_bytes: AtomicU64,
     wrong_bytes: AtomicU64,
+    foreseen_bytes: AtomicU64,
     /// Reads beside the plan, less those within.
     beside: AtomicU32,
     within: Notify,
@@ -47,10 +53,12 @@ impl Reads {
         Self {
             read: Present::empty(chunks),
             guessed: Present::empty(chunks),
+            foreseen: Present::empty(chunks),
             names: Mutex::default(),
             planned: OnceLock::new(),
             read_bytes: AtomicU64::new(0),
             wrong_bytes: AtomicU64::new(0),
+            foreseen_bytes: AtomicU64::new(0),
             beside: AtomicU32::new(0),
             within: Notify::new(),
         }
@@ -70,6 +78,18 @@ impl Reads {
         }
     }
 
+    /// A chunk is fetched because a file says that it is needed. Whether it may
+    /// be: who says so is rarely wrong, unless it means to be.
+    pub(super) fn foresee(&self, chunk: ChunkId, record: &Record) -> bool {
+        let size = u64::from(record.size);
+        let most = self.read_bytes.load(Ordering::Relaxed) * FORESEEN.1 + FORESEEN.0;
+        let may = self.foreseen_bytes.load(Ordering::Relaxed) + size <= most;
+        if may && self.foreseen.insert(chunk) {
+            self.foreseen_bytes.fetch_add(size, Ordering::Relaxed);
+        }
+        may
+    }
+
     /// A file of such a name is read. Says whether one had been read before.
     pub(super) fn again(&self, kin: Kin) -> bool {
         !self.names.lock().insert(kin.name)
@@ -77,7 +97,7 @@ impl Reads {
 
     /// Whether the chunk was fetched though nobody had asked for it.
     pub(super) fn is_guessed(&self, chunk: ChunkId) -> bool {
-        self.guessed.contains(chunk)
+        self.guessed.contains(chunk) || self.foreseen.contains(chunk)
     }
 
     /// Whether the chunk is or was going to be fetched by plan.
@@ -107,7 +127,7 @@ impl Reads {
             self.wrong_bytes.fetch_sub(size, Ordering::Relaxed);
         }
         if self.planned.get().is_none() {
-            return Some(guessed);
+            return Some(guessed || self.foreseen.contains(chunk));
         }
         let within = self.is_planned(chunk, record);
         let step = |beside: u32| match within {
@@ -120,7 +140,7 @@ impl Reads {
         if within {
             self.within.notify_waiters();
         }
-        Some(guessed)
+        Some(guessed || self.foreseen.contains(chunk))
     }
 
     /// Returns once following the plan pays: at once, unless reads have gone

@@ -4,7 +4,6 @@
 //! for `__init__.pyc` or `package.json` in one place does so in the next. Where
 //! a miss is dear, whatever lies behind it as well.
 
-use super::readahead::SMALL_FILE;
 use crate::layer_dir::{ChunkId, ChunkTable, Kin};
 
 /// Chunks that are searched in either direction.
@@ -42,6 +41,8 @@ pub(super) struct Allowance {
     pub(super) onwards: u64,
     /// Uncompressed bytes of all.
     pub(super) credit: u64,
+    /// A file up to this size, uncompressed, is taken whole.
+    pub(super) small: u64,
 }
 
 /// What to fetch because the file that begins with `first` is read.
@@ -70,6 +71,7 @@ pub(super) fn relatives(
         table,
         state,
         credit: allowance.credit,
+        small: allowance.small,
         chosen: Vec::new(),
     };
     choice.add(family, allowance.family, u64::MAX);
@@ -89,6 +91,7 @@ struct Choice<'t, S> {
     table: &'t ChunkTable,
     state: S,
     credit: u64,
+    small: u64,
     chosen: Vec<ChunkId>,
 }
 
@@ -107,7 +110,7 @@ impl<S: Fn(ChunkId) -> State> Choice<'_, S> {
             let end = *self.table.file_of(first).end();
             let size = self.table.get(end).data_end() - self.table.get(first).data_offset;
             // Of a large file its beginning, which tells what it is.
-            let last = if size <= SMALL_FILE { end } else { first };
+            let last = if size <= self.small { end } else { first };
             let chunks = std::iter::once(first).chain(self.table.after(first));
             let (mut cost, mut risk, mut unit) = (0, 0, None);
             let mut missing = Vec::new();

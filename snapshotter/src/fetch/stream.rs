@@ -276,8 +276,10 @@ pub(super) struct Terms {
     pub(super) priority: Priority,
     /// For the first request, where it was waited for before.
     pub(super) permit: Option<Permit>,
-    /// The turn of a prefetch, which gives way to readers.
+    /// The turn of a prefetch.
     pub(super) turn: Option<Turn>,
+    /// Whether it gives way to readers of anything else.
+    pub(super) gives_way: bool,
 }
 
 impl Terms {
@@ -286,6 +288,7 @@ impl Terms {
             priority,
             permit: None,
             turn: None,
+            gives_way: false,
         }
     }
 }
@@ -382,7 +385,7 @@ async fn attempt(
     while let Some((claim, _)) = pending.front() {
         let unit = claim.unit();
         let engine = layer.engine();
-        if terms.turn.is_some() {
+        if terms.gives_way {
             let (quiet, longest) = courtesy(layer);
             if engine.is_jumped(quiet) {
                 arriving.pause();

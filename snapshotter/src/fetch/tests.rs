@@ -17,7 +17,7 @@ mod content;
 mod disk;
 mod guesses;
 mod reuse;
-mod simulated;
+pub(crate) mod simulated;
 
 use super::*;
 use crate::fuse::Content as _;

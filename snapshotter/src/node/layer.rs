@@ -194,6 +194,7 @@ impl Node {
             self.prefetch(open, image, None);
             layers.push(Arc::clone(&open.layer));
         }
+        self.know_dependencies(&layers);
         (layers, whole)
     }
 

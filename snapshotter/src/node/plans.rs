@@ -1,13 +1,15 @@
 //! What is fetched of a layer before it is read.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use tokio::task::spawn_blocking;
 
 use sluice_layer::{Profile, StartChunks};
 
 use super::Node;
-use crate::fetch::{Handle, LazyLayer, Plan};
+use crate::dependencies::ImageDependencies;
+use crate::fetch::{Dependencies, Handle, LazyLayer, Plan};
 use crate::layer_dir::{ChunkId, ChunkTable};
 use crate::profiles::{self, ImageId, Profiles};
 use crate::remote::AttachedProfile;
@@ -23,7 +25,31 @@ pub enum ProfileSource {
     Node,
 }
 
+/// How long after an image's last start it is looked at what its files load.
+const START: Duration = Duration::from_secs(120);
+
 impl Node {
+    /// What is read of these layers of one image, the lowest first, is followed
+    /// to what it loads, while the image starts.
+    pub(super) fn know_dependencies(&self, layers: &[Arc<LazyLayer>]) {
+        let known = |layer: &Arc<LazyLayer>| layer.dir().is_complete() || layer.has_dependencies();
+        if !self.0.config.prefetch || layers.iter().all(known) {
+            return;
+        }
+        let layers = layers.to_vec();
+        let dependencies: Arc<dyn Dependencies> = Arc::new(ImageDependencies::new(&layers));
+        for layer in &layers {
+            layer.set_dependencies(Arc::clone(&dependencies));
+        }
+        let layers: Vec<_> = layers.iter().map(Arc::downgrade).collect();
+        tokio::spawn(async move {
+            tokio::time::sleep(START).await;
+            for layer in layers.iter().filter_map(Weak::upgrade) {
+                layer.clear_dependencies(&dependencies);
+            }
+        });
+    }
+
     /// Fetches what the layer will need as the first of these says, in this
     /// order: who built the image, or attached a profile to it, meant it; what
     /// was seen on this node may be one use of the image among several.

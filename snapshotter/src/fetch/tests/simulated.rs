@@ -27,7 +27,7 @@ struct WireState {
 
 /// A request: of which layer, when, from where to where.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Asked {
+pub(crate) struct Asked {
     layer: usize,
     at: Duration,
     range: (u64, u64),
@@ -145,18 +145,18 @@ impl Drop for Answer {
 }
 
 /// Layers of one registry.
-pub(super) struct World {
+pub(crate) struct World {
     _root: TempDir,
     wire: Wire,
     engine: Engine,
     started: Instant,
     asked: Arc<Mutex<Vec<Asked>>>,
-    pub(super) layers: Vec<Arc<LazyLayer>>,
+    pub(crate) layers: Vec<Arc<LazyLayer>>,
     starts: Vec<Vec<u64>>,
 }
 
 impl World {
-    pub(super) fn new(round_trip: u64, samples: &[Sample]) -> Self {
+    pub(crate) fn new(round_trip: u64, samples: &[Sample]) -> Self {
         let config = Config {
             decoders: 2,
             ..Config::default()
@@ -243,7 +243,7 @@ impl World {
     }
 
     /// Reads as the kernel does, up to 128 KiB at a time.
-    pub(super) async fn read(&self, layer: usize, offset: u64, len: u64) {
+    pub(crate) async fn read(&self, layer: usize, offset: u64, len: u64) {
         let lazy = &self.layers[layer];
         for at in (offset..offset + len).step_by(128 << 10) {
             let len = (offset + len - at).min(128 << 10);
@@ -255,7 +255,7 @@ impl World {
         }
     }
 
-    pub(super) async fn read_file(&self, layer: usize, file: usize) {
+    pub(crate) async fn read_file(&self, layer: usize, file: usize) {
         let chunks = self.chunks(layer, file);
         let table = self.layers[layer].dir().chunks();
         let start = table.get(chunks[0]).data_offset;
@@ -263,17 +263,17 @@ impl World {
         self.read(layer, start, end - start).await;
     }
 
-    pub(super) fn present(&self, layer: usize, files: impl IntoIterator<Item = usize>) -> bool {
+    pub(crate) fn present(&self, layer: usize, files: impl IntoIterator<Item = usize>) -> bool {
         let present = self.layers[layer].dir().present();
         let order = self.order(layer, files);
         order.iter().all(|&chunk| present.contains(chunk))
     }
 
-    pub(super) fn asked(&self) -> Vec<Asked> {
+    pub(crate) fn asked(&self) -> Vec<Asked> {
         self.asked.lock().clone()
     }
 
-    pub(super) fn bytes(&self) -> u64 {
+    pub(crate) fn bytes(&self) -> u64 {
         let asked = self.asked.lock();
         asked
             .iter()

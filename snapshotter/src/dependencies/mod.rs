@@ -1,0 +1,103 @@
+//! What the files of an image load when they are used: the libraries that a
+//! program or library was linked with, the interpreter of a script, the modules
+//! that a Python module imports. Read from the files themselves, as the loaders
+//! do, so that what a program will need can be fetched before it asks.
+//!
+//! Everything here is a guess from bytes that an image brings along: wrong ones
+//! cost some bytes that nobody reads, and nothing else.
+
+mod libraries;
+mod modules;
+mod python;
+mod trees;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use futures_util::future::BoxFuture;
+use parking_lot::Mutex;
+use sluice_oci::Digest;
+
+use crate::fetch::{Dependencies, LazyFile, LazyLayer};
+use modules::Modules;
+use trees::{Place, Trees};
+
+/// What is read of a file to find out what it is.
+const HEAD: u64 = 4 << 10;
+
+/// Files of which is remembered what they load.
+const FILES: usize = 16 << 10;
+
+/// Says what the files of one image load.
+#[derive(Debug)]
+pub struct ImageDependencies {
+    trees: Trees,
+    modules: Modules,
+    /// What was found out, by the layer and where a file's content begins.
+    known: Mutex<HashMap<Key, Arc<[Place]>>>,
+}
+
+/// A layer, and where in its data a file begins.
+type Key = (Digest, u64);
+
+impl ImageDependencies {
+    /// Of the image with these layers, the lowest first. Layers that cannot be
+    /// read are passed over.
+    pub fn new(layers: &[Arc<LazyLayer>]) -> Self {
+        Self {
+            trees: Trees::open(layers),
+            modules: Modules::default(),
+            known: Mutex::default(),
+        }
+    }
+
+    async fn known_places(&self, file: &LazyFile) -> Option<Arc<[Place]>> {
+        let key = (file.layer().digest(), file.offset());
+        let known = self.known.lock().get(&key).cloned();
+        if known.is_some() {
+            return known;
+        }
+        let places: Arc<[Place]> = self.places(file).await?.into();
+        let mut known = self.known.lock();
+        if known.len() < FILES {
+            known.insert(key, Arc::clone(&places));
+        }
+        Some(places)
+    }
+
+    async fn places(&self, file: &LazyFile) -> Option<Vec<Place>> {
+        let head = file.read(0..HEAD).await?;
+        if let Some(interpreter) = libraries::interpreter(&head) {
+            return Some(self.trees.locate_all([interpreter]));
+        }
+        if head.starts_with(libraries::MAGIC) {
+            let libraries = libraries::of(file, &head).await?;
+            return Some(libraries::places(&self.trees, file, &libraries));
+        }
+        if !python::may_be_module(&head) && !self.trees.is_source(file) {
+            return None;
+        }
+        let names = python::imports(&file.read(0..python::LARGEST).await?);
+        let directory = self.trees.directory_of(file)?;
+        Some(self.modules.places(&self.trees, &directory, &names))
+    }
+}
+
+/// The names in a Python module.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn names_in(module: &[u8]) -> Vec<Vec<u8>> {
+    python::imports(module)
+}
+
+impl Dependencies for ImageDependencies {
+    fn of<'f>(&'f self, file: &'f LazyFile) -> BoxFuture<'f, Vec<LazyFile>> {
+        Box::pin(async move {
+            let places = self.known_places(file).await.unwrap_or_default();
+            let files = places.iter().filter_map(|&place| self.trees.file(place));
+            files.collect()
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,229 @@
+//! What programs and modules load is fetched before they do.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::sleep;
+
+use super::ImageDependencies;
+use super::libraries::tests::{linked, with_interpreter};
+use super::python::tests::compiled;
+use crate::fetch::Dependencies;
+use crate::fetch::tests::simulated::World;
+use crate::sample::{Layout, Sample, SampleFile, noise};
+
+/// So large that files are no neighbours, and guessed by nothing else.
+const BETWEEN: usize = 3 << 20;
+
+/// Files with noise between them, so that none comes along with another.
+fn sample(files: &[(&str, Vec<u8>)]) -> Sample {
+    let mut all = Vec::new();
+    for (number, (name, content)) in files.iter().enumerate() {
+        all.push(SampleFile {
+            name: (*name).to_owned(),
+            content: content.clone(),
+        });
+        all.push(SampleFile {
+            name: format!("srv/{number}/data"),
+            content: noise(number as u64 + 1, BETWEEN),
+        });
+    }
+    Sample::new(all, &Layout::default())
+}
+
+/// A world in which it is known what files load.
+fn world(samples: &[Sample]) -> World {
+    let world = World::new(20, samples);
+    let dependencies: Arc<dyn Dependencies> = Arc::new(ImageDependencies::new(&world.layers));
+    for layer in &world.layers {
+        layer.set_dependencies(Arc::clone(&dependencies));
+    }
+    world
+}
+
+fn module(names: &[&str]) -> Vec<u8> {
+    compiled(3495, names)
+}
+
+const LIB: &str = "usr/lib/python3.11";
+const SITE: &str = "usr/local/lib/python3.11/dist-packages";
+
+fn in_lib(name: &str) -> String {
+    format!("{LIB}/__pycache__/{name}.cpython-311.pyc")
+}
+
+fn in_site(package: &str, name: &str) -> String {
+    format!("{SITE}/{package}/__pycache__/{name}.cpython-311.pyc")
+}
+
+/// Whether the file at each of these positions of `sample` is there.
+fn present(world: &World, layer: usize, files: &[usize]) -> Vec<bool> {
+    // Between two of them is one of noise.
+    files
+        .iter()
+        .map(|file| world.present(layer, [file * 2]))
+        .collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn modules_come_with_the_one_that_imports_them() {
+    let (names, init) = (["helper", "json", "Exception"], "__init__");
+    let base = sample(&[
+        (&in_lib("json"), module(&["re"])),
+        (&in_lib("re"), module(&["enum"])),
+        (&in_lib("enum"), module(&["far"])),
+        (&in_lib("far"), module(&["beyond"])),
+        (&in_lib("unused"), module(&[])),
+        (
+            &format!("{LIB}/lib-dynload/beyond.cpython-311-x86_64-linux-gnu.so"),
+            noise(1, 5000),
+        ),
+    ]);
+    let package = sample(&[
+        (
+            &in_site("tool", init),
+            module(&["tool.part", "piece", "os"]),
+        ),
+        (&in_site("tool", "helper"), module(&[])),
+        (&in_site("tool/part", init), module(&[])),
+        (&in_site("tool/part", "piece"), module(&names)),
+        (&in_site("other", "helper"), module(&[])),
+        (&in_site("other", init), module(&[])),
+    ]);
+    let world = world(&[base, package]);
+    world.read_file(1, 0).await;
+    sleep(Duration::from_secs(2)).await;
+    // The package's own part, a module of that, and what it names: one of the
+    // package above, and one of the layer below, which names a third.
+    assert_eq!(
+        present(&world, 1, &[0, 1, 2, 3, 4, 5]),
+        [true, true, true, true, false, false]
+    );
+    assert_eq!(
+        present(&world, 0, &[0, 1, 2, 3, 4, 5]),
+        [true, true, false, false, false, false]
+    );
+    // One of them is read indeed: it goes on from there.
+    world.read_file(0, 0).await;
+    sleep(Duration::from_secs(2)).await;
+    assert_eq!(
+        present(&world, 0, &[0, 1, 2, 3, 4, 5]),
+        [true, true, true, true, false, false]
+    );
+    let before = world.asked().len();
+    for (layer, file) in [(1, 2), (1, 3), (1, 1), (0, 1), (0, 2), (0, 3)] {
+        world.read_file(layer, file * 2).await;
+    }
+    let asked = world.asked()[before..].to_vec();
+    assert!(asked.len() <= 1, "only what the last one names: {asked:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn sources_count_where_nothing_is_compiled() {
+    let text = |text: &str| text.as_bytes().to_vec();
+    let world = world(&[sample(&[
+        (
+            "app/main.py",
+            text("import part.one\ndef f():\n    import two\n"),
+        ),
+        ("app/part/__init__.py", text("'''nothing'''\n")),
+        (
+            "app/part/one.py",
+            text("from . import (three,\n    four as five)\n"),
+        ),
+        ("app/part/three.py", text("\n")),
+        ("app/part/four.py", text("\n")),
+        ("app/two/__init__.py", text("\n")),
+    ])]);
+    world.read_file(0, 0).await;
+    sleep(Duration::from_secs(2)).await;
+    assert_eq!(
+        present(&world, 0, &[1, 2, 3, 4, 5]),
+        [true, true, true, true, false]
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn libraries_come_with_what_was_linked_with_them() {
+    let linker = "lib64/ld-linux.so.2";
+    let program = with_interpreter(&format!("/{linker}"), &["libone.so.1"], "");
+    let arch = std::env::consts::ARCH;
+    let world = world(&[
+        sample(&[
+            (
+                &format!("usr/lib/{arch}-linux-gnu/libone.so.1"),
+                linked(&["libtwo.so"], "$ORIGIN/../own"),
+            ),
+            ("usr/lib/own/libtwo.so", linked(&[], "")),
+            ("usr/lib/libother.so", linked(&[], "")),
+            (linker, linked(&[], "")),
+            ("etc/ld.so.cache", noise(5, 3000)),
+        ]),
+        sample(&[
+            ("opt/script", b"#!/usr/bin/env program -x\n".to_vec()),
+            ("usr/bin/program", program),
+        ]),
+    ]);
+    world.read_file(1, 0).await;
+    sleep(Duration::from_secs(2)).await;
+    assert_eq!(present(&world, 1, &[1]), [true]);
+    assert_eq!(
+        present(&world, 0, &[0, 1, 2, 3, 4]),
+        [true, true, false, true, true]
+    );
+}
+
+/// A program goes through what its last module imports before it goes on with
+/// what an earlier one does.
+#[tokio::test(start_paused = true)]
+async fn what_the_last_one_names_comes_first() {
+    let many: Vec<String> = (0..40).map(|number| format!("part{number}")).collect();
+    let names: Vec<&str> = many.iter().map(String::as_str).collect();
+    let mut files = vec![(in_site("big", "__init__"), module(&names))];
+    // Half a second of the link for all of them.
+    for name in &many {
+        let mut content = module(&[]);
+        content.extend(noise(name.len() as u64 + content.len() as u64, 150_000));
+        files.push((in_site("big", name), content));
+    }
+    files.push((in_site("small", "__init__"), module(&["urgent"])));
+    files.push((in_site("small", "urgent"), module(&[])));
+    let files: Vec<(&str, Vec<u8>)> = files.iter().map(|(n, c)| (n.as_str(), c.clone())).collect();
+    let world = world(&[sample(&files)]);
+    world.read_file(0, 0).await;
+    sleep(Duration::from_millis(50)).await;
+    world.read_file(0, 41 * 2).await;
+    sleep(Duration::from_millis(150)).await;
+    assert_eq!(present(&world, 0, &[42]), [true]);
+    let come = |world: &World| {
+        (1..=40)
+            .filter(|file| present(world, 0, &[*file])[0])
+            .count()
+    };
+    let before = come(&world);
+    assert!(before < 40, "{before}");
+    sleep(Duration::from_secs(2)).await;
+    assert_eq!(come(&world), 40);
+}
+
+/// Nothing that a file says leads astray: loops end, and so do links.
+#[tokio::test(start_paused = true)]
+async fn circles_end() {
+    let world = world(&[sample(&[
+        (&in_lib("one"), module(&["two", "one", "..", "", "two"])),
+        (&in_lib("two"), module(&["one"])),
+        (
+            "usr/lib/libself.so",
+            linked(
+                &["libself.so", "../../../etc/passwd", "/"],
+                "$ORIGIN:/../..",
+            ),
+        ),
+        ("etc/passwd", b"root\n".to_vec()),
+    ])]);
+    world.read_file(0, 0).await;
+    world.read_file(0, 4).await;
+    sleep(Duration::from_secs(2)).await;
+    assert_eq!(present(&world, 0, &[0, 1, 2]), [true, true, true]);
+    assert!(world.asked().len() < 10);
+}

@@ -1,0 +1,221 @@
+//! Following what is read to what it loads: the libraries of a program, the
+//! modules that a module imports, and theirs. What these are, somebody else
+//! says; here they are fetched before they are asked for.
+
+use std::collections::{BTreeSet, HashMap};
+use std::ops::Range;
+use std::sync::Arc;
+
+use futures_util::future::BoxFuture;
+use parking_lot::Mutex;
+use sluice_layer::Unit;
+
+use super::foreseen::Need;
+use super::inflight::Claim;
+use super::layer::LazyLayer;
+use super::reuse::Asked;
+use crate::layer_dir::ChunkId;
+
+/// Attempts to read what is fetched and may be gone again.
+const ATTEMPTS: usize = 3;
+
+/// Knows what the files of an image load.
+pub trait Dependencies: std::fmt::Debug + Send + Sync + 'static {
+    /// The files that this one loads when it is used, in the order in which it
+    /// does. A guess, from whatever the file says. Looks into the file, whose
+    /// bytes may have to come first.
+    fn of<'f>(&'f self, file: &'f LazyFile) -> BoxFuture<'f, Vec<LazyFile>>;
+}
+
+/// A file of a layer.
+#[derive(Debug, Clone)]
+pub struct LazyFile {
+    layer: Arc<LazyLayer>,
+    first: ChunkId,
+}
+
+impl LazyFile {
+    /// The file of which the content begins at `offset` of the layer's data;
+    /// none if no file does.
+    pub fn at(layer: &Arc<LazyLayer>, offset: u64) -> Option<Self> {
+        let table = layer.dir.chunks();
+        let first = table.overlapping(offset, 1).next()?;
+        let begins = table.kin(first).is_some() && table.get(first).data_offset == offset;
+        begins.then(|| Self {
+            layer: Arc::clone(layer),
+            first,
+        })
+    }
+
+    /// Its layer.
+    pub fn layer(&self) -> &Arc<LazyLayer> {
+        &self.layer
+    }
+
+    /// Where its content begins in the layer's data.
+    pub fn offset(&self) -> u64 {
+        self.layer.dir.chunks().get(self.first).data_offset
+    }
+
+    /// Its size in bytes, less zeros at its end.
+    pub fn size(&self) -> u64 {
+        let table = self.layer.dir.chunks();
+        let end = table.get(*table.file_of(self.first).end()).data_end();
+        end - self.offset()
+    }
+
+    /// Bytes of it, which are fetched as a guess if need be; none if there are
+    /// no such bytes or they cannot be had.
+    pub async fn read(&self, range: Range<u64>) -> Option<Vec<u8>> {
+        let len = range.end.min(self.size()).checked_sub(range.start)?;
+        let offset = self.offset().checked_add(range.start)?;
+        let layer = &self.layer;
+        for _ in 0..ATTEMPTS {
+            let chunks = layer.dir.chunks().overlapping(offset, len);
+            let present = layer.dir.present();
+            let missing: Vec<_> = chunks.filter(|&chunk| !present.contains(chunk)).collect();
+            if missing.is_empty() {
+                let mut bytes = vec![0; usize::try_from(len).ok()?];
+                layer.dir.read_at(&mut bytes, offset).ok()?;
+                return Some(bytes);
+            }
+            layer.fetch_at_once(&missing);
+            for chunk in missing {
+                let unit = layer.dir.chunks().get(chunk).unit;
+                if let Some(waiter) = layer.in_flight.waiter(unit) {
+                    let _ = waiter.wait().await;
+                }
+            }
+        }
+        None
+    }
+
+    /// What is fetched of it when it is about to be loaded: all of a small one,
+    /// of a large one the beginning, which tells the rest.
+    fn missing(&self) -> Vec<ChunkId> {
+        let chunks = self.layer.dir.chunks().file_of(self.first);
+        let last = match self.size() <= self.layer.small_file() {
+            true => *chunks.end(),
+            false => self.first,
+        };
+        let after = self.layer.dir.chunks().after(self.first);
+        let chunks = std::iter::once(self.first).chain(after.take_while(|&chunk| chunk <= last));
+        chunks.filter(|&c| self.layer.is_missing(c)).collect()
+    }
+}
+
+/// The files of one layer that were followed.
+#[derive(Debug, Default)]
+pub(super) struct Followed {
+    dependencies: Mutex<Option<Arc<dyn Dependencies>>>,
+    /// When files are needed, by where they begin.
+    needs: Mutex<HashMap<ChunkId, Need>>,
+    /// From how many steps away those that have come were looked into.
+    seen: Mutex<HashMap<ChunkId, usize>>,
+}
+
+impl Followed {
+    /// Whether the file is needed earlier than was known.
+    fn is_needed(&self, first: ChunkId, need: Need) -> bool {
+        let mut needs = self.needs.lock();
+        let earlier = needs.get(&first).is_none_or(|known| need < *known);
+        if earlier {
+            needs.insert(first, need);
+        }
+        earlier
+    }
+
+    /// Whether the file, which is here, is fewer steps away from one that was
+    /// read than when it was last looked into.
+    fn comes(&self, first: ChunkId, need: Need) -> bool {
+        let mut seen = self.seen.lock();
+        let steps = need.steps();
+        let nearer = seen.get(&first).is_none_or(|&known| steps < known);
+        if nearer {
+            seen.insert(first, steps);
+        }
+        nearer
+    }
+}
+
+impl LazyLayer {
+    /// Whether it is known what its files load.
+    pub fn has_dependencies(&self) -> bool {
+        self.followed.dependencies.lock().is_some()
+    }
+
+    /// From now on, what is read of it is followed to what `dependencies` say.
+    pub fn set_dependencies(&self, dependencies: Arc<dyn Dependencies>) {
+        *self.followed.dependencies.lock() = Some(dependencies);
+    }
+
+    /// The end of that, unless others have taken their place.
+    pub fn clear_dependencies(&self, dependencies: &Arc<dyn Dependencies>) {
+        let mut current = self.followed.dependencies.lock();
+        if current
+            .as_ref()
+            .is_some_and(|c| Arc::ptr_eq(c, dependencies))
+        {
+            *current = None;
+            self.followed.needs.lock().clear();
+            self.followed.seen.lock().clear();
+        }
+    }
+
+    fn fetch_at_once(self: &Arc<Self>, chunks: &[ChunkId]) {
+        let records = chunks
+            .iter()
+            .map(|&chunk| (chunk, self.dir.chunks().get(chunk)));
+        let may = records.filter(|(chunk, record)| self.reads.foresee(*chunk, record));
+        let units: BTreeSet<Unit> = may.map(|(_, record)| record.unit).collect();
+        let claims: Vec<Claim> = units
+            .into_iter()
+            .filter_map(|unit| self.claim(unit))
+            .collect();
+        self.start_over(claims, self.link.parallel_gap(), Asked::default());
+    }
+
+    /// When the file that begins with this chunk is needed, if that is known.
+    pub(super) fn need_of(&self, first: ChunkId) -> Option<Need> {
+        self.followed.needs.lock().get(&first).copied()
+    }
+
+    /// The file that begins with `first` has come, and is needed then: what it
+    /// loads is needed after it. Not of what comes by plan: so does what it
+    /// loads.
+    pub(super) fn fetch_dependencies(self: &Arc<Self>, first: ChunkId, need: Need) {
+        let Some(dependencies) = self.followed.dependencies.lock().clone() else {
+            return;
+        };
+        if need.of_named(0).is_none()
+            || self.reads.is_planned(first, &self.dir.chunks().get(first))
+            || !self.followed.comes(first, need)
+        {
+            return;
+        }
+        let file = LazyFile {
+            layer: Arc::clone(self),
+            first,
+        };
+        self.spawn(async move {
+            let loaded = dependencies.of(&file).await;
+            for (position, file) in loaded.iter().enumerate() {
+                let Some(need) = need.of_named(position) else {
+                    return;
+                };
+                file.layer.foresee_file(file, need);
+            }
+        });
+    }
+
+    /// A file is needed then. Once it has come, so is what it loads.
+    fn foresee_file(self: &Arc<Self>, file: &LazyFile, need: Need) {
+        if !self.followed.is_needed(file.first, need) {
+            return;
+        }
+        self.fetch_foreseen(&file.missing(), need);
+        if self.dir.present().contains(file.first) {
+            self.fetch_dependencies(file.first, need);
+        }
+    }
+}
