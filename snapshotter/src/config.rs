@@ -46,8 +46,9 @@ pub struct Config {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Containerd {
-    /// The socket of the containerd that uses this snapshotter. Without it,
-    /// `/run/containerd/containerd.sock`, if that is there.
+    /// The socket of the containerd that uses this snapshotter. Default: that of
+    /// the process that calls, or else `/run/containerd/containerd.sock`, if it
+    /// is there.
     pub address: Option<PathBuf>,
 }
 

@@ -13,7 +13,7 @@ use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 use tonic::transport::Server;
 
 use crate::config::{Config, MountMode, Share};
-use crate::containerd::Containerd;
+use crate::containerd::Containerds;
 use crate::control::{self, Control};
 use crate::descriptors;
 use crate::fetch;
@@ -116,7 +116,7 @@ async fn serve_node(
     let overlay = OverlayOptions::probe();
     let layers = Arc::new(node.clone());
     let snapshots = Snapshots::start(root.path(), store, layers, overlay).await?;
-    let images = Arc::new(Containerd::new(config.containerd.address.clone()));
+    let images = Arc::new(Containerds::new(config.containerd.address.clone()));
     let snapshots = Arc::new(snapshots.with_images(images));
     tell_who_is_affected(node, &snapshots).await;
     let again = node.clone();

@@ -13,6 +13,16 @@ use crate::command::{attempt, run, text, wait_for};
 use crate::daemon::Daemon;
 use crate::scratch::{Process, Scratch};
 
+/// The socket that the scratch directory's containerd of this number, from 0,
+/// has, or will have.
+pub fn socket(scratch: &Scratch, number: usize) -> PathBuf {
+    socket_in(&scratch.path().join(format!("containerd-{number}")))
+}
+
+fn socket_in(dir: &Path) -> PathBuf {
+    dir.join("containerd.sock")
+}
+
 /// A running containerd.
 pub struct Containerd {
     dir: PathBuf,
@@ -40,7 +50,7 @@ impl Containerd {
     /// With proxy snapshotters behind sockets, each under a name.
     pub fn start_with_sockets(scratch: &Scratch, snapshotters: &[(&str, PathBuf)]) -> Result<Self> {
         let dir = scratch.fresh_dir("containerd")?;
-        let socket = dir.join("containerd.sock");
+        let socket = socket_in(&dir);
         let mut config = format!(
             "version = 2\n\
              root = \"{root}\"\n\
@@ -59,12 +69,8 @@ impl Containerd {
                 socket.display()
             );
         }
-        let config_file = dir.join("config.toml");
-        fs::write(&config_file, config)?;
-        let mut command = Command::new("containerd");
-        command.arg("--config").arg(&config_file);
-        let name = dir.file_name().unwrap_or_default().to_string_lossy();
-        let process = scratch.spawn(&name, command)?;
+        fs::write(dir.join("config.toml"), config)?;
+        let process = launch(scratch, &dir)?;
         let containerd = Self {
             dir,
             socket,
@@ -79,14 +85,25 @@ impl Containerd {
             scratch: scratch.clone(),
             mounts: AtomicU32::new(0),
         };
-        wait_for("containerd", || {
-            if !containerd.process.is_running() {
-                bail!("containerd ended: {}", containerd.process.log());
-            }
-            let answer = attempt(containerd.ctr().arg("version"))?;
-            Ok(answer.status.success().then_some(()))
-        })?;
+        containerd.wait_until_it_answers()?;
         Ok(containerd)
+    }
+
+    fn wait_until_it_answers(&self) -> Result<()> {
+        wait_for("containerd", || {
+            if !self.process.is_running() {
+                bail!("containerd ended: {}", self.process.log());
+            }
+            let answer = attempt(self.ctr().arg("version"))?;
+            Ok(answer.status.success().then_some(()))
+        })
+    }
+
+    /// Ends it and starts it again. Containers run on.
+    pub fn restart(&mut self) -> Result<()> {
+        self.process.stop()?;
+        self.process = launch(&self.scratch, &self.dir)?;
+        self.wait_until_it_answers()
     }
 
     /// Its gRPC socket.
@@ -281,4 +298,11 @@ impl Containerd {
         }
         Ok(())
     }
+}
+
+fn launch(scratch: &Scratch, dir: &Path) -> Result<Process> {
+    let mut command = Command::new("containerd");
+    command.arg("--config").arg(dir.join("config.toml"));
+    let name = dir.file_name().unwrap_or_default().to_string_lossy();
+    scratch.spawn(&name, command)
 }

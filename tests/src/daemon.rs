@@ -40,8 +40,8 @@ pub struct Options {
     pub mode: Option<Mode>,
     /// Registries spoken to without TLS, beyond loopback.
     pub plain_http: Vec<String>,
-    /// The socket of the containerd that uses it, when that is not the first
-    /// [`crate::containerd::Containerd`] of the scratch directory.
+    /// The socket of the containerd that uses it, when it is told and has not
+    /// to find out.
     pub containerd: Option<PathBuf>,
     /// More lines of TOML, after everything else.
     pub more: String,
@@ -82,7 +82,7 @@ impl Daemon {
     /// Starts one and waits until it answers.
     pub fn start(scratch: &Scratch, options: &Options) -> Result<Self> {
         let dir = scratch.fresh_dir("sluice")?;
-        let config = config(scratch, &dir, options);
+        let config = config(&dir, options);
         fs::write(dir.join("config.toml"), config)?;
         if let Some(root) = &options.root {
             std::os::unix::fs::symlink(root, dir.join("root"))?;
@@ -225,8 +225,7 @@ impl Daemon {
     }
 }
 
-fn config(scratch: &Scratch, dir: &Path, options: &Options) -> String {
-    let first = scratch.path().join("containerd-0/containerd.sock");
+fn config(dir: &Path, options: &Options) -> String {
     let hosts: Vec<_> = options
         .plain_http
         .iter()
@@ -234,17 +233,18 @@ fn config(scratch: &Scratch, dir: &Path, options: &Options) -> String {
         .collect();
     let mut text = format!(
         "root = {:?}\naddress = {:?}\n\
-         [containerd]\naddress = {:?}\n\
          [registry]\nplain_http = [{}]\nconfig_path = {:?}\n",
         dir.join("root"),
         dir.join("snapshotter.sock"),
-        options.containerd.as_ref().unwrap_or(&first),
         hosts.join(", "),
         dir.join(HOSTS_DIR),
     );
     // A test may have a file of its own.
     if !options.more.contains("docker_config") {
         text += &format!("docker_config = {:?}\n", dir.join(DOCKER_CONFIG));
+    }
+    if let Some(containerd) = &options.containerd {
+        text += &format!("[containerd]\naddress = {containerd:?}\n");
     }
     if let Some(mode) = options.mode {
         text += &format!("[mount]\nmode = {:?}\n", mode.name());

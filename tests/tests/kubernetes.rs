@@ -2,18 +2,14 @@
 //! the snapshotter by labels which layer of which image it wants.
 
 use anyhow::{Result, ensure};
-use sluice_tests::cri::{self, Cri};
+use sluice_tests::cri::Cri;
 use sluice_tests::daemon::{Daemon, Options};
 use sluice_tests::programs::sluice_command;
 use sluice_tests::{Registry, Scratch, command, image};
 
 /// A daemon and a containerd of its own.
-fn start(scratch: &Scratch, number: usize) -> Result<(Daemon, Cri)> {
-    let options = Options {
-        containerd: Some(cri::socket(scratch, number)),
-        ..Options::default()
-    };
-    let daemon = Daemon::start(scratch, &options)?;
+fn start(scratch: &Scratch) -> Result<(Daemon, Cri)> {
+    let daemon = Daemon::start(scratch, &Options::default())?;
     let cri = Cri::start(scratch, &daemon)?;
     Ok((daemon, cri))
 }
@@ -22,7 +18,7 @@ fn start(scratch: &Scratch, number: usize) -> Result<(Daemon, Cri)> {
 fn the_kubelets_pull_is_lazy_and_falls_back() -> Result<()> {
     let scratch = Scratch::new()?;
     let registry = Registry::start(&scratch)?;
-    let (daemon, cri) = start(&scratch, 0)?;
+    let (daemon, cri) = start(&scratch)?;
     let odd = image::odd()?;
     let plain = registry.push(odd.layout(), image::TAG, "odd:plain")?;
 
@@ -55,7 +51,7 @@ fn the_kubelets_pull_is_lazy_and_falls_back() -> Result<()> {
 
     // The same image unconverted is unpacked, and the log says why; on a node
     // of its own, for this one has the content already.
-    let (daemon, cri) = start(&scratch, 1)?;
+    let (daemon, cri) = start(&scratch)?;
     cri.pull(&plain)?;
     let layers = registry.manifest(&plain)?.layers;
     let log = daemon.log();

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::{BoxFuture, join_all};
+use rustix::process::Pid;
 use sluice_oci::Digest;
 
 use super::claims::{Claim, Standing};
@@ -53,8 +54,13 @@ pub type ImagesAnswer = Result<Option<Vec<NamedImage>>, Box<dyn StdError + Send 
 
 /// containerd's images.
 pub trait Images: fmt::Debug + Send + Sync + 'static {
-    /// Those of a namespace.
-    fn of_namespace<'a>(&'a self, namespace: &'a str) -> BoxFuture<'a, ImagesAnswer>;
+    /// Those of a namespace, of the containerd that calls: the process of this
+    /// number, if that is known.
+    fn of_namespace<'a>(
+        &'a self,
+        caller: Option<Pid>,
+        namespace: &'a str,
+    ) -> BoxFuture<'a, ImagesAnswer>;
 }
 
 /// A layer that is mounted lazily under a name by which an image means another.
@@ -117,10 +123,12 @@ impl<L: LazyLayers> Snapshots<L> {
 
     /// Returns when no image of containerd's means anything else by `parent`
     /// and what lies below than that shows, or it is known that it is right; or
-    /// wrong, which is refused later. To be called before a snapshot `key` is
-    /// made; changes nothing, and can be dropped at any time.
+    /// wrong, which is refused later. To be called before `caller`, the process
+    /// of that number if it is known, has a snapshot `key` made; changes
+    /// nothing, and can be dropped at any time.
     pub async fn settle_disputes(
         &self,
+        caller: Option<Pid>,
         key: &Key,
         parent: Option<&Key>,
         labels: &Labels,
@@ -159,7 +167,7 @@ impl<L: LazyLayers> Snapshots<L> {
             }
             let images = match &asked {
                 Some(images) => images,
-                None => match images.of_namespace(namespace).await {
+                None => match images.of_namespace(caller, namespace).await {
                     Ok(Some(images)) => asked.insert(images),
                     Ok(None) => return Ok(()),
                     Err(source) => {

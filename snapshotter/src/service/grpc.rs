@@ -7,9 +7,11 @@ use std::sync::Arc;
 
 use futures_util::{Stream, stream};
 use prost_types::Timestamp;
+use rustix::process::Pid;
 use sluice_proto::containerd::services::snapshots::v1 as api;
 use sluice_proto::containerd::types;
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
+use tonic::transport::server::UdsConnectInfo;
 use tonic::{Request, Response, Status};
 use tracing::Instrument;
 
@@ -61,7 +63,7 @@ impl<L: LazyLayers> Adapter<L> {
         let snapshots = Arc::clone(&self.snapshots);
         let work = async move {
             let parent = new.parent.as_ref();
-            let settled = snapshots.settle_disputes(&new.key, parent, &new.labels);
+            let settled = snapshots.settle_disputes(new.caller, &new.key, parent, &new.labels);
             settled.await.map(|()| new)
         };
         let settled = AbortOnDropHandle::new(tokio::spawn(work.instrument(span.clone()))).await;
@@ -72,19 +74,33 @@ impl<L: LazyLayers> Adapter<L> {
 
 /// A snapshot that is to be made.
 struct New {
+    caller: Option<Pid>,
     key: Key,
     parent: Option<Key>,
     labels: Labels,
 }
 
 impl New {
-    fn parse(key: String, parent: String, labels: HashMap<String, String>) -> Result<Self, Status> {
+    fn parse(
+        caller: Option<Pid>,
+        key: String,
+        parent: String,
+        labels: HashMap<String, String>,
+    ) -> Result<Self, Status> {
         Ok(Self {
+            caller,
             key: Key::try_from(key).map_err(|error| status(&error.into()))?,
             parent: Key::try_from(parent).ok(),
             labels: labels.into_iter().collect(),
         })
     }
+}
+
+/// The number of the process that made the connection. None if it is in a PID
+/// namespace that is not below this one.
+fn caller<T>(request: &Request<T>) -> Option<Pid> {
+    let connection = request.extensions().get::<UdsConnectInfo>()?;
+    Pid::from_raw(connection.peer_cred?.pid()?)
 }
 
 #[tonic::async_trait]
@@ -93,9 +109,10 @@ impl<L: LazyLayers> api::snapshots_server::Snapshots for Adapter<L> {
         &self,
         request: Request<api::PrepareSnapshotRequest>,
     ) -> Result<Response<api::PrepareSnapshotResponse>, Status> {
+        let caller = caller(&request);
         let request = request.into_inner();
         let span = tracing::info_span!("prepare", key = request.key);
-        let new = New::parse(request.key, request.parent, request.labels)?;
+        let new = New::parse(caller, request.key, request.parent, request.labels)?;
         let new = self.settle_disputes(&span, new).await?;
         let mounts = self
             .call(span, |snapshots| async move {
@@ -111,9 +128,10 @@ impl<L: LazyLayers> api::snapshots_server::Snapshots for Adapter<L> {
         &self,
         request: Request<api::ViewSnapshotRequest>,
     ) -> Result<Response<api::ViewSnapshotResponse>, Status> {
+        let caller = caller(&request);
         let request = request.into_inner();
         let span = tracing::info_span!("view", key = request.key);
-        let new = New::parse(request.key, request.parent, request.labels)?;
+        let new = New::parse(caller, request.key, request.parent, request.labels)?;
         let new = self.settle_disputes(&span, new).await?;
         let mounts = self
             .call(span, |snapshots| async move {

@@ -169,8 +169,7 @@ fn inside(dir: &Path, layer: &Layer) -> Result<Vec<u8>> {
 /// daemon only when a container starts.
 #[test]
 fn what_containerd_pulls_after_a_liar_starts_as_itself_or_not_at_all() -> Result<()> {
-    let node = Node::start(ON_DEMAND)?;
-    let containerd = &node.containerd;
+    let mut node = Node::start(ON_DEMAND)?;
     for (mode, lie) in [(Mode::Erofs, "content"), (Mode::Fuse, "tree")] {
         let name = format!("{lie}-{}", mode.name());
         let good = honest(&name)?;
@@ -178,8 +177,11 @@ fn what_containerd_pulls_after_a_liar_starts_as_itself_or_not_at_all() -> Result
         let evil = push(&node, &format!("evil:{name}"), std::slice::from_ref(&liar))?;
         let honest = push(&node, &format!("good:{name}"), std::slice::from_ref(&good))?;
 
-        containerd.lazy_pull(&evil, snapshotter(mode))?;
-        let evil_dir = containerd.mount(&evil, snapshotter(mode))?;
+        node.containerd.lazy_pull(&evil, snapshotter(mode))?;
+        let evil_dir = node.containerd.mount(&evil, snapshotter(mode))?;
+        // The daemon has found out whom to ask, and has to once more.
+        node.containerd.restart()?;
+        let containerd = &node.containerd;
         containerd.pull(&honest, snapshotter(mode))?;
         let log = node.daemon(mode).log();
         ensure!(

@@ -9,11 +9,12 @@ use anyhow::{Context as _, Result, ensure};
 use rustix::process::Signal;
 use sluice_tests::agreement::check_agreement;
 use sluice_tests::command::{run, wait_for};
+use sluice_tests::containerd::{self, Containerd};
 use sluice_tests::content::{self, noise};
 use sluice_tests::daemon::{Mode, Options};
 use sluice_tests::image::{self, Compression, LayoutWriter, Meta, Tarball};
 use sluice_tests::relay::Relay;
-use sluice_tests::{Containerd, Daemon, Registry, Scratch};
+use sluice_tests::{Daemon, Registry, Scratch};
 
 pub(crate) const SLUICE: &str = "sluice";
 const LAYERS: usize = 2;
@@ -135,7 +136,12 @@ impl<'s> World<'s> {
     pub(crate) fn start(source: &'s Source, mode: Mode) -> Result<Self> {
         let scratch = Scratch::new()?;
         let orders = Orders(scratch.path().join("orders"));
-        let daemon = Daemon::start(&scratch, &options(mode, &orders))?;
+        let options = Options {
+            // It is the relay that calls.
+            containerd: Some(containerd::socket(&scratch, 0)),
+            ..options(mode, &orders)
+        };
+        let daemon = Daemon::start(&scratch, &options)?;
         let relay = Relay::start(scratch.path().join("relay.sock"), daemon.socket())?;
         let sockets = [(SLUICE, relay.path().to_owned())];
         let containerd = Containerd::start_with_sockets(&scratch, &sockets)?;

@@ -2,8 +2,11 @@
 
 use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
+use rustix::process::Pid;
 
 use super::*;
+
+const CALLER: Option<Pid> = Pid::from_raw(7);
 
 /// containerd's images, and how often it was asked for them.
 #[derive(Debug, Default)]
@@ -14,7 +17,12 @@ struct FakeImages {
 }
 
 impl Images for FakeImages {
-    fn of_namespace<'a>(&'a self, namespace: &'a str) -> BoxFuture<'a, ImagesAnswer> {
+    fn of_namespace<'a>(
+        &'a self,
+        caller: Option<Pid>,
+        namespace: &'a str,
+    ) -> BoxFuture<'a, ImagesAnswer> {
+        assert_eq!(caller, CALLER, "each is asked about its own");
         self.asked.lock().push(namespace.to_owned());
         let images = match self.broken {
             true => Err("it is not there".into()),
@@ -79,7 +87,7 @@ impl Disputed {
     fn settle(&self, name: &str, labels: &Labels) -> Result<(), Error> {
         let snapshots = self.rig.snapshots.as_ref().unwrap();
         let (name, parent) = (key(name), key(&self.top));
-        let settled = snapshots.settle_disputes(&name, Some(&parent), labels);
+        let settled = snapshots.settle_disputes(CALLER, &name, Some(&parent), labels);
         self.rig.runtime.block_on(settled)
     }
 
@@ -198,6 +206,6 @@ fn without_an_answer_nothing_unknown_is_started() {
     // A parent that is not there is for the call itself to tell.
     let snapshots = disputed.rig.snapshots.as_ref().unwrap();
     let (c, gone, none) = (key("k8s.io/9/c"), key("gone"), Labels::new());
-    let settled = snapshots.settle_disputes(&c, Some(&gone), &none);
+    let settled = snapshots.settle_disputes(CALLER, &c, Some(&gone), &none);
     assert!(disputed.rig.runtime.block_on(settled).is_ok());
 }
