@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 use sluice_oci::Digest;
 
@@ -231,7 +231,13 @@ impl Containerd {
     pub fn unmount(&self, dir: &Path) -> Result<()> {
         let name = dir.file_name().unwrap_or_default().to_string_lossy();
         let snapshotter = name.splitn(3, '-').nth(2).context("not mounted here")?;
-        run(Command::new("umount").arg(dir))?;
+        // A process that another thread starts has our files open for a moment.
+        wait_for("nobody to use the mount", || {
+            let unmounted = attempt(Command::new("umount").arg(dir))?;
+            let why = String::from_utf8_lossy(&unmounted.stderr);
+            ensure!(unmounted.status.success() || why.contains("busy"), "{why}");
+            Ok(unmounted.status.success().then_some(()))
+        })?;
         run(self
             .ctr()
             .args(["snapshots", "--snapshotter", snapshotter, "remove"])
