@@ -5,7 +5,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::scratch::mount_points;
 
@@ -94,6 +94,45 @@ pub fn forget_peak(process: u32) -> Result<()> {
 /// How many file descriptors a process has open.
 pub fn descriptors(process: u32) -> Result<usize> {
     entries(process, "fd")
+}
+
+/// What `supervise` holds. As long as it lives, the mounts live: so it has to
+/// be small and to stay so.
+#[derive(Debug, Clone, Copy)]
+pub struct Supervisor {
+    /// Bytes of memory that are its own.
+    pub memory: u64,
+    descriptors: usize,
+}
+
+impl Supervisor {
+    /// Most of it are pages with addresses, which the loader writes.
+    const MOST_MEMORY: u64 = 2 << 20;
+    /// What is allocated for each life of the daemon, and freed, may settle
+    /// elsewhere: 40 KiB in all after 60 lives.
+    const MOST_GROWTH: u64 = 128 << 10;
+
+    /// Of a process, which fails when it is not small.
+    pub fn of(process: u32) -> Result<Self> {
+        let found = Self {
+            memory: memory(process, "RssAnon")?,
+            descriptors: descriptors(process)?,
+        };
+        let threads = entries(process, "task")?;
+        ensure!(threads == 1, "{threads} threads");
+        ensure!(found.memory <= Self::MOST_MEMORY, "{found:?}");
+        Ok(found)
+    }
+
+    /// Fails when it holds more than it did `before`.
+    pub fn has_not_grown(&self, before: &Self) -> Result<()> {
+        ensure!(
+            self.descriptors == before.descriptors
+                && self.memory <= before.memory + Self::MOST_GROWTH,
+            "{self:?} after {before:?}"
+        );
+        Ok(())
+    }
 }
 
 fn entries(process: u32, directory: &str) -> Result<usize> {

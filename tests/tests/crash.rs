@@ -14,6 +14,7 @@ use sluice_snapshotter::layer_dir::LayerDir;
 use sluice_tests::command::{self, attempt, run, wait_for};
 use sluice_tests::content::{self, noise};
 use sluice_tests::daemon::{Mode, Options};
+use sluice_tests::figures::Supervisor;
 use sluice_tests::image::{self, Compression, LayoutWriter, Meta, Tarball};
 use sluice_tests::killer::{Killer, signal};
 use sluice_tests::proxy::{Fault, Proxy};
@@ -247,6 +248,8 @@ fn reads_survive_kills(mode: Mode, format: &str) -> Result<()> {
         })
     };
     compares()?;
+    let supervisor = mounted.daemon.process().pid();
+    let before = Supervisor::of(supervisor)?;
     let mut gaps = Vec::new();
     let read = under_load(&mounted, 4, |reads| {
         let mut killer = Killer::new(7, Duration::from_millis(255));
@@ -272,6 +275,10 @@ fn reads_survive_kills(mode: Mode, format: &str) -> Result<()> {
     assert_eq!(mounted.said("killed by signal 9"), KILLS);
     let taken_over = mounted.said(TAKEN_OVER);
     ensure!((KILLS / 2..=KILLS).contains(&taken_over), "{taken_over}");
+    let after = Supervisor::of(supervisor)?;
+    after.has_not_grown(&before)?;
+    let kib = [before, after].map(|held| held.memory >> 10);
+    eprintln!("`supervise` takes {kib:?} KiB before and after {KILLS} kills");
     mounted.containerd_is_back()?;
     (mounted.containerd).ctr_text(&["tasks", "kill", "--signal", "SIGKILL", "load"])?;
     wait_for("the container to be removed", || {
