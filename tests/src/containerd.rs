@@ -245,6 +245,23 @@ impl Containerd {
         Ok(())
     }
 
+    /// Bytes and inodes of a snapshot alone, as containerd tells the kubelet.
+    pub fn usage(&self, key: &str, snapshotter: &str) -> Result<(u64, u64)> {
+        let usage = [
+            "snapshots",
+            "--snapshotter",
+            snapshotter,
+            "usage",
+            "-b",
+            key,
+        ];
+        let table = self.ctr_text(&usage)?;
+        let mut words = table.split_whitespace().rev();
+        let mut number = || Some(words.next()?.parse::<u64>().ok()?);
+        let (inodes, bytes) = (number(), number());
+        bytes.zip(inodes).with_context(|| table.clone())
+    }
+
     /// The name of an image's topmost snapshot: its chain ID.
     pub fn top_snapshot(&self, reference: &str) -> Result<String> {
         let list = self.ctr_text(&["images", "list", &format!("name=={reference}")])?;
@@ -293,6 +310,14 @@ impl Containerd {
             .args(["run", "--rm", "--snapshotter", snapshotter, reference, id])
             .args(program);
         command
+    }
+
+    /// Has what nothing refers to removed, and waits for it. Until something
+    /// else is removed, no other collection follows.
+    pub fn collect_garbage(&self) -> Result<()> {
+        self.ctr_text(&["leases", "create", "--id", "collected"])?;
+        self.ctr_text(&["leases", "delete", "--sync", "collected"])?;
+        Ok(())
     }
 
     /// Removes every image and waits until nothing of them is left, so that

@@ -13,9 +13,9 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, Result};
 use fuser::{
-    Errno, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo, LockOwner, OpenFlags,
-    RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry,
-    ReplyOpen, ReplyStatfs, ReplyWrite, Request, SessionACL, TimeOrNow, WriteFlags,
+    Errno, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo, LockOwner, OpenAccMode,
+    OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty,
+    ReplyEntry, ReplyOpen, ReplyStatfs, ReplyWrite, Request, SessionACL, TimeOrNow, WriteFlags,
 };
 use rustix::mount::{MountFlags, UnmountFlags};
 
@@ -28,6 +28,8 @@ pub struct Faults {
     pub reads: bool,
     /// Writes fail with ENOSPC.
     pub full: bool,
+    /// Every change fails with EROFS, of files that are open for writing, too.
+    pub read_only: bool,
     /// The next fsync fails with EIO, and what it should have written is lost
     /// without another word, as Linux does it.
     pub sync_once: bool,
@@ -225,7 +227,16 @@ impl State {
         self.nodes.values().any(named)
     }
 
+    /// Whether anything may be changed.
+    fn writable(&self) -> Result<(), Errno> {
+        match self.faults.read_only {
+            true => Err(Errno::EROFS),
+            false => Ok(()),
+        }
+    }
+
     fn make(&mut self, parent: u64, name: &OsStr, node: Node) -> Result<FileAttr, Errno> {
+        self.writable()?;
         if self.faults.full {
             return Err(Errno::ENOSPC);
         }
@@ -238,12 +249,14 @@ impl State {
     }
 
     fn remove(&mut self, parent: u64, name: &OsStr) -> Result<(), Errno> {
+        self.writable()?;
         self.step();
         self.dir(parent)?.remove(name).ok_or(Errno::ENOENT)?;
         Ok(())
     }
 
     fn sync(&mut self, ino: u64) -> Result<(), Errno> {
+        self.writable()?;
         self.step();
         let node = self.nodes.get(&ino).ok_or(Errno::ENOENT)?.clone();
         if std::mem::take(&mut self.faults.sync_once) {
@@ -337,6 +350,9 @@ impl fuser::Filesystem for FileSystem {
         reply: ReplyAttr,
     ) {
         let mut state = lock(&self.0);
+        if let Err(error) = state.writable() {
+            return reply.error(error);
+        }
         if let Some(size) = size {
             state.step();
             if let Ok(bytes) = state.file(ino.0) {
@@ -405,8 +421,9 @@ impl fuser::Filesystem for FileSystem {
         reply: ReplyEmpty,
     ) {
         let mut state = lock(&self.0);
+        let found = state.writable().and_then(|()| state.find(parent.0, name));
         state.step();
-        let moved = state.find(parent.0, name).and_then(|ino| {
+        let moved = found.and_then(|ino| {
             state.dir(parent.0)?.remove(name);
             state.dir(new_parent.0)?.insert(new_name.to_owned(), ino);
             Ok(())
@@ -414,9 +431,13 @@ impl fuser::Filesystem for FileSystem {
         done(moved, reply);
     }
 
-    fn open(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+    fn open(&self, _: &Request, ino: INodeNo, how: OpenFlags, reply: ReplyOpen) {
+        let state = lock(&self.0);
+        if let (true, Err(error)) = (how.acc_mode() != OpenAccMode::O_RDONLY, state.writable()) {
+            return reply.error(error);
+        }
         // What is mapped needs the cache; of content every read is to be seen.
-        let flags = match lock(&self.0).is_content(ino.0) {
+        let flags = match state.is_content(ino.0) {
             true => FopenFlags::FOPEN_DIRECT_IO,
             false => FopenFlags::empty(),
         };
@@ -465,6 +486,9 @@ impl fuser::Filesystem for FileSystem {
             std::thread::sleep(slow);
         }
         let mut state = lock(&self.0);
+        if let Err(error) = state.writable() {
+            return reply.error(error);
+        }
         if state.faults.full {
             return reply.error(Errno::ENOSPC);
         }

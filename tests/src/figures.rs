@@ -4,9 +4,11 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
+use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 
+use crate::command::text;
 use crate::scratch::mount_points;
 
 /// What a daemon holds at one moment.
@@ -72,6 +74,16 @@ impl std::fmt::Display for Figures {
             self.inodes,
         )
     }
+}
+
+/// Bytes and inodes below a directory and of itself, as du(1) counts them.
+pub fn on_disk(path: &Path) -> Result<(u64, u64)> {
+    let count = |what: &str| -> Result<u64> {
+        let told = text(Command::new("du").args(["-xs", what]).arg(path))?;
+        let number = told.split_whitespace().next().unwrap_or_default();
+        number.parse().with_context(|| told.clone())
+    };
+    Ok((count("-B1")?, count("--inodes")?))
 }
 
 /// One of the sizes in `/proc/<process>/status`, such as `VmHWM`, in bytes.

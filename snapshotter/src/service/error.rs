@@ -139,6 +139,7 @@ impl Error {
             | Self::Disputed(_)
             | Self::Images { .. }
             | Self::Store(StoreError::ReadOnly { .. }) => ErrorKind::Unavailable,
+            Self::Directory { source, .. } if is_read_only(source) => ErrorKind::Unavailable,
             Self::Directory { source, .. } if is_full(source) => ErrorKind::ResourceExhausted,
             Self::Store(StoreError::Full { .. }) => ErrorKind::ResourceExhausted,
             Self::Directory { .. } | Self::Store(_) | Self::BrokeOff => ErrorKind::Internal,
@@ -161,9 +162,15 @@ pub(crate) fn is_full(error: &io::Error) -> bool {
     )
 }
 
+pub(crate) fn is_read_only(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::ReadOnlyFilesystem
+}
+
 fn remedy(error: &io::Error) -> &'static str {
     if is_full(error) {
         "; free space on that file system"
+    } else if is_read_only(error) {
+        "; the file system has become read-only, as after an error of its disk; repair it"
     } else {
         ""
     }

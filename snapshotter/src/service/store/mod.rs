@@ -23,7 +23,7 @@ use std::time::SystemTime;
 use sluice_oci::Digest;
 
 use super::claims::Claim;
-use super::error::{Error, is_full};
+use super::error::{Error, is_full, is_read_only};
 use super::filter::Filter;
 use super::lazy_layers::Usage;
 use super::snapshot::{Chain, Content, Info, Key, Kind, Labels, SnapshotId};
@@ -129,9 +129,7 @@ impl StoreError {
         let path = path.to_owned();
         match source.into() {
             redb::Error::DatabaseAlreadyOpen => Self::InUse { path },
-            redb::Error::Io(source) if source.kind() == io::ErrorKind::ReadOnlyFilesystem => {
-                Self::ReadOnly { path }
-            }
+            redb::Error::Io(source) if is_read_only(&source) => Self::ReadOnly { path },
             redb::Error::Io(source) if is_full(&source) => Self::Full {
                 path,
                 source: Arc::new(source),

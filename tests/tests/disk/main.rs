@@ -1,24 +1,25 @@
 //! Disks that are full, fail, lose writes or lose power, and files that are
 //! damaged: no container reads a wrong byte, and what can go on goes on.
 
+mod power;
+mod read_only;
+
 use std::fs::{self, File};
-use std::io::{Read as _, Write as _};
+use std::io::Write as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use rustix::fs::Advice;
 use rustix::process::Signal;
-use sluice_layer::write::{Options as WriteOptions, write_layer};
-use sluice_layer::{Format, TocTrust, Wanted, decode_unit, locate_toc, read_toc};
 use sluice_oci::Digest;
-use sluice_snapshotter::erofs::{XattrNamespace, write_image};
-use sluice_snapshotter::layer_dir::{self, ChunkId, LayerDir, NewLayer, Problem, Verdict};
-use sluice_tests::command::{attempt, run, text, wait_for};
+use sluice_snapshotter::layer_dir::LayerDir;
+use sluice_tests::command::{attempt, run, wait_for};
+use sluice_tests::content::{self, noise};
 use sluice_tests::daemon::{Mode, Options};
 use sluice_tests::disk::{Cut, Disk, Faults};
+use sluice_tests::figures;
 use sluice_tests::image::{self, Compression, LayoutWriter, Meta, Tarball};
 use sluice_tests::killer::signal;
 use sluice_tests::{Containerd, Daemon, Registry, Scratch, programs};
@@ -27,20 +28,6 @@ const SLUICE: &str = "sluice";
 const FILES: usize = 12;
 /// Nothing is fetched but what is read.
 const QUIET: &str = "[background]\nenabled = false\n[prefetch]\nenabled = false\n";
-
-/// Bytes that differ everywhere and by seed.
-fn noise(len: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut bytes = Vec::with_capacity(len + 8);
-    while bytes.len() < len {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        bytes.extend_from_slice(&state.to_le_bytes());
-    }
-    bytes.truncate(len);
-    bytes
-}
 
 /// An image of one layer, pulled lazily and mounted.
 struct Rig {
@@ -104,15 +91,7 @@ impl Rig {
 
     /// Reads a file from where it comes from, and compares every byte.
     fn check(&self, number: usize) -> Result<()> {
-        let (name, content) = &self.files[number];
-        let path = self.root.join(name);
-        let failed = || format!("reading {}: {}", path.display(), self.daemon.log());
-        let mut file = File::open(&path).with_context(failed)?;
-        rustix::fs::fadvise(&file, 0, None, Advice::DontNeed)?;
-        let mut read = Vec::with_capacity(content.len());
-        file.read_to_end(&mut read).with_context(failed)?;
-        ensure!(read == *content, "{} is wrong", path.display());
-        Ok(())
+        content::check(&self.root, &self.files[number]).with_context(|| self.daemon.log())
     }
 
     fn check_all(&self) -> Result<()> {
@@ -130,6 +109,15 @@ impl Rig {
     /// Looks at the directory beside the daemon.
     fn look(&self) -> Result<LayerDir> {
         Ok(LayerDir::open(&self.dir(), self.layer)?)
+    }
+
+    /// What containerd says that the layer takes, which is what is there.
+    fn usage(&self) -> Result<u64> {
+        let top = self.containerd.top_snapshot(&self.reference)?;
+        wait_for("containerd to be told what is on the disk", || {
+            let told = self.containerd.usage(&top, SLUICE)?;
+            Ok((told == figures::on_disk(&self.dir())?).then_some(told.0))
+        })
     }
 
     /// What `scrub` says, and whether it is content.
@@ -286,45 +274,6 @@ fn reads_survive_a_full_ext4() -> Result<()> {
     Ok(())
 }
 
-/// As after an error of its disk, which most systems have ext4 answer so.
-#[test]
-fn reads_survive_an_ext4_that_has_become_read_only() -> Result<()> {
-    for mode in Mode::ALL {
-        let scratch = Scratch::new()?;
-        let (rig, disk) = Rig::on_ext4(&scratch, mode)?;
-        rig.check(0)?;
-        let (content, said) = rig.scrub()?;
-        ensure!(content, "{said}");
-        become_read_only(&disk)?;
-        rig.check(1)?;
-        for end in [Signal::KILL, Signal::HUP] {
-            let process = rig.daemon.serving().context("no process serves")?;
-            match end {
-                Signal::HUP => rig.daemon.process().signal(end)?,
-                _ => signal(process, end)?,
-            }
-            rig.check(0)?;
-            rig.check(2)?;
-        }
-        rig.check_all()?;
-        ensure!(rig.said("has become read-only") > 0);
-        run(Command::new("umount").arg(&rig.root))?;
-    }
-    Ok(())
-}
-
-fn become_read_only(mount: &Path) -> Result<()> {
-    run(Command::new("mount")
-        .args(["-o", "remount,errors=remount-ro"])
-        .arg(mount))?;
-    let device = text(Command::new("findmnt").args(["-no", "SOURCE"]).arg(mount))?;
-    let name = device.rsplit('/').next().unwrap_or_default();
-    fs::write(format!("/sys/fs/ext4/{name}/trigger_fs_error"), "test")?;
-    let refused = fs::write(mount.join("x"), "").expect_err("it is read-only");
-    assert_eq!(refused.kind(), std::io::ErrorKind::ReadOnlyFilesystem);
-    Ok(())
-}
-
 fn cut(path: &Path, left: u64) -> Result<()> {
     let file = File::options().write(true).open(path)?;
     ensure!(file.metadata()?.len() > left, "{}", path.display());
@@ -450,163 +399,25 @@ fn what_nothing_mounts_gives_way_to_the_quota() -> Result<()> {
     let mut options = quiet(Mode::Erofs);
     options.more += "[cache]\nlimit_mib = 1\n";
     let mut rig = Rig::start(&scratch, &options)?;
+    let nothing = rig.usage()?;
+    rig.check(0)?;
+    let one = rig.usage()?;
+    ensure!(one > nothing + 150_000, "{one} bytes, not a file more");
     rig.check_all()?;
     wait_for("the daemon to say that it is over its limit", || {
         Ok((rig.said("everything that is left is in use") > 0).then_some(()))
     })?;
     rig.check_all()?;
-    let usage = |rig: &Rig| -> Result<u64> { Ok(LayerDir::content_size(&rig.dir())?) };
-    ensure!(usage(&rig)? > 1 << 20);
+    let all = rig.usage()?;
+    ensure!(all > nothing + FILES as u64 * 150_000, "{all}, not all");
     rig.containerd.unmount(&rig.root)?;
     wait_for("the content to be evicted", || {
-        Ok((usage(&rig)? == 0).then_some(()))
+        Ok((LayerDir::content_size(&rig.dir())? == 0).then_some(()))
     })?;
+    let evicted = rig.usage()?;
+    ensure!(evicted + FILES as u64 * 150_000 < all, "{evicted} of {all}");
     rig.mount_again()?;
     rig.check_all()?;
+    ensure!(rig.usage()? > evicted + FILES as u64 * 150_000);
     rig.daemon.stop()
-}
-
-/// A layer's blob with its TOC, and a node's directory for it.
-struct Layer {
-    blob: Vec<u8>,
-    trust: TocTrust,
-}
-
-impl Layer {
-    fn new() -> Result<Self> {
-        let mut tar = tar::Builder::new(Vec::new());
-        for file in 0..6 {
-            let content = noise(30_000, 100 + file);
-            let mut header = tar::Header::new_ustar();
-            header.set_size(content.len() as u64);
-            header.set_mode(0o644);
-            header.set_cksum();
-            tar.append_data(&mut header, format!("f{file}"), &content[..])?;
-        }
-        let options = WriteOptions {
-            chunk_size: 16 << 10,
-            ..WriteOptions::new(Format::Estargz)
-        };
-        let (blob, tail) = write_layer(&tar.into_inner()?, &options, &[])?;
-        Ok(Self {
-            blob,
-            trust: TocTrust::Uncompressed(tail.toc_digest),
-        })
-    }
-
-    fn digest(&self) -> Digest {
-        Digest::of(&self.blob)
-    }
-
-    fn make(&self, parent: &Path) -> Result<LayerDir> {
-        let size = self.blob.len() as u64;
-        let location = locate_toc(&self.blob, size)?;
-        let compressed = location.slice_of(&self.blob, size).context("no TOC")?;
-        let toc = read_toc(&location, compressed, &self.trust, &Default::default())?;
-        let new = NewLayer {
-            toc: &toc,
-            digest: self.digest(),
-            blob_size: size,
-            trust: self.trust,
-            compressed_toc: Digest::of(compressed),
-            reference: &"r.example/app:v1".parse()?,
-            number: 3,
-        };
-        layer_dir::create(parent, &new, |toc, placement, out| {
-            write_image(toc, placement, XattrNamespace::Trusted, out)
-                .map(drop)
-                .map_err(|error| Problem::Erofs(Box::new(error)))
-        })?;
-        Ok(LayerDir::open(
-            &parent.join(self.digest().hex()),
-            self.digest(),
-        )?)
-    }
-
-    /// Stores the chunks of so many more units.
-    fn fill(&self, dir: &LayerDir, from: usize, units: usize) -> Result<()> {
-        for unit in dir.chunks().units_from(0).skip(from).take(units) {
-            let chunks: Vec<ChunkId> = dir.chunks().of_unit(unit.offset).collect();
-            let wanted: Vec<Wanted> = chunks
-                .iter()
-                .map(|&chunk| {
-                    let record = dir.chunks().get(chunk);
-                    Wanted {
-                        inner_offset: u64::from(record.inner_offset),
-                        size: u64::from(record.size),
-                        digest: record.digest,
-                    }
-                })
-                .collect();
-            let bytes = &self.blob[unit.offset as usize..(unit.offset + unit.size) as usize];
-            let mut stored = Ok(());
-            decode_unit(Format::Estargz, bytes, &wanted, |index, chunk| {
-                if stored.is_ok() {
-                    stored = dir.store(chunks[index], &chunk);
-                }
-            })?;
-            stored?;
-        }
-        Ok(())
-    }
-}
-
-#[test]
-fn after_a_power_cut_at_any_moment_no_bit_stands_for_bytes_that_are_not_there() -> Result<()> {
-    let scratch = Scratch::new()?;
-    let mount = scratch.dir("disk")?;
-    let disk = Disk::mount(&mount)?;
-    let layer = Layer::new()?;
-    disk.record();
-    let dir = layer.make(&mount)?;
-    layer.fill(&dir, 0, 3)?;
-    dir.persist()?;
-    layer.fill(&dir, 3, 4)?;
-    // The disk fails to write once: what it lost is not present any more.
-    disk.fail(Faults {
-        sync_once: true,
-        ..Faults::default()
-    });
-    let before = dir.present().count();
-    ensure!(dir.persist().is_err());
-    ensure!(dir.present().count() < before && dir.present().count() > 0);
-    dir.persist()?;
-    layer.fill(&dir, 0, usize::MAX)?;
-    dir.persist()?;
-    ensure!(dir.is_complete());
-    dir.evict()?;
-    drop(dir);
-    let again = LayerDir::open(&mount.join(layer.digest().hex()), layer.digest())?;
-    assert_eq!(again.present().count(), 0);
-    layer.fill(&again, 2, 3)?;
-    again.persist()?;
-
-    let moments = disk.moments();
-    ensure!(moments > 40, "{moments}");
-    let mut most = 0;
-    for moment in 0..=moments {
-        for cut in Cut::ALL {
-            let after = scratch.fresh_dir("after")?;
-            disk.after_power_cut(Some(moment), cut, &after)?;
-            let path = after.join(layer.digest().hex());
-            if !path.exists() {
-                continue;
-            }
-            let failed = || format!("moment {moment} of {moments}, {cut:?}");
-            let left = LayerDir::open(&path, layer.digest()).with_context(failed)?;
-            left.check_meta().with_context(failed)?;
-            most = most.max(left.present().count());
-            for chunk in left.present().iter().collect::<Vec<_>>() {
-                let verdict = left.verify(chunk, false);
-                ensure!(
-                    matches!(verdict, Verdict::Good),
-                    "{}: {verdict:?}",
-                    failed()
-                );
-            }
-            fs::remove_dir_all(&after)?;
-        }
-    }
-    assert_eq!(most, again.chunks().len(), "at one moment all was durable");
-    Ok(())
 }
