@@ -73,12 +73,16 @@ impl Node {
         if !stamp.exists() {
             let _ = std::fs::write(&stamp, "");
         }
+        // A disk that takes no stamp is no reason to check without a pause.
+        let mut ended: Option<Instant> = None;
         loop {
             let last = stamp.metadata().and_then(|found| found.modified());
             let age = last
                 .ok()
-                .and_then(|last| SystemTime::now().duration_since(last).ok());
-            let left = interval.saturating_sub(age.unwrap_or_default());
+                .and_then(|last| SystemTime::now().duration_since(last).ok())
+                .unwrap_or_default();
+            let age = ended.map_or(age, |ended| age.min(ended.elapsed()));
+            let left = interval.saturating_sub(age);
             if !left.is_zero() {
                 tokio::time::sleep(left.min(LOOK)).await;
                 continue;
@@ -96,6 +100,7 @@ impl Node {
                 tracing::info!(layers, wrong, "all layers were checked");
             };
             tokio::join!(self.scrub(each), told);
+            ended = Some(Instant::now());
         }
     }
 

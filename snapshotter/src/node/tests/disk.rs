@@ -87,12 +87,17 @@ async fn what_was_used_longest_ago_is_evicted_and_fetched_again() {
             [false, true, true],
             "{mode:?}"
         );
+        // containerd is told so.
+        let told = async |n: usize| node.usage(layers[n].digest()).await.unwrap();
+        let (kept, gone) = (told(0).await, told(1).await);
+        assert!(kept.bytes > gone.bytes + (1 << 20), "{kept:?}, {gone:?}");
         // What was evicted needs its content alone.
         registry.take_log();
         let mount = node.mount(layers[1].digest()).await.unwrap();
         assert!(registry.take_log().is_empty());
         assert_content(&mount, &layers[1]).await;
         assert!(!registry.take_ranges().is_empty());
+        assert!(told(1).await.bytes > gone.bytes + (1 << 20));
         assert_content(&again, &layers[0]).await;
         assert!(registry.take_ranges().is_empty());
         node.stop().await;
@@ -412,6 +417,23 @@ async fn scrub_finds_what_has_rotted_and_has_it_fetched_again() {
     let timer = start_timer();
     until(|| last() >= before).await;
     timer.abort();
-    assert!(!look(&root, &sample).present().contains(wrong));
+    let present = |chunk| look(&root, &sample).present().contains(chunk);
+    assert!(!present(wrong));
+
+    // Not sooner, either, when it cannot be written down, as on a read-only
+    // file system.
+    let path = root.path().join("scrubbed");
+    fs::remove_file(&path).unwrap();
+    fs::create_dir(&path).unwrap();
+    let stamp = File::open(&path).unwrap();
+    stamp.set_modified(before - HOUR * 2).unwrap();
+    let [first, second] = [11, 13].map(|n| dir.chunks().overlapping(0, u64::MAX).nth(n).unwrap());
+    flip(&dir.data_path(), dir.chunks().get(first).data_offset);
+    let timer = start_timer();
+    until(|| !present(first)).await;
+    flip(&dir.data_path(), dir.chunks().get(second).data_offset);
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    timer.abort();
+    assert!(present(second), "it is not due again");
     node.stop().await;
 }
