@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 use sluice_tests::daemon::Mode;
 use sluice_tests::node::{Node, snapshotter};
 use sluice_tests::tree::{self, Times};
-use sluice_tests::{command, image};
+use sluice_tests::{command, figures, image};
 
 /// Everything that a container does to its file system: new, changed,
 /// removed, replaced, renamed, linked, with attributes.
@@ -49,6 +49,15 @@ fn a_container_writes_and_becomes_an_image() -> Result<()> {
             CHANGES,
         ])?;
         ensure!(written == "appended", "the container wrote: {written}");
+
+        // The kubelet is told what the container has written, and of it alone.
+        let mounts = ["snapshots", "--snapshotter", name, "mounts", "/none", name];
+        let mounts = node.containerd.ctr_text(&mounts)?;
+        let upper = mounts.split(',').find_map(|o| o.strip_prefix("upperdir="));
+        let upper = Path::new(upper.with_context(|| mounts.clone())?);
+        let told = node.containerd.usage(name, name)?;
+        assert_eq!(told, figures::on_disk(upper)?, "{}", upper.display());
+        ensure!(told.1 > 10, "{told:?}");
 
         // What the container wrote, as a layer, on top of the image.
         let layer = command::run(node.containerd.ctr().args([

@@ -173,6 +173,38 @@ fn a_lazy_layer_is_committed_and_answered_with_already_exists() {
 }
 
 #[test]
+fn a_snapshots_usage_is_what_its_own_files_take() {
+    let rig = Rig::new();
+    let usage = |name: &str| rig.run(async |s| s.usage(key(name)).await).unwrap();
+    let _ = rig.prepare("x", "", lazy("chain-1", layer(1)));
+    let mounts = rig.prepare("c", "chain-1", Labels::new()).unwrap();
+    let mut options = mounts[0].options.iter();
+    let upper = options.find_map(|o| o.strip_prefix("upperdir=")).unwrap();
+    let file = Path::new(upper).join("file");
+    let empty = usage("c");
+    assert_eq!(empty.inodes, 1);
+
+    // Blocks and not lengths, and one file by two names once.
+    fs::write(&file, vec![1; 300_000]).unwrap();
+    fs::hard_link(&file, file.with_file_name("again")).unwrap();
+    let sparse = fs::File::create(file.with_file_name("sparse")).unwrap();
+    sparse.set_len(1 << 30).unwrap();
+    let written = usage("c");
+    assert_eq!(written.inodes, 3);
+    let more = written.bytes - empty.bytes;
+    assert!((300_000..400_000).contains(&more), "{more}");
+
+    fs::remove_file(&file).unwrap();
+    fs::remove_file(file.with_file_name("again")).unwrap();
+    assert_eq!(usage("c").inodes, 2);
+    assert!(usage("c").bytes < written.bytes - 250_000);
+    // A committed one keeps what it had.
+    let last = usage("c");
+    rig.commit("done", "c").unwrap();
+    assert_eq!(usage("done"), last);
+}
+
+#[test]
 fn a_layer_that_cannot_be_lazy_is_an_ordinary_snapshot() {
     let rig = Rig::new();
     rig.fake.state.lock().not_lazy.insert(layer(1));
