@@ -60,7 +60,7 @@ impl World<'_> {
             ensure!(fs::read_to_string(upper.join("written"))? == point);
             self.snapshots(&["remove", "name"])?;
             self.crash(&[remove.next().context("no point")?], || {
-                self.collect_garbage()
+                self.containerd.collect_garbage()
             })?;
             self.agrees(true)?;
             ensure!(!upper.exists(), "{} is left", upper.display());

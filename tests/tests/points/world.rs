@@ -218,15 +218,7 @@ impl<'s> World<'s> {
         // A removal is what makes it look.
         self.snapshots(&["prepare", "passing"])?;
         self.snapshots(&["remove", "passing"])?;
-        self.collect_garbage()
-    }
-
-    pub(crate) fn collect_garbage(&self) -> Result<()> {
-        self.containerd
-            .ctr_text(&["leases", "create", "--id", "passing"])?;
-        self.containerd
-            .ctr_text(&["leases", "delete", "--sync", "passing"])?;
-        Ok(())
+        self.containerd.collect_garbage()
     }
 
     pub(crate) fn pull(&self) -> Result<()> {
