@@ -257,7 +257,7 @@ impl Containerd {
         ];
         let table = self.ctr_text(&usage)?;
         let mut words = table.split_whitespace().rev();
-        let mut number = || Some(words.next()?.parse::<u64>().ok()?);
+        let mut number = || words.next()?.parse::<u64>().ok();
         let (inodes, bytes) = (number(), number());
         bytes.zip(inodes).with_context(|| table.clone())
     }

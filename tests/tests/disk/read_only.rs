@@ -8,7 +8,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::Signal;
 use sluice_tests::command::{attempt, refusal, run, text, wait_for};
-use sluice_tests::daemon::{Mode, Options};
+use sluice_tests::daemon::Mode;
 use sluice_tests::disk::{Disk, Faults};
 use sluice_tests::killer::signal;
 use sluice_tests::{Scratch, Snapshots};
