@@ -19,8 +19,9 @@ const RUNPATH: u64 = 29;
 const SECTION: u64 = 16 << 10;
 const NAME: u64 = 256;
 const PATH: u64 = 1024;
-/// Libraries of one file.
+/// Libraries of one file, and directories that it has them looked for in.
 const LIBRARIES: usize = 128;
+const DIRECTORIES: usize = 16;
 /// What the dynamic linker looks up libraries in.
 const LINKER_CACHE: &[u8] = b"etc/ld.so.cache";
 const ORIGIN: [&[u8]; 2] = [b"$ORIGIN", b"${ORIGIN}"];
@@ -88,10 +89,8 @@ pub(super) async fn of(file: &LazyFile, head: &[u8]) -> Option<Needed> {
     }
     for at in of_tag(&[RPATH, RUNPATH]).into_iter().take(1) {
         let path = text(&file.read(at..at.saturating_add(PATH)).await?)?;
-        needed.directories = path
-            .split(|&byte| byte == b':')
-            .map(<[u8]>::to_vec)
-            .collect();
+        let directories = path.split(|&byte| byte == b':').take(DIRECTORIES);
+        needed.directories = directories.map(<[u8]>::to_vec).collect();
     }
     Some(needed)
 }

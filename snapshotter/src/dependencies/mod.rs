@@ -6,6 +6,7 @@
 //! Everything here is a guess from bytes that an image brings along: wrong ones
 //! cost some bytes that nobody reads, and nothing else.
 
+mod budget;
 mod libraries;
 mod modules;
 mod python;
@@ -19,14 +20,13 @@ use parking_lot::Mutex;
 use sluice_oci::Digest;
 
 use crate::fetch::{Dependencies, LazyFile, LazyLayer};
+use budget::Budget;
+pub use budget::Memory;
 use modules::Modules;
 use trees::{Place, Trees};
 
 /// What is read of a file to find out what it is.
 const HEAD: u64 = 4 << 10;
-
-/// Files of which is remembered what they load.
-const FILES: usize = 16 << 10;
 
 /// Says what the files of one image load.
 #[derive(Debug)]
@@ -41,11 +41,11 @@ pub struct ImageDependencies {
 type Key = (Digest, u64);
 
 impl ImageDependencies {
-    /// Of the image with these layers, the lowest first. Layers that cannot be
-    /// read are passed over.
-    pub fn new(layers: &[Arc<LazyLayer>]) -> Self {
+    /// Of the image with these layers, the lowest first, remembered in `memory`.
+    /// Layers that cannot be read are passed over.
+    pub fn new(layers: &[Arc<LazyLayer>], memory: &Memory) -> Self {
         Self {
-            trees: Trees::open(layers),
+            trees: Trees::open(layers, Budget::new(memory.clone())),
             modules: Modules::default(),
             known: Mutex::default(),
         }
@@ -58,9 +58,9 @@ impl ImageDependencies {
             return known;
         }
         let places: Arc<[Place]> = self.places(file).await?.into();
-        let mut known = self.known.lock();
-        if known.len() < FILES {
-            known.insert(key, Arc::clone(&places));
+        let size = size_of::<(Key, Arc<[Place]>)>() + size_of_val(&*places);
+        if self.trees.budget().take(size) {
+            self.known.lock().insert(key, Arc::clone(&places));
         }
         Some(places)
     }

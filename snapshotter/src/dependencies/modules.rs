@@ -13,11 +13,11 @@ use crate::erofs::FileType;
 const ABOVE: usize = 2;
 /// Places where Python looks for modules, of one image.
 const ROOTS: usize = 16;
-/// Directories that are remembered.
-const PACKAGES: usize = 4096;
 /// Where compiled modules are.
 const COMPILED: &[u8] = b"__pycache__";
 const INIT: &[u8] = b"__init__";
+/// About what a name takes beside its bytes.
+const ENTRY: usize = 64;
 
 /// What was found out about an image's modules.
 #[derive(Debug, Default)]
@@ -119,10 +119,12 @@ impl Modules {
         if let Some(package) = packages.get(directory) {
             return Arc::clone(package);
         }
-        let package = Arc::new(Package::list(trees, directory));
-        if packages.len() < PACKAGES {
-            packages.insert(directory.to_vec(), Arc::clone(&package));
+        // What cannot be remembered would be gone through again and again.
+        if !trees.budget().take(ENTRY + directory.len()) {
+            return Arc::default();
         }
+        let package = Arc::new(Package::list(trees, directory));
+        packages.insert(directory.to_vec(), Arc::clone(&package));
         package
     }
 }
@@ -130,7 +132,9 @@ impl Modules {
 impl Package {
     fn list(trees: &Trees, directory: &[u8]) -> Self {
         let mut package = Self::default();
+        let room = |name: &[u8]| trees.budget().take(ENTRY + name.len());
         trees.list(directory, |name, kind, place| match kind {
+            _ if !room(name) => {}
             FileType::Directory if !matches!(name, b"." | b"..") => {
                 package.packages.insert(name.into());
             }
@@ -150,7 +154,9 @@ impl Package {
                 |name, kind, place| {
                     // Name, version, ending: those that were optimized have more.
                     let parts: Vec<&[u8]> = name.split(|&byte| byte == b'.').collect();
-                    if let (FileType::Regular, [stem, _, b"pyc"]) = (kind, &parts[..]) {
+                    if let (FileType::Regular, [stem, _, b"pyc"]) = (kind, &parts[..])
+                        && room(name)
+                    {
                         package.add(stem, Kind::Compiled, place);
                     }
                 },

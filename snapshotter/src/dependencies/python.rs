@@ -1,6 +1,8 @@
 //! The names that a Python module uses outside of its functions, among them
 //! those of the modules that it imports, in the order in which it does.
 
+use std::rc::Rc;
+
 /// Modules larger than this are not looked into. Bytes.
 pub(super) const LARGEST: u64 = 1 << 20;
 /// Names of one module.
@@ -13,6 +15,9 @@ const HEADER: usize = 16;
 /// begins with has changed in both.
 const SINCE_3_11: u16 = 3450;
 const SINCE_3_8: u16 = 3400;
+
+/// Values that may be referred to. A module of a megabyte has half as many.
+const SEEN: usize = 1 << 16;
 
 /// Whether a file that begins like this may be a compiled module.
 pub(super) fn may_be_module(head: &[u8]) -> bool {
@@ -43,14 +48,14 @@ struct Marshal<'m> {
 #[derive(Clone)]
 enum Value<'m> {
     Text(&'m [u8]),
-    Texts(Vec<&'m [u8]>),
+    Texts(Rc<[&'m [u8]]>),
     Other,
 }
 
 /// Only what is not understood, or the end.
 enum Stop<'m> {
     Odd,
-    Names(Vec<&'m [u8]>),
+    Names(Rc<[&'m [u8]]>),
 }
 
 impl<'m> Marshal<'m> {
@@ -67,8 +72,8 @@ impl<'m> Marshal<'m> {
         };
         match marshal.value(0) {
             Err(Stop::Names(names)) => {
-                let names = names.into_iter().take(NAMES);
-                names.map(<[u8]>::to_vec).collect()
+                let names = names.iter().take(NAMES);
+                names.map(|name| name.to_vec()).collect()
             }
             _ => Vec::new(),
         }
@@ -95,7 +100,7 @@ impl<'m> Marshal<'m> {
 
     fn value(&mut self, depth: usize) -> Result<Value<'m>, Stop<'m>> {
         const REFERRED_TO: usize = 0x80;
-        if depth > DEPTH {
+        if depth > DEPTH || self.seen.len() > SEEN {
             return Err(Stop::Odd);
         }
         let kind = self.byte()?;
@@ -170,7 +175,7 @@ impl<'m> Marshal<'m> {
                 texts.push(text);
             }
         }
-        Ok(Value::Texts(texts))
+        Ok(Value::Texts(texts.into()))
     }
 
     fn code(&mut self, depth: usize) -> Result<Value<'m>, Stop<'m>> {

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use tokio::time::sleep;
 
-use super::ImageDependencies;
 use super::libraries::tests::{linked, with_interpreter};
 use super::python::tests::compiled;
+use super::{ImageDependencies, Memory};
 use crate::fetch::Dependencies;
 use crate::fetch::tests::simulated::World;
 use crate::sample::{Layout, Sample, SampleFile, noise};
@@ -34,7 +34,8 @@ fn sample(files: &[(&str, Vec<u8>)]) -> Sample {
 /// A world in which it is known what files load.
 fn world(samples: &[Sample]) -> World {
     let world = World::new(20, samples);
-    let dependencies: Arc<dyn Dependencies> = Arc::new(ImageDependencies::new(&world.layers));
+    let dependencies: Arc<dyn Dependencies> =
+        Arc::new(ImageDependencies::new(&world.layers, &Memory::default()));
     for layer in &world.layers {
         layer.set_dependencies(Arc::clone(&dependencies));
     }

@@ -7,6 +7,7 @@ use std::ops::ControlFlow;
 use std::os::unix::ffi::OsStrExt as _;
 use std::sync::{Arc, OnceLock, Weak};
 
+use super::budget::Budget;
 use crate::erofs::{FileType, Image, Ino};
 use crate::fetch::{LazyFile, LazyLayer};
 
@@ -14,13 +15,14 @@ use crate::fetch::{LazyFile, LazyLayer};
 const LINKS: usize = 8;
 /// Data begins at multiples of this.
 const BLOCK: u64 = 4096;
-/// Directories that are remembered of one layer, and files.
-const DIRECTORIES: usize = 1 << 16;
-const FILES: usize = 1 << 20;
 
-/// The layers' trees, the highest first.
+/// The layers' trees.
 #[derive(Debug)]
-pub(super) struct Trees(Vec<LayerTree>);
+pub(super) struct Trees {
+    /// The highest first.
+    layers: Vec<LayerTree>,
+    budget: Budget,
+}
 
 struct LayerTree {
     layer: Weak<LazyLayer>,
@@ -61,7 +63,7 @@ enum Walked {
 }
 
 impl Trees {
-    pub(super) fn open(layers: &[Arc<LazyLayer>]) -> Self {
+    pub(super) fn open(layers: &[Arc<LazyLayer>], budget: Budget) -> Self {
         let tree = |layer: &Arc<LazyLayer>| {
             let image = Image::open(&layer.dir().meta_path());
             let failed = |error: &_| tracing::debug!(layer = %layer.digest(), "{error}");
@@ -71,12 +73,19 @@ impl Trees {
                 directories: OnceLock::new(),
             })
         };
-        Self(layers.iter().rev().filter_map(tree).collect())
+        Self {
+            layers: layers.iter().rev().filter_map(tree).collect(),
+            budget,
+        }
+    }
+
+    pub(super) fn budget(&self) -> &Budget {
+        &self.budget
     }
 
     /// The content of a regular file that has any.
     pub(super) fn file(&self, place: Place) -> Option<LazyFile> {
-        let tree = self.0.get(place.layer)?;
+        let tree = self.layers.get(place.layer)?;
         let extent = tree.image.data_extent(place.ino).ok()??;
         LazyFile::at(&tree.layer.upgrade()?, extent.offset)
     }
@@ -92,7 +101,10 @@ impl Trees {
         let mut path = path.to_vec();
         for _ in 0..LINKS {
             let mut link = None;
-            for (layer, tree) in self.0.iter().enumerate() {
+            for (layer, tree) in self.layers.iter().enumerate() {
+                if !self.budget.look_up() {
+                    return None;
+                }
                 match tree.walk(&path) {
                     Walked::To(ino, FileType::Regular) => return Some(Place { layer, ino }),
                     Walked::To(..) => return None,
@@ -111,7 +123,10 @@ impl Trees {
     /// Calls `visit` with the names in a directory and what they name, of lower
     /// layers first. Links on the path are not followed.
     pub(super) fn list(&self, path: &[u8], mut visit: impl FnMut(&[u8], FileType, Place)) {
-        for (layer, tree) in self.0.iter().enumerate().rev() {
+        for (layer, tree) in self.layers.iter().enumerate().rev() {
+            if !self.budget.look_up() {
+                return;
+            }
             let Walked::To(ino, FileType::Directory) = tree.walk(path) else {
                 continue;
             };
@@ -128,7 +143,7 @@ impl Trees {
     /// The path of the directory that a file is in, without slashes at its
     /// ends.
     pub(super) fn directory_of(&self, file: &LazyFile) -> Option<Box<[u8]>> {
-        let directories = self.tree_of(file)?.directories();
+        let directories = self.tree_of(file)?.directories(&self.budget);
         let block = u32::try_from(file.offset() / BLOCK).ok()?;
         let at = directories
             .files
@@ -141,7 +156,9 @@ impl Trees {
     /// Whether a file's name is that of a Python module's source.
     pub(super) fn is_source(&self, file: &LazyFile) -> bool {
         let block = u32::try_from(file.offset() / BLOCK);
-        let directories = self.tree_of(file).map(LayerTree::directories);
+        let directories = self
+            .tree_of(file)
+            .map(|tree| tree.directories(&self.budget));
         let (Some(directories), Ok(block)) = (directories, block) else {
             return false;
         };
@@ -150,7 +167,10 @@ impl Trees {
 
     /// The directories that have files, and those above them.
     pub(super) fn directories(&self) -> BTreeSet<&[u8]> {
-        let paths = self.0.iter().flat_map(|tree| &tree.directories().paths);
+        let paths = self
+            .layers
+            .iter()
+            .flat_map(|tree| &tree.directories(&self.budget).paths);
         let mut all = BTreeSet::new();
         for path in paths {
             let mut path = &path[..];
@@ -166,7 +186,7 @@ impl Trees {
 
     fn tree_of(&self, file: &LazyFile) -> Option<&LayerTree> {
         let layer = Arc::as_ptr(file.layer());
-        self.0.iter().find(|tree| tree.layer.as_ptr() == layer)
+        self.layers.iter().find(|tree| tree.layer.as_ptr() == layer)
     }
 }
 
@@ -212,18 +232,20 @@ impl LayerTree {
         Walked::To(at, kind)
     }
 
-    fn directories(&self) -> &Directories {
+    fn directories(&self, budget: &Budget) -> &Directories {
         self.directories.get_or_init(|| {
             let mut directories = Directories::default();
             let mut last: Option<(Vec<u8>, u32)> = None;
             let visited = self.image.files(|path, extent| {
                 let slash = path.iter().rposition(|&byte| byte == b'/').unwrap_or(0);
                 let (directory, name) = path.split_at(slash);
+                let mut room = budget.take(size_of::<(u32, u32, u32)>());
                 let known = last.as_ref().filter(|(path, _)| path == directory);
                 let number = match known {
                     Some(&(_, number)) => number,
                     None => {
                         let number = directories.paths.len() as u32;
+                        room &= budget.take(size_of::<Box<[u8]>>() + directory.len());
                         directories.paths.push(directory.into());
                         last = Some((directory.to_vec(), number));
                         number
@@ -235,7 +257,6 @@ impl LayerTree {
                         directories.sources.push(block);
                     }
                 }
-                let room = directories.paths.len() < DIRECTORIES && directories.files.len() < FILES;
                 match room {
                     true => ControlFlow::Continue(()),
                     false => ControlFlow::Break(()),

@@ -142,6 +142,9 @@ impl LazyLayer {
     }
 
     fn enqueue(self: &Arc<Self>, units: impl Iterator<Item = Unit>, need: Need) {
+        if self.engine().storage().is_failing() {
+            return;
+        }
         let mut queue = self.foreseen.0.lock();
         units.for_each(|unit| queue.add(unit, need));
         if !queue.order.is_empty() && !std::mem::replace(&mut queue.running, true) {

@@ -47,6 +47,7 @@ use sluice_oci::{Digest, Reference};
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 
+use crate::dependencies;
 use crate::descriptors::Seats;
 use crate::fetch::{self, Engine};
 use crate::fuse::blobs::BlobTable;
@@ -210,6 +211,8 @@ struct Inner {
     /// Whether it was told that there is more in use than there may be.
     overfull: AtomicBool,
     profiles: Arc<Profiles>,
+    /// For what is known of images that start.
+    dependencies: dependencies::Memory,
     recordings: Recordings,
     attachments: Attachments,
     marker: Marker,

@@ -37,7 +37,8 @@ impl Node {
             return;
         }
         let layers = layers.to_vec();
-        let dependencies: Arc<dyn Dependencies> = Arc::new(ImageDependencies::new(&layers));
+        let dependencies: Arc<dyn Dependencies> =
+            Arc::new(ImageDependencies::new(&layers, &self.0.dependencies));
         for layer in &layers {
             layer.set_dependencies(Arc::clone(&dependencies));
         }

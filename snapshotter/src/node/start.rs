@@ -20,6 +20,7 @@ use super::left::{self, Left, Numbers, clear, tidy};
 use super::marker::{Before, Marker};
 use super::recording::Recordings;
 use super::{Config, Inner, Mode, Node, StartError, memory};
+use crate::dependencies;
 use crate::descriptors::Seats;
 use crate::fetch::{ChunkFinder, Engine};
 use crate::fuse::blobs::{BlobTable, Blobs};
@@ -119,6 +120,7 @@ impl Node {
             affected: std::mem::take(&mut left.lost.overlays),
             opening: Semaphore::new(config.opening.max(1)),
             profiles: Arc::new(profiles),
+            dependencies: dependencies::Memory::default(),
             attachments: Attachments::new(),
             recordings: Recordings::default(),
             mode,
