@@ -228,3 +228,22 @@ async fn circles_end() {
     assert_eq!(present(&world, 0, &[0, 1, 2]), [true, true, true]);
     assert!(world.asked().len() < 10);
 }
+
+/// Who names more than a program can need is believed up to a point.
+#[tokio::test(start_paused = true)]
+async fn what_a_file_names_is_bounded() {
+    const MODULES: u64 = 40;
+    let names: Vec<String> = (0..MODULES).map(|number| format!("m{number}")).collect();
+    let named: Vec<&str> = names.iter().map(String::as_str).collect();
+    let file = |name: String, content: Vec<u8>| SampleFile { name, content };
+    let mut files = vec![file(in_site("big", "__init__"), module(&named))];
+    for (number, name) in names.iter().enumerate() {
+        let content = noise(number as u64 + 1, 1 << 20);
+        files.push(file(in_site("big", name), content));
+    }
+    let world = world(&[Sample::new(files, &Layout::default())]);
+    world.read_file(0, 0).await;
+    sleep(Duration::from_secs(20)).await;
+    let (least, most) = (30 << 20, 34 << 20);
+    assert!((least..most).contains(&world.bytes()), "{}", world.bytes());
+}

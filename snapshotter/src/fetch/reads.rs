@@ -20,8 +20,11 @@ const WORTH: u32 = 2;
 const FREE_GUESSES: u64 = 2 << 20;
 
 /// Of what files say that they load, so many bytes are fetched, and as many
-/// times what was read.
+/// times what was read, but no more than so many. What is to be fetched is
+/// remembered, so that the least of chunks counts as one of some size.
 const FORESEEN: (u64, u64) = (32 << 20, 4);
+const MOST_FORESEEN: u64 = 512 << 20;
+const LEAST_FORESEEN: u32 = 16 << 10;
 
 /// The reads of one layer since it was opened.
 #[derive(Debug)]
@@ -81,8 +84,9 @@ impl Reads {
     /// A chunk is fetched because a file says that it is needed. Whether it may
     /// be: who says so is rarely wrong, unless it means to be.
     pub(super) fn foresee(&self, chunk: ChunkId, record: &Record) -> bool {
-        let size = u64::from(record.size);
+        let size = u64::from(record.size.max(LEAST_FORESEEN));
         let most = self.read_bytes.load(Ordering::Relaxed) * FORESEEN.1 + FORESEEN.0;
+        let most = most.min(MOST_FORESEEN);
         let may = self.foreseen_bytes.load(Ordering::Relaxed) + size <= most;
         if may && self.foreseen.insert(chunk) {
             self.foreseen_bytes.fetch_add(size, Ordering::Relaxed);

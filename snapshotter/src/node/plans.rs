@@ -42,9 +42,14 @@ impl Node {
         for layer in &layers {
             layer.set_dependencies(Arc::clone(&dependencies));
         }
+        // Neither they nor the layers' trees are kept when the layers go.
         let layers: Vec<_> = layers.iter().map(Arc::downgrade).collect();
+        let dependencies = Arc::downgrade(&dependencies);
         tokio::spawn(async move {
             tokio::time::sleep(START).await;
+            let Some(dependencies) = dependencies.upgrade() else {
+                return;
+            };
             for layer in layers.iter().filter_map(Weak::upgrade) {
                 layer.clear_dependencies(&dependencies);
             }
