@@ -14,7 +14,8 @@ use super::inflight::Claim;
 use super::layer::LazyLayer;
 use super::pace::Due;
 use super::prefetch::neighbours;
-use super::stream::{Terms, fetch_claimed, window};
+use super::reuse::Asked;
+use super::stream::{Terms, window};
 use crate::layer_dir::ChunkId;
 
 /// So many steps are made from a file that was read: what it loads, what that
@@ -77,8 +78,6 @@ struct Queue {
     /// The same by their place in the blob.
     units: BTreeMap<u64, Unit>,
     needs: BTreeMap<u64, Need>,
-    /// What came last.
-    new: Vec<Unit>,
     /// Whether somebody fetches them.
     running: bool,
 }
@@ -89,7 +88,7 @@ impl Queue {
         match self.needs.get(&unit.offset) {
             Some(known) if *known <= need => return,
             Some(known) => drop(self.order.remove(&(*known, unit.offset))),
-            None => self.new.push(unit),
+            None => {}
         }
         self.order.insert((need, unit.offset), unit);
         self.needs.insert(unit.offset, need);
@@ -156,8 +155,6 @@ impl LazyLayer {
 
     async fn bring_foreseen(self: &Arc<Self>) {
         loop {
-            let new = std::mem::take(&mut self.foreseen.0.lock().new);
-            self.take_over(new).await;
             let first = {
                 let mut queue = self.foreseen.0.lock();
                 let first = queue.first(self);
@@ -168,17 +165,12 @@ impl LazyLayer {
             let largest = self.link().piece().max(first.size);
             let limit = self.link().outstanding() * SMALL_RANGES;
             let pace = self.link().pace();
-            let mut turn = pace.turn(Due::Foreseen(need), largest, limit).await;
+            let turn = pace.turn(Due::Foreseen(need), largest, limit).await;
             let bytes = window(largest, first.size);
             let admission = self.engine().admission();
             let permit = admission.admit(Priority::Prefetch, bytes).await;
             // Only now, so that a reader that came before did not wait for it.
             let claims = self.take_foreseen();
-            let (Some(first), Some(last)) = (claims.first(), claims.last()) else {
-                continue;
-            };
-            turn.resize(last.unit().offset + last.unit().size - first.unit().offset);
-            let layer = Arc::clone(self);
             let terms = Terms {
                 priority: Priority::Prefetch,
                 permit: Some(permit),
@@ -186,10 +178,15 @@ impl LazyLayer {
                 // What is read is what was foreseen, or needs little.
                 gives_way: false,
             };
-            self.spawn(async move {
-                // Who reads it is told of errors, or tries again.
-                let _ = fetch_claimed(&layer, claims, terms).await;
-            });
+            if claims.is_empty() {
+                continue;
+            }
+            if self.engine().finder().is_none() {
+                self.request_on(claims, terms);
+                continue;
+            }
+            let layer = Arc::clone(self);
+            self.spawn(layer.bring(claims, 0, Asked::default(), Some(terms)));
         }
     }
 

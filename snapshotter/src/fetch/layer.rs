@@ -273,7 +273,7 @@ impl LazyLayer {
             return;
         }
         if self.engine.finder().is_some() {
-            self.spawn(Arc::clone(self).bring(claims, gap, asked));
+            self.spawn(Arc::clone(self).bring(claims, gap, asked, None));
             return;
         }
         let gaps = self.claim_gaps(&mut claims, gap);
@@ -299,6 +299,22 @@ impl LazyLayer {
                 let _ = stream::fetch_claimed(&layer, planned.wanted, terms).await;
             });
         }
+    }
+
+    /// Asks for claimed units in one request.
+    pub(super) fn request_on(self: &Arc<Self>, mut claims: Vec<Claim>, mut terms: Terms) {
+        claims.sort_by_key(|claim| claim.unit().offset);
+        let (Some(first), Some(last)) = (claims.first(), claims.last()) else {
+            return;
+        };
+        if let Some(turn) = &mut terms.turn {
+            turn.resize(last.unit().offset + last.unit().size - first.unit().offset);
+        }
+        let layer = Arc::clone(self);
+        self.spawn(async move {
+            // Who waits is told of errors by the claims.
+            let _ = stream::fetch_claimed(&layer, claims, terms).await;
+        });
     }
 
     /// Claims the units that lie in small gaps between claimed ones: their

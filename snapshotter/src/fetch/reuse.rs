@@ -12,6 +12,7 @@ use tokio::task::spawn_blocking;
 use super::Unstored;
 use super::inflight::{Claim, Waiter};
 use super::layer::LazyLayer;
+use super::stream::Terms;
 use crate::layer_dir::{ChunkId, LayerDir};
 
 /// Knows what other layers of the node hold.
@@ -62,8 +63,15 @@ impl LazyLayer {
     }
 
     /// Brings claimed units: from other layers what they have, and the rest in
-    /// as few requests as pay, over gaps of so many bytes.
-    pub(super) async fn bring(self: Arc<Self>, claims: Vec<Claim>, gap: u64, asked: Asked) {
+    /// as few requests as pay, over gaps of so many bytes, or in one on these
+    /// terms.
+    pub(super) async fn bring(
+        self: Arc<Self>,
+        claims: Vec<Claim>,
+        gap: u64,
+        asked: Asked,
+        terms: Option<Terms>,
+    ) {
         let layer = Arc::clone(&self);
         let parted = spawn_blocking(move || {
             let mut parted = layer.part(claims, &asked);
@@ -81,7 +89,10 @@ impl LazyLayer {
         let Ok((parted, asked)) = parted.await else {
             return;
         };
-        self.request(parted.rest, &asked.units);
+        match terms {
+            Some(terms) => self.request_on(parted.rest, terms),
+            None => self.request(parted.rest, &asked.units),
+        }
         for (claim, waiters) in parted.coming {
             let layer = Arc::clone(&self);
             let (units, range) = (asked.units.clone(), asked.range.clone());
