@@ -113,7 +113,7 @@ impl LazyLayer {
         let Some(me) = self.me.upgrade() else {
             return;
         };
-        if self.reads.is_planned(chunk, &record) {
+        if self.budget().is_none() || self.reads.is_planned(chunk, &record) {
             return;
         }
         let need = self.need_of(chunk).filter(|_| !awaited);
