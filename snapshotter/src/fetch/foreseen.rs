@@ -135,7 +135,7 @@ impl LazyLayer {
     }
 
     /// Whether a chunk will be fetched when its turn comes.
-    pub(super) fn is_foreseen(&self, chunk: ChunkId) -> bool {
+    pub(super) fn is_queued(&self, chunk: ChunkId) -> bool {
         let unit = self.dir.chunks().get(chunk).unit;
         self.foreseen.0.lock().needs.contains_key(&unit.offset)
     }

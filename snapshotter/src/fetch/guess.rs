@@ -95,7 +95,7 @@ impl LazyLayer {
         let chunks = relatives(self.dir.chunks(), first, allowance, |chunk| {
             match self.reads.contains(chunk) {
                 true => State::Read,
-                false if self.is_missing(chunk) && !self.is_foreseen(chunk) => State::Missing,
+                false if self.is_missing(chunk) && !self.is_queued(chunk) => State::Missing,
                 false => State::Unread,
             }
         });
@@ -179,7 +179,8 @@ impl LazyLayer {
             if table.kin(chunk).is_some() {
                 let number = self.engine.number_read();
                 me.fetch_dependencies(chunk, Need::now(number));
-                if hit {
+                // What files say is needed is not added to.
+                if hit && !self.reads.was_foreseen(chunk) {
                     me.fetch_relatives(chunk, number);
                 }
             }

@@ -104,6 +104,11 @@ impl Reads {
         self.guessed.contains(chunk) || self.foreseen.contains(chunk)
     }
 
+    /// Whether the chunk was fetched because a file says that it is needed.
+    pub(super) fn was_foreseen(&self, chunk: ChunkId) -> bool {
+        self.foreseen.contains(chunk)
+    }
+
     /// Whether the chunk is or was going to be fetched by plan.
     pub(super) fn is_planned(&self, chunk: ChunkId, record: &Record) -> bool {
         match self.planned.get() {
