@@ -35,6 +35,14 @@ pub(super) struct Needed {
     directories: Vec<Vec<u8>>,
 }
 
+impl Needed {
+    /// Whether something is looked for relative to the file itself.
+    pub(super) fn are_beside(&self) -> bool {
+        let mut directories = self.directories.iter();
+        directories.any(|directory| ORIGIN.iter().any(|origin| directory.starts_with(origin)))
+    }
+}
+
 /// The program that runs a script which begins with `head`.
 pub(super) fn interpreter(head: &[u8]) -> Option<Vec<u8>> {
     let line = head

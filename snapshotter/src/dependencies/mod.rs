@@ -18,6 +18,8 @@ use std::sync::Arc;
 use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
 use sluice_oci::Digest;
+use tokio::sync::OnceCell;
+use tokio::task::spawn_blocking;
 
 use crate::fetch::{Dependencies, LazyFile, LazyLayer};
 use budget::Budget;
@@ -31,7 +33,9 @@ const HEAD: u64 = 4 << 10;
 /// Says what the files of one image load.
 #[derive(Debug)]
 pub struct ImageDependencies {
-    trees: Trees,
+    trees: Arc<Trees>,
+    /// Whether it is known in which directories files are.
+    indexed: OnceCell<()>,
     modules: Modules,
     /// What was found out, by the layer and where a file's content begins.
     known: Mutex<HashMap<Key, Arc<[Place]>>>,
@@ -45,7 +49,8 @@ impl ImageDependencies {
     /// Layers that cannot be read are passed over.
     pub fn new(layers: &[Arc<LazyLayer>], memory: &Memory) -> Self {
         Self {
-            trees: Trees::open(layers, Budget::new(memory.clone())),
+            trees: Arc::new(Trees::open(layers, Budget::new(memory.clone()))),
+            indexed: OnceCell::new(),
             modules: Modules::default(),
             known: Mutex::default(),
         }
@@ -65,6 +70,15 @@ impl ImageDependencies {
         Some(places)
     }
 
+    /// Goes through the trees, which takes some tens of milliseconds.
+    async fn index(&self) {
+        let trees = Arc::clone(&self.trees);
+        let index = || async {
+            let _ = spawn_blocking(move || trees.index()).await;
+        };
+        self.indexed.get_or_init(index).await;
+    }
+
     async fn places(&self, file: &LazyFile) -> Option<Vec<Place>> {
         let head = file.read(0..HEAD).await?;
         if let Some(interpreter) = libraries::interpreter(&head) {
@@ -72,8 +86,12 @@ impl ImageDependencies {
         }
         if head.starts_with(libraries::MAGIC) {
             let libraries = libraries::of(file, &head).await?;
+            if libraries.are_beside() {
+                self.index().await;
+            }
             return Some(libraries::places(&self.trees, file, &libraries));
         }
+        self.index().await;
         if !python::may_be_module(&head) && !self.trees.is_source(file) {
             return None;
         }

@@ -140,10 +140,18 @@ impl Trees {
         }
     }
 
+    /// Finds out in which directories the files are. Blocks.
+    pub(super) fn index(&self) {
+        for tree in &self.layers {
+            tree.directories
+                .get_or_init(|| tree.read_directories(&self.budget));
+        }
+    }
+
     /// The path of the directory that a file is in, without slashes at its
     /// ends.
     pub(super) fn directory_of(&self, file: &LazyFile) -> Option<Box<[u8]>> {
-        let directories = self.tree_of(file)?.directories(&self.budget);
+        let directories = self.tree_of(file)?.directories.get()?;
         let block = u32::try_from(file.offset() / BLOCK).ok()?;
         let at = directories
             .files
@@ -156,9 +164,7 @@ impl Trees {
     /// Whether a file's name is that of a Python module's source.
     pub(super) fn is_source(&self, file: &LazyFile) -> bool {
         let block = u32::try_from(file.offset() / BLOCK);
-        let directories = self
-            .tree_of(file)
-            .map(|tree| tree.directories(&self.budget));
+        let directories = self.tree_of(file).and_then(|tree| tree.directories.get());
         let (Some(directories), Ok(block)) = (directories, block) else {
             return false;
         };
@@ -170,7 +176,8 @@ impl Trees {
         let paths = self
             .layers
             .iter()
-            .flat_map(|tree| &tree.directories(&self.budget).paths);
+            .filter_map(|tree| tree.directories.get())
+            .flat_map(|directories| &directories.paths);
         let mut all = BTreeSet::new();
         for path in paths {
             let mut path = &path[..];
@@ -232,43 +239,41 @@ impl LayerTree {
         Walked::To(at, kind)
     }
 
-    fn directories(&self, budget: &Budget) -> &Directories {
-        self.directories.get_or_init(|| {
-            let mut directories = Directories::default();
-            let mut last: Option<(Vec<u8>, u32)> = None;
-            let visited = self.image.files(|path, extent| {
-                let slash = path.iter().rposition(|&byte| byte == b'/').unwrap_or(0);
-                let (directory, name) = path.split_at(slash);
-                let mut room = budget.take(size_of::<(u32, u32, u32)>());
-                let known = last.as_ref().filter(|(path, _)| path == directory);
-                let number = match known {
-                    Some(&(_, number)) => number,
-                    None => {
-                        let number = directories.paths.len() as u32;
-                        room &= budget.take(size_of::<Box<[u8]>>() + directory.len());
-                        directories.paths.push(directory.into());
-                        last = Some((directory.to_vec(), number));
-                        number
-                    }
-                };
-                if let Ok(block) = u32::try_from(extent.offset / BLOCK) {
-                    directories.files.push((block, number));
-                    if name.ends_with(b".py") {
-                        directories.sources.push(block);
-                    }
+    fn read_directories(&self, budget: &Budget) -> Directories {
+        let mut directories = Directories::default();
+        let mut last: Option<(Vec<u8>, u32)> = None;
+        let visited = self.image.files(|path, extent| {
+            let slash = path.iter().rposition(|&byte| byte == b'/').unwrap_or(0);
+            let (directory, name) = path.split_at(slash);
+            let mut room = budget.take(size_of::<(u32, u32, u32)>());
+            let known = last.as_ref().filter(|(path, _)| path == directory);
+            let number = match known {
+                Some(&(_, number)) => number,
+                None => {
+                    let number = directories.paths.len() as u32;
+                    room &= budget.take(size_of::<Box<[u8]>>() + directory.len());
+                    directories.paths.push(directory.into());
+                    last = Some((directory.to_vec(), number));
+                    number
                 }
-                match room {
-                    true => ControlFlow::Continue(()),
-                    false => ControlFlow::Break(()),
+            };
+            if let Ok(block) = u32::try_from(extent.offset / BLOCK) {
+                directories.files.push((block, number));
+                if name.ends_with(b".py") {
+                    directories.sources.push(block);
                 }
-            });
-            if let Err(error) = visited {
-                tracing::debug!("a layer's tree cannot be read: {error}");
             }
-            directories.files.sort_unstable();
-            directories.sources.sort_unstable();
-            directories
-        })
+            match room {
+                true => ControlFlow::Continue(()),
+                false => ControlFlow::Break(()),
+            }
+        });
+        if let Err(error) = visited {
+            tracing::debug!("a layer's tree cannot be read: {error}");
+        }
+        directories.files.sort_unstable();
+        directories.sources.sort_unstable();
+        directories
     }
 }
 
