@@ -3,13 +3,9 @@
 use super::trees::{Place, Trees};
 use crate::fetch::{LazyFile, Segment, segments};
 
-/// How ELF files begin that are looked into.
-pub(super) const MAGIC: &[u8] = b"\x7fELF\x02\x01";
-
 // Types of segments and tags of the dynamic section, as `elf.h` has them.
 const DYNAMIC: u32 = 2;
 const INTERPRETER: u32 = 3;
-const LOAD: u32 = 1;
 const NEEDED: u64 = 1;
 const STRINGS: u64 = 5;
 const RPATH: u64 = 15;
@@ -146,7 +142,7 @@ fn standard() -> impl Iterator<Item = Vec<u8>> {
 fn in_file(segments: &[Segment], address: u64) -> Option<u64> {
     segments
         .iter()
-        .filter(|s| s.kind == LOAD)
+        .filter(|s| s.kind == Segment::LOAD)
         .find_map(|segment| {
             let within = address.checked_sub(segment.address)?;
             (within < segment.size).then(|| segment.offset.checked_add(within))?
@@ -162,6 +158,7 @@ fn text(bytes: &[u8]) -> Option<Vec<u8>> {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::fetch::ELF_64_LITTLE;
 
     /// A library that was linked with others, which are looked for in `path`.
     pub(in crate::dependencies) fn linked(needed: &[&str], path: &str) -> Vec<u8> {
@@ -194,7 +191,7 @@ pub(super) mod tests {
         let section = end + strings.len();
         let size = section + dynamic.len() * 16;
         let mut file = vec![0; TABLE];
-        file[..6].copy_from_slice(MAGIC);
+        file[..6].copy_from_slice(ELF_64_LITTLE);
         file[32..40].copy_from_slice(&(TABLE as u64).to_le_bytes());
         file[54..56].copy_from_slice(&(HEADER as u16).to_le_bytes());
         file[56..58].copy_from_slice(&3u16.to_le_bytes());
@@ -207,10 +204,10 @@ pub(super) mod tests {
             header[32..40].copy_from_slice(&size.to_le_bytes());
             file.extend(header);
         };
-        segment(LOAD, 0, size as u64);
+        segment(Segment::LOAD, 0, size as u64);
         segment(DYNAMIC, section as u64, dynamic.len() as u64 * 16);
         let kind = if interpreter.is_empty() {
-            LOAD
+            Segment::LOAD
         } else {
             INTERPRETER
         };

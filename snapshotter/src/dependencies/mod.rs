@@ -21,7 +21,7 @@ use sluice_oci::Digest;
 use tokio::sync::OnceCell;
 use tokio::task::spawn_blocking;
 
-use crate::fetch::{Dependencies, LazyFile, LazyLayer};
+use crate::fetch::{Dependencies, ELF_64_LITTLE, LazyFile, LazyLayer};
 use budget::Budget;
 pub use budget::Memory;
 use modules::Modules;
@@ -82,9 +82,9 @@ impl ImageDependencies {
     async fn places(&self, file: &LazyFile) -> Option<Vec<Place>> {
         let head = file.read(0..HEAD).await?;
         if let Some(interpreter) = libraries::interpreter(&head) {
-            return Some(self.trees.locate_all([interpreter]));
+            return Some(self.trees.locate(&interpreter).into_iter().collect());
         }
-        if head.starts_with(libraries::MAGIC) {
+        if head.starts_with(ELF_64_LITTLE) {
             let libraries = libraries::of(file, &head).await?;
             if libraries.are_beside() {
                 self.index().await;

@@ -90,12 +90,6 @@ impl Trees {
         LazyFile::at(&tree.layer.upgrade()?, extent.offset)
     }
 
-    /// The regular files to which these paths lead.
-    pub(super) fn locate_all(&self, paths: impl IntoIterator<Item = Vec<u8>>) -> Vec<Place> {
-        let paths = paths.into_iter();
-        paths.filter_map(|path| self.locate(&path)).collect()
-    }
-
     /// The regular file to which a path from the root leads.
     pub(super) fn locate(&self, path: &[u8]) -> Option<Place> {
         let mut path = path.to_vec();

@@ -12,10 +12,10 @@ const CONSTANTS_END: u64 = 128 << 10;
 /// More segments than linkers make.
 const SEGMENTS: usize = 64;
 
-const MAGIC_64_LITTLE: &[u8] = b"\x7fELF\x02\x01";
+/// How the files begin that are looked into: 64-bit, little-endian.
+pub const ELF_64_LITTLE: &[u8] = b"\x7fELF\x02\x01";
 const HEADER: usize = 64;
 const PROGRAM_HEADER: usize = 56;
-const LOAD: u32 = 1;
 const EXECUTABLE: u32 = 1;
 const WRITABLE: u32 = 2;
 
@@ -34,10 +34,15 @@ pub struct Segment {
     pub size: u64,
 }
 
+impl Segment {
+    /// The type of what is mapped from the file, `PT_LOAD`.
+    pub const LOAD: u32 = 1;
+}
+
 /// The segments of a file that begins with `head`, as far as it tells them:
 /// none if it is no ELF file. Nothing of it is checked.
 pub fn segments(head: &[u8]) -> Vec<Segment> {
-    if !head.starts_with(MAGIC_64_LITTLE) || head.len() < HEADER {
+    if !head.starts_with(ELF_64_LITTLE) || head.len() < HEADER {
         return Vec::new();
     }
     let number = |at: usize, len: usize| {
@@ -75,7 +80,7 @@ pub(super) fn loaded_first(head: &[u8]) -> Vec<Range<u64>> {
     for segment in segments {
         let Segment { kind, flags, .. } = segment;
         let (offset, end) = (segment.offset, segment.offset.saturating_add(segment.size));
-        if kind != LOAD || (flags & EXECUTABLE != 0 && flags & WRITABLE == 0) {
+        if kind != Segment::LOAD || (flags & EXECUTABLE != 0 && flags & WRITABLE == 0) {
             continue;
         }
         // The tables come first, and are read whole.
@@ -98,13 +103,13 @@ pub(super) mod tests {
     /// The head of a library with these segments: flags, offset, size.
     pub(in crate::fetch) fn library(segments: &[(u32, u64, u64)]) -> Vec<u8> {
         let mut head = vec![0; HEADER];
-        head[..6].copy_from_slice(MAGIC_64_LITTLE);
+        head[..6].copy_from_slice(ELF_64_LITTLE);
         head[32..40].copy_from_slice(&(HEADER as u64).to_le_bytes());
         head[54..56].copy_from_slice(&(PROGRAM_HEADER as u16).to_le_bytes());
         head[56..58].copy_from_slice(&(segments.len() as u16).to_le_bytes());
         for &(flags, offset, size) in segments {
             let mut header = [0; PROGRAM_HEADER];
-            header[0..4].copy_from_slice(&LOAD.to_le_bytes());
+            header[0..4].copy_from_slice(&Segment::LOAD.to_le_bytes());
             header[4..8].copy_from_slice(&flags.to_le_bytes());
             header[8..16].copy_from_slice(&offset.to_le_bytes());
             header[32..40].copy_from_slice(&size.to_le_bytes());

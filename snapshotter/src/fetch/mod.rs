@@ -44,7 +44,7 @@ pub use admission::{Admission, Permit, Priority};
 pub use ahead::Handle;
 pub use content::{Content, Piece};
 pub use dependencies::{Dependencies, LazyFile};
-pub use elf::{Segment, segments};
+pub use elf::{ELF_64_LITTLE, Segment, segments};
 pub use engine::{Config, Engine};
 pub use layer::{LazyLayer, PathOf};
 pub use link::{Link, LinkFigures};
