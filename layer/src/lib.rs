@@ -27,7 +27,7 @@ pub use profile::{Profile, ProfileError};
 pub use start_reads::{StartChunks, StartReads};
 pub use tar_split::{TarPart, TarSplit};
 pub use toc::{
-    AT_ONCE_SHARE, Child, Chunk, ChunkSource, Directory, EntryError, FileContent, Limits, Mtime,
-    Node, NodeId, NodeKind, Toc, TocError, TocTrust, Unit, UntrustedToc, Xattr, read_toc,
+    Child, Chunk, ChunkSource, Directory, EntryError, FileContent, Limits, Mtime, Node, NodeId,
+    NodeKind, Toc, TocError, TocTrust, Unit, UntrustedToc, Xattr, likely_memory, read_toc,
     read_toc_json,
 };

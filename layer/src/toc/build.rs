@@ -16,6 +16,7 @@ use super::json::{Entry, for_each_entry};
 use super::memory::Meter;
 use super::names::{self, MAX_PATH, Place};
 use super::tree::{Attributes, EntryAt, Tree};
+use super::unpack::AT_ONCE_SHARE;
 use super::xattrs::{self, Owner};
 use super::{Chunk, ChunkSource, Directory, FileContent, Limits, Node, NodeId, NodeKind};
 use super::{Mtime, Toc, Unit, time, units};
@@ -38,6 +39,15 @@ const BATCHES: usize = 2;
 const IN_BATCHES: u64 = (BATCHES as u64 + 2) << 20;
 /// JSON of less than this is not worth a thread.
 const WORTH_TWO: usize = 1 << 20;
+
+/// Bytes of memory that a TOC whose JSON has `bytes` takes as a rule while it is
+/// read, for [`Limits::max_memory`]: the JSON, decompressed at once, for a stream
+/// takes three times as long, and the tree. Names of one letter take more.
+pub fn likely_memory(bytes: u64) -> u64 {
+    bytes
+        .saturating_mul(AT_ONCE_SHARE)
+        .saturating_add(IN_BATCHES)
+}
 
 /// Builds the tree that `json` describes, of a blob whose chunks end at
 /// `chunks_end`. Of the memory that `limits` allow, `taken` bytes are in use.
@@ -553,6 +563,20 @@ mod tests {
             let error = whole(&json, &Limits::default()).err().unwrap();
             assert!(error.to_string().contains(expected), "{error}");
             assert_eq!(error.to_string(), by_one(&json).err().unwrap().to_string());
+        }
+    }
+
+    #[test]
+    fn regression_what_a_toc_takes_is_told_before() {
+        for entries in [3_000, 8_000, 30_000] {
+            let entries: Vec<String> = (0..entries).map(file).collect();
+            let json = format!(r#"{{"version":1,"entries":[{}]}}"#, entries.join(","));
+            let enough = Limits {
+                max_memory: likely_memory(json.len() as u64),
+                ..Limits::default()
+            };
+            let made = whole(&json, &enough);
+            assert!(made.is_ok(), "{} bytes of JSON", json.len());
         }
     }
 

@@ -24,11 +24,11 @@ use sluice_oci::Digest;
 
 use crate::Format;
 
+pub use build::likely_memory;
 pub use error::{EntryError, TocError};
 pub(crate) use json::for_each_entry;
 pub use read::{Limits, TocTrust, UntrustedToc, read_toc, read_toc_json};
 pub(crate) use time::parse as parse_time;
-pub use unpack::AT_ONCE_SHARE;
 pub(crate) use unpack::{ZSTD_WINDOW_LOG, size_in_tar};
 
 /// Index of a [`Node`] within its [`Toc`]. The root is [`NodeId::ROOT`]; a

@@ -13,7 +13,7 @@ use crate::{Format, TocLocation};
 const AT_ONCE: u64 = 40 << 20;
 /// The part of [`Limits::max_memory`] that the JSON may take while a tree is
 /// made of it: one that takes more is not decompressed at once.
-pub const AT_ONCE_SHARE: u64 = 3;
+pub(super) const AT_ONCE_SHARE: u64 = 3;
 
 const TAR_BLOCK: usize = 512;
 const TOC_TAR_NAME: &[u8] = b"stargz.index.json";

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use sluice_layer::AT_ONCE_SHARE;
+use sluice_layer::likely_memory;
 
 use super::Error;
 
@@ -116,11 +116,10 @@ impl Taken {
 }
 
 /// What reading a TOC of `bytes` takes as a rule: its JSON, the tree and its
-/// files; and so much that it is decompressed at once, for a stream takes three
-/// times as long.
+/// files.
 pub(super) fn memory_for(bytes: u64) -> u64 {
     const TAR: u64 = 64 << 10;
-    let tree = AT_ONCE_SHARE.saturating_mul(bytes.saturating_add(TAR));
+    let tree = likely_memory(bytes.saturating_add(TAR));
     (tree / TREE.0 + 1).saturating_mul(TREE.1)
 }
 
@@ -131,11 +130,11 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn regression_what_is_expected_to_fit_is_decompressed_at_once() {
+    async fn regression_the_tree_gets_what_it_is_likely_to_take() {
         for size in [1 << 20, 13 << 20, 29 << 20] {
             let budget = TocBudget::new(1 << 30);
             let taken = budget.read(memory_for(size)).await.unwrap();
-            let needed = AT_ONCE_SHARE * (size + 1024);
+            let needed = likely_memory(size + 1024);
             assert!((needed..needed * 2).contains(&taken.for_tree()), "{size}");
         }
     }
