@@ -201,7 +201,7 @@ impl Engine {
     }
 
     /// What is known of the link to `host`.
-    pub(super) fn link(&self, host: &str) -> Arc<Link> {
+    pub fn link(&self, host: &str) -> Arc<Link> {
         let mut links = self.0.links.lock();
         match links.get(host) {
             Some(link) => Arc::clone(link),

@@ -94,6 +94,18 @@ impl Link {
         *shortest = Some(shortest.map_or(waited, |known| known.min(waited)));
     }
 
+    /// A whole answer came that the engine did not ask for: `bytes` in `took`,
+    /// from `waited` after the request was sent. Opening a connection may be
+    /// among that, which later answers correct.
+    pub fn delivered(&self, waited: Duration, bytes: u64, took: Duration) {
+        self.answered(waited);
+        let now = Instant::now();
+        if let Some(since) = now.checked_sub(took) {
+            let mut state = self.state.lock();
+            state.finish_short(Sample { since, bytes }, now);
+        }
+    }
+
     /// An answer's body is going to be received, until the guard is dropped.
     pub(super) fn receive(self: &Arc<Self>) -> Receiving {
         Receiving {
@@ -207,11 +219,14 @@ impl State {
             return;
         }
         // The time in which nothing is received says nothing about the link.
-        let now = Instant::now();
-        if let Some(sample) = self.sample.take()
-            && sample.bytes >= SHORT_BYTES
-            && now.duration_since(sample.since) >= SHORT_SAMPLE
-        {
+        if let Some(sample) = self.sample.take() {
+            self.finish_short(sample, Instant::now());
+        }
+    }
+
+    fn finish_short(&mut self, sample: Sample, now: Instant) {
+        let passed = now.duration_since(sample.since);
+        if sample.bytes >= SHORT_BYTES && passed >= SHORT_SAMPLE {
             self.finish_sample(sample, now);
         }
     }
@@ -337,6 +352,18 @@ mod tests {
             transfer(&link, Duration::from_millis(100), 100_000, 3).await;
         }
         assert!(link.bandwidth() > 9.9e6, "{}", link.bandwidth());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_came_otherwise_tells_as_much() {
+        tokio::time::advance(Duration::from_secs(9)).await;
+        let ms = Duration::from_millis;
+        let link = Link::default();
+        link.delivered(ms(80), SHORT_BYTES - 1, ms(5));
+        assert_eq!(link.figures().bandwidth, INITIAL_BANDWIDTH as u64);
+        link.delivered(ms(90), 500_000, ms(10));
+        assert_eq!(link.round_trip(), ms(80));
+        assert_eq!(link.figures().bandwidth, 50_000_000);
     }
 
     #[tokio::test(start_paused = true)]

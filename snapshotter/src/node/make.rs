@@ -79,6 +79,9 @@ impl Node {
     ) -> Result<StoredToc, compile::Error> {
         let fetch = || self.0.remote.fetch_toc(reference, digest, known);
         let fetched = fetch().await?;
+        let arrival = fetched.arrival();
+        let link = self.0.engine.link(reference.host());
+        link.delivered(arrival.waited, arrival.bytes, arrival.took);
         let senders = fetched.senders();
         match self.make_of(fetched, reference, digest).await {
             Err(compile::Error::Toc(error)) => {

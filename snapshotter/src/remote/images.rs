@@ -79,6 +79,15 @@ impl Images {
             })
             .collect()
     }
+
+    /// Remembers the layers of a manifest that need not be fetched.
+    pub(super) fn know(&self, reference: &Reference, manifest: Digest, layers: Vec<Descriptor>) {
+        let key = reference.with_digest(manifest).to_string();
+        let mut images = self.0.lock();
+        let found = images.get_or_insert(key, Layers::default);
+        // It may be known already.
+        let _ = found.set(Arc::new(layers));
+    }
 }
 
 fn holds(layers: &[Descriptor], layer: Digest) -> bool {

@@ -10,13 +10,13 @@ use std::time::Duration;
 
 use sluice_layer::annotations::AnnotationError;
 use sluice_layer::{FooterError, LayerAnnotations, Limits, StartChunks, TocError, TocTrust};
-use sluice_oci::{Digest, Reference};
+use sluice_oci::{Descriptor, Digest, Reference};
 use sluice_registry::{Client, ErrorKind};
 
 pub use attached::AttachedProfile;
 pub use budget::{Taken, TocBudget};
 pub use images::{ImageLayer, Images};
-pub use toc::{FetchedToc, StoredToc};
+pub use toc::{Arrival, FetchedToc, StoredToc};
 
 /// Why a layer's TOC is not at hand.
 #[derive(Debug, thiserror::Error)]
@@ -206,6 +206,11 @@ impl Remote {
     ) -> Result<Vec<ImageLayer>, Error> {
         let layers = (self.images).layers(&self.client, reference, manifest, layer);
         self.in_time(layers).await
+    }
+
+    /// Remembers the layers of a manifest, so that it is not fetched.
+    pub fn know_image(&self, reference: &Reference, manifest: Digest, layers: Vec<Descriptor>) {
+        self.images.know(reference, manifest, layers);
     }
 
     async fn in_time<T>(&self, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {

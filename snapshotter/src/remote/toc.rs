@@ -1,6 +1,7 @@
 //! Fetching a TOC in as few requests as can be.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use sluice_layer::{
@@ -18,8 +19,6 @@ const TAIL: u64 = 256 << 10;
 const TAIL_MIN: u64 = 64 << 10;
 const TAIL_MAX: u64 = 1 << 20;
 const TAIL_PART: u64 = 64;
-/// Memory that reading any TOC takes.
-const LEAST_MEMORY: u64 = 4 << 20;
 
 /// A TOC as it arrived, not yet checked.
 #[derive(Debug)]
@@ -29,6 +28,8 @@ pub struct FetchedToc {
     trust: TocTrust,
     blob_size: u64,
     senders: Vec<Senders>,
+    /// How the first of its parts came.
+    arrival: Arrival,
     /// The memory that it is in.
     memory: Arc<Taken>,
 }
@@ -46,8 +47,20 @@ impl AsRef<[u8]> for StoredToc {
     }
 }
 
+/// How an answer arrived.
+#[derive(Debug, Clone, Copy)]
+pub struct Arrival {
+    /// From the request to the first of it.
+    pub waited: Duration,
+    /// From there to the end.
+    pub took: Duration,
+    /// How much it was.
+    pub bytes: u64,
+}
+
 /// A part of a blob as it arrived.
 struct Part {
+    arrival: Arrival,
     offset: u64,
     blob_size: Option<u64>,
     bytes: Bytes,
@@ -89,6 +102,7 @@ impl Remote {
         let limit = location.compressed_size as usize;
         let part = self.part(blob, range, limit).await?;
         Ok(FetchedToc {
+            arrival: part.arrival,
             senders: vec![part.senders],
             compressed: part.bytes,
             location,
@@ -101,12 +115,21 @@ impl Remote {
     /// A part of the blob, within the time that it may take.
     async fn part(&self, blob: &Blob, range: ByteRange, limit: usize) -> Result<Part, Error> {
         self.in_time(async {
+            let sent = Instant::now();
             let body = blob.range(range).await?;
+            let waited = sent.elapsed();
+            let (offset, blob_size, senders) = (body.offset, body.blob_size, body.senders());
+            let bytes = body.collect(limit).await?;
             Ok(Part {
-                offset: body.offset,
-                blob_size: body.blob_size,
-                senders: body.senders(),
-                bytes: body.collect(limit).await?,
+                arrival: Arrival {
+                    waited,
+                    took: sent.elapsed() - waited,
+                    bytes: bytes.len() as u64,
+                },
+                offset,
+                blob_size,
+                senders,
+                bytes,
             })
         })
         .await
@@ -163,6 +186,7 @@ impl Remote {
             trust,
             blob_size,
             senders,
+            arrival: part.arrival,
             memory: Arc::new(memory),
         })
     }
@@ -182,6 +206,11 @@ impl FetchedToc {
     /// Size of the blob.
     pub fn blob_size(&self) -> u64 {
         self.blob_size
+    }
+
+    /// How it arrived.
+    pub fn arrival(&self) -> Arrival {
+        self.arrival
     }
 
     /// The hosts that sent it.
@@ -218,8 +247,7 @@ impl FetchedToc {
             (None, Some(size)) => u64::from(u32::from_le_bytes(*size)),
             (None, None) => 0,
         };
-        // Names of one letter take more.
-        memory_for(stated).max(LEAST_MEMORY)
+        memory_for(stated)
     }
 
     /// Checks, decompresses and parses it within `memory`. Takes a core for a
