@@ -2,10 +2,9 @@
 //! it.
 
 use std::collections::HashSet;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use tokio::sync::Notify;
 
 use crate::layer_dir::{ChunkId, Kin, Present, Record};
@@ -34,7 +33,7 @@ pub(super) struct Reads {
     foreseen: Present,
     /// Names of files that were read, as [`Kin`] has them.
     names: Mutex<HashSet<u16>>,
-    planned: OnceLock<Planned>,
+    planned: RwLock<Option<Planned>>,
     read_bytes: AtomicU64,
     wrong_bytes: AtomicU64,
     foreseen_bytes: AtomicU64,
@@ -58,7 +57,7 @@ impl Reads {
             guessed: Present::empty(chunks),
             foreseen: Present::empty(chunks),
             names: Mutex::default(),
-            planned: OnceLock::new(),
+            planned: RwLock::default(),
             read_bytes: AtomicU64::new(0),
             wrong_bytes: AtomicU64::new(0),
             foreseen_bytes: AtomicU64::new(0),
@@ -67,10 +66,11 @@ impl Reads {
         }
     }
 
-    /// What is going to be fetched by plan.
+    /// What is going to be fetched by plan, in the place of any plan before.
     pub(super) fn plan(&self, planned: Planned) {
-        // The first plan is what the prefetch is judged by.
-        let _ = self.planned.set(planned);
+        *self.planned.write() = Some(planned);
+        self.beside.store(0, Ordering::Release);
+        self.within.notify_waiters();
     }
 
     /// A chunk is fetched though nobody has asked for it.
@@ -111,7 +111,7 @@ impl Reads {
 
     /// Whether the chunk is or was going to be fetched by plan.
     pub(super) fn is_planned(&self, chunk: ChunkId, record: &Record) -> bool {
-        match self.planned.get() {
+        match &*self.planned.read() {
             None => false,
             Some(Planned::Before(end)) => record.unit.offset < *end,
             Some(Planned::Chunks(chunks)) => chunks.contains(chunk),
@@ -135,7 +135,7 @@ impl Reads {
         if guessed {
             self.wrong_bytes.fetch_sub(size, Ordering::Relaxed);
         }
-        if self.planned.get().is_none() {
+        if self.planned.read().is_none() {
             return Some(guessed || self.foreseen.contains(chunk));
         }
         let within = self.is_planned(chunk, record);

@@ -58,7 +58,8 @@ impl Node {
 
     /// Fetches what the layer will need as the first of these says, in this
     /// order: who built the image, or attached a profile to it, meant it; what
-    /// was seen on this node may be one use of the image among several.
+    /// was seen on this node may be one use of the image among several. That is
+    /// followed while the registry is asked for the other.
     pub(super) async fn fetch_ahead(
         &self,
         layer: Arc<LazyLayer>,
@@ -73,7 +74,8 @@ impl Node {
             });
             return self.follows(digest, ProfileSource::Image, plan).await;
         }
-        let attached = self.attached(image).await;
+        let own = self.follow_own(&layer, image);
+        let (attached, ()) = tokio::join!(self.attached(image), own);
         let attached = attached.filter(|a| a.profile.layers().contains(&digest));
         if let Some(attached) = attached {
             let mut plan = None;
@@ -85,15 +87,20 @@ impl Node {
                         .await;
                 }
             }
-            return self.follows(digest, ProfileSource::Attached, plan).await;
+            self.follows(digest, ProfileSource::Attached, plan).await;
         }
+    }
+
+    /// Fetches what was seen on this node that the image needs of the layer.
+    async fn follow_own(&self, layer: &Arc<LazyLayer>, image: &ImageId) {
+        let digest = layer.digest();
         let found = self.0.profiles.find(image);
         let Some(found) = found.filter(|found| found.image.layers.contains(&digest)) else {
             return;
         };
         let store: Arc<Profiles> = Arc::clone(&self.0.profiles);
         let load = move || store.load(&found).map_err(|error| error.to_string());
-        let plan = self.plan(&layer, load).await;
+        let plan = self.plan(layer, load).await;
         self.follows(digest, ProfileSource::Node, plan).await;
     }
 
