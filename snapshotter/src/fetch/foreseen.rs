@@ -21,7 +21,7 @@ use crate::layer_dir::ChunkId;
 /// So many steps are made from a file that was read: what it loads, what that
 /// loads, and what that does. Each step is a round trip that a reader need not
 /// wait for; with each, more of what is found is never read.
-const STEPS: usize = 3;
+const STEPS: usize = 5;
 
 /// Ranges are short, and each costs a round trip: more of them are under way
 /// than of those of a plan, by this factor.
