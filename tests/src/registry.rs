@@ -123,14 +123,16 @@ impl Registry {
         process.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The file that holds a blob or manifest, by digest `sha256:<hex>`.
+    /// The file that holds a blob or manifest, by digest `sha256:<hex>`:
+    /// `<two digits>/<hex>/data` below [`Self::blobs_dir`].
     pub fn blob_file(&self, digest: &str) -> PathBuf {
         let hex = digest.strip_prefix("sha256:").unwrap_or(digest);
-        self.dir
-            .join("storage/docker/registry/v2/blobs/sha256")
-            .join(&hex[..2])
-            .join(hex)
-            .join("data")
+        self.blobs_dir().join(&hex[..2]).join(hex).join("data")
+    }
+
+    /// Where its blobs are.
+    pub fn blobs_dir(&self) -> PathBuf {
+        self.dir.join("storage/docker/registry/v2/blobs/sha256")
     }
 
     /// The manifest of an image of this registry.

@@ -322,6 +322,9 @@ impl Rig<'_> {
             reads: &reads,
         });
         fs::write(self.out.join(format!("{name}.svg")), picture)?;
+        // The numbers behind the picture.
+        let transfers = serde_json::to_string_pretty(&start.transfers)? + "\n";
+        fs::write(self.out.join(format!("{name}.json")), transfers)?;
         let need = prepared.need;
         let limit = need.limit(shape);
         let lazy = former.iter().find(|other| {

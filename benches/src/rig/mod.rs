@@ -2,6 +2,7 @@
 //! latency, against what the link and the processor allow.
 
 pub mod chart;
+pub mod front;
 pub mod limit;
 pub mod link;
 pub mod node;

@@ -1,6 +1,5 @@
 //! The node under test: registry, link, containerd, and a daemon or several.
 
-use std::net::SocketAddr;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -13,6 +12,7 @@ use sluice_tests::daemon::Options;
 use sluice_tests::figures::{forget_peak, memory};
 use sluice_tests::{Containerd, Daemon, Process, Registry, Scratch, programs};
 
+use super::front::Front;
 use super::link::{Link, Shape, Transfer};
 use crate::at_first_output;
 
@@ -28,6 +28,7 @@ pub struct Node {
     pub scratch: Scratch,
     /// In a network namespace of its own, at the far end.
     pub registry: Registry,
+    _front: Front,
     /// What pulls go through.
     pub link: Link,
     /// By the names of their snapshotters.
@@ -86,12 +87,12 @@ impl Node {
         let scratch = Scratch::new()?;
         let namespace = sluice_tests::Link::new(&scratch)?;
         let registry = Registry::start_behind(&scratch, &namespace)?;
-        let upstream: SocketAddr = registry.host().parse()?;
+        let front = Front::start(&scratch, &namespace, &registry)?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
             .build()?;
-        let link = runtime.block_on(Link::start(upstream, UNSHAPED))?;
+        let link = runtime.block_on(Link::start(front.address(), UNSHAPED))?;
         let start = |&(name, more): &(&'static str, &str)| {
             let options = Options {
                 more: more.to_owned(),
@@ -111,6 +112,7 @@ impl Node {
         Ok(Self {
             scratch,
             registry,
+            _front: front,
             link,
             daemons,
             containerd,
