@@ -3,6 +3,7 @@
 //! Everything is held by one lease until the image record holds it, so that
 //! a pull that fails, or is interrupted, leaves nothing behind.
 
+mod ahead;
 mod content;
 mod image;
 mod labels;
@@ -21,6 +22,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::args::Pull;
 use crate::registry;
+use ahead::Ahead;
 use layers::Layers;
 use node::Node;
 use report::Report;
@@ -63,12 +65,18 @@ pub(crate) async fn pull(
     node: &Arc<Node>,
 ) -> anyhow::Result<Arc<Image>> {
     let started = Instant::now();
-    node.check_snapshotter(&args.snapshotter).await?;
     let platform = args
         .platform
         .clone()
         .unwrap_or_else(Platform::of_this_machine);
-    let image = image::fetch(node, client, &args.image, &platform).await?;
+    let ahead = Ahead::of(node, &args.snapshotter, &args.image);
+    let ready = async {
+        node.take_lease().await?;
+        node.check_snapshotter(&args.snapshotter).await
+    };
+    let named = async { Ok(client.manifest(&args.image).await?) };
+    let ((), named) = tokio::try_join!(ready, named)?;
+    let image = image::fetch(node, client, &args.image, named, &platform, ahead).await?;
     let image = Arc::new(image);
     let report = Report::default();
     report.image(&image);

@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
+use futures_util::future::join_all;
 use http::header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE};
-use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version};
 use reqwest::Response;
 use sluice_oci::{Descriptor, Digest, Reference, media_type};
 
@@ -148,6 +149,41 @@ impl Client {
             return Err(self.transport.refusal(context, response).await);
         }
         Ok(response)
+    }
+
+    /// Opens up to `connections` to the first host of the image's registry, and
+    /// has a token for its repository where one is asked for, so that what
+    /// comes next need not wait for either. One is enough where the host speaks
+    /// HTTP/2. A hint, which cannot fail.
+    pub async fn connect_ahead(&self, reference: &Reference, connections: usize) {
+        let host = reference.host().to_owned();
+        let context = &Context {
+            action: "connect to",
+            subject: host.clone(),
+            host,
+        };
+        let endpoints = self
+            .transport
+            .endpoints(reference, Purpose::Pull, context)
+            .unwrap_or_default();
+        let Some(endpoint) = endpoints.first() else {
+            return;
+        };
+        let context = &endpoint.context(context);
+        let scope = Scope::pull(reference.repository());
+        let call = &Call::new(Method::GET, endpoint, &scope, context);
+        let touch = || async move {
+            let touched = self.transport.touch(call).await;
+            touched.inspect_err(|error| tracing::debug!("not connected ahead: {error}"))
+        };
+        let mut wanted = connections;
+        if !endpoint.is_plain() {
+            match touch().await {
+                Ok(version) if version < Version::HTTP_2 => wanted = wanted.saturating_sub(1),
+                _ => return,
+            }
+        }
+        join_all((0..wanted).map(|_| touch())).await;
     }
 
     /// A handle on a blob of the repository that `reference` names; its tag

@@ -53,6 +53,15 @@ impl Endpoint {
         url
     }
 
+    /// The root of the host's API, which the distribution specification has
+    /// clients ask whether it is one.
+    pub(crate) fn root_url(&self) -> Url {
+        let mut url = self.host.root.clone();
+        let path = format!("{}/", url.path().trim_end_matches('/'));
+        url.set_path(&path);
+        url
+    }
+
     /// The host's name with its port, by which credentials are found.
     pub(crate) fn name(&self) -> &str {
         &self.host.name

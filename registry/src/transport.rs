@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use http::header::{AUTHORIZATION, CONTENT_LENGTH, LOCATION};
-use http::{HeaderMap, HeaderValue, Method, StatusCode};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, Version};
 use reqwest::{Response, Url};
 use serde::Deserialize;
 use sluice_oci::{Digest, Reference};
@@ -329,6 +329,14 @@ impl Transport {
             }
             before = now;
         }
+    }
+
+    /// Sends a call to the root of the host's API, whose answer says nothing but
+    /// by which version of HTTP it came. The connection can be used again.
+    pub(crate) async fn touch(&self, call: &Call<'_>) -> Result<Version, Error> {
+        let mut response = self.authorized(call, &call.endpoint.root_url()).await?;
+        self.drain(&mut response).await;
+        Ok(response.version())
     }
 
     /// Reads what little there is, so that the connection can be used again.

@@ -34,6 +34,10 @@ const LET_GO: Duration = Duration::from_secs(1);
 /// may.
 const ROOM: Duration = Duration::from_secs(10);
 
+/// How long a layer that was opened before it was asked for is kept for that: a
+/// client may have to download the layers below.
+const UNCLAIMED: Duration = Duration::from_secs(600);
+
 /// Why the daemon does not run.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -165,9 +169,11 @@ async fn tell_who_is_affected<L: LazyLayers>(node: &Node, snapshots: &Snapshots<
     }
 }
 
-/// Keeps the layers within their quota.
+/// Keeps the layers within their quota, and removes those that were opened for
+/// nobody.
 async fn keep_room<L: LazyLayers>(snapshots: Arc<Snapshots<L>>) {
     loop {
+        snapshots.release_unclaimed(UNCLAIMED).await;
         snapshots.make_room().await;
         tokio::time::sleep(ROOM).await;
     }

@@ -7,6 +7,7 @@ use serde::Deserialize;
 use sluice_oci::{Descriptor, Digest, Hasher, Index, Manifest, Platform, Reference};
 use sluice_registry::{Client, Document};
 
+use super::ahead::Ahead;
 use super::labels;
 use super::node::{Labels, Node};
 
@@ -39,24 +40,40 @@ struct RootFs {
     diff_ids: Vec<Digest>,
 }
 
+/// The manifest of the platform, which is not in containerd's store yet.
+struct Chosen {
+    descriptor: Descriptor,
+    bytes: Bytes,
+    manifest: Manifest,
+}
+
 /// Brings an image's manifest and configuration to the node: one request
-/// each, and one for an index.
+/// for the configuration, and one for the manifest if an index is what the
+/// reference names.
 pub(crate) async fn fetch(
     node: &Node,
     client: &Client,
     reference: &Reference,
+    named: Document,
     platform: &Platform,
+    ahead: Ahead,
 ) -> anyhow::Result<Image> {
-    let first = client.manifest(reference).await?;
-    let target = first.descriptor();
-    let (manifest_digest, manifest) = if first.is_index() {
-        from_index(node, client, reference, &first, platform).await?
+    let target = named.descriptor();
+    let chosen = if named.is_index() {
+        from_index(node, client, reference, &named, platform).await?
     } else {
-        let manifest = first.manifest()?;
-        keep_manifest(node, reference, &target, first.bytes.clone(), &manifest).await?;
-        (first.digest, manifest)
+        Chosen {
+            descriptor: target.clone(),
+            manifest: named.manifest()?,
+            bytes: named.bytes,
+        }
     };
-    let config = config(node, client, reference, &manifest).await?;
+    let _telling = ahead.has_manifest(chosen.descriptor.digest, chosen.bytes.clone());
+    let ((), config) = tokio::try_join!(
+        keep_manifest(node, reference, &chosen),
+        config(node, client, reference, &chosen.manifest)
+    )?;
+    let (manifest, manifest_digest) = (chosen.manifest, chosen.descriptor.digest);
     let found = format!("{}/{}", config.os, config.architecture);
     if (&config.os, &config.architecture) != (&platform.os, &platform.architecture) {
         bail!(
@@ -92,37 +109,41 @@ async fn from_index(
     reference: &Reference,
     document: &Document,
     platform: &Platform,
-) -> anyhow::Result<(Digest, Manifest)> {
+) -> anyhow::Result<Chosen> {
     let index = document.index()?;
-    let chosen = choose(reference, &index, platform)?;
-    let mut labels = labels::of_index(&index.manifests);
-    labels.extend(source(node, reference, document.digest).await?);
-    node.store(&document.descriptor(), document.bytes.clone(), labels)
-        .await?;
-    let bytes = match node.read(chosen.digest, MAX_MANIFEST).await? {
-        Some(bytes) => Bytes::from(bytes),
-        None => {
-            let by_digest = reference.with_digest(chosen.digest);
-            client.manifest(&by_digest).await?.bytes
-        }
+    let descriptor = choose(reference, &index, platform)?;
+    let keep_index = async {
+        let mut labels = labels::of_index(&index.manifests);
+        labels.extend(source(node, reference, document.digest).await?);
+        let bytes = document.bytes.clone();
+        node.store(&document.descriptor(), bytes, labels).await
     };
+    let digest = descriptor.digest;
+    let fetch = async {
+        Ok(match node.read(digest, MAX_MANIFEST).await? {
+            Some(bytes) => Bytes::from(bytes),
+            None => client.manifest(&reference.with_digest(digest)).await?.bytes,
+        })
+    };
+    let ((), bytes) = tokio::try_join!(keep_index, fetch)?;
     let manifest: Manifest = serde_json::from_slice(&bytes)
-        .with_context(|| format!("{} of {reference} is not a manifest", chosen.digest))?;
-    let descriptor = Descriptor::new(chosen.media_type.clone(), chosen.digest, bytes.len() as u64);
-    keep_manifest(node, reference, &descriptor, bytes, &manifest).await?;
-    Ok((chosen.digest, manifest))
+        .with_context(|| format!("{digest} of {reference} is not a manifest"))?;
+    Ok(Chosen {
+        descriptor: Descriptor::new(descriptor.media_type.clone(), digest, bytes.len() as u64),
+        bytes,
+        manifest,
+    })
 }
 
-async fn keep_manifest(
-    node: &Node,
-    reference: &Reference,
-    descriptor: &Descriptor,
-    bytes: Bytes,
-    manifest: &Manifest,
-) -> anyhow::Result<()> {
+async fn keep_manifest(node: &Node, reference: &Reference, chosen: &Chosen) -> anyhow::Result<()> {
+    let Chosen {
+        descriptor,
+        bytes,
+        manifest,
+    } = chosen;
     let mut labels = labels::of_manifest(manifest);
     labels.extend(source(node, reference, descriptor.digest).await?);
-    node.store(descriptor, bytes, labels).await
+    node.store(descriptor, bytes.clone(), labels).await
 }
 
 async fn config(

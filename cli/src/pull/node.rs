@@ -12,8 +12,8 @@ use containerd_client::services::v1::snapshots::{
 };
 use containerd_client::services::v1::{
     AddResourceRequest, ApplyRequest, CreateImageRequest, CreateRequest, DeleteImageRequest,
-    DeleteRequest, GetImageRequest, Image, Info, InfoRequest, ReadContentRequest, Resource,
-    UpdateImageRequest, UpdateRequest,
+    DeleteRequest, GetImageRequest, Image, Info, InfoRequest, PluginsRequest, ReadContentRequest,
+    Resource, UpdateImageRequest, UpdateRequest,
 };
 use containerd_client::types;
 use prost_types::{FieldMask, Timestamp};
@@ -44,7 +44,7 @@ pub(crate) enum Prepared {
 }
 
 impl Node {
-    /// Connects and takes a lease.
+    /// Connects. What is made before [`Self::take_lease`] is not protected.
     pub(crate) async fn connect(socket: &Path, namespace: &str) -> anyhow::Result<Self> {
         let shown = socket.display().to_string();
         let client = Client::from_path(socket).await.map_err(|error| {
@@ -54,23 +54,27 @@ impl Node {
                 causes(&error)
             )
         })?;
-        let id = unique("sluice-pull");
-        let node = Self {
+        Ok(Self {
             client,
             socket: shown,
             namespace: namespace
                 .parse()
                 .map_err(|_| anyhow!("'{namespace}' is no name of a containerd namespace"))?,
-            lease: id.parse()?,
-        };
+            lease: unique("sluice-pull").parse()?,
+        })
+    }
+
+    /// Takes the lease that protects what is made.
+    pub(crate) async fn take_lease(&self) -> anyhow::Result<()> {
+        let id = self.lease.to_str().unwrap_or_default().to_owned();
         let expires = Timestamp::from(SystemTime::now() + LEASE_TIME).to_string();
         let labels = Labels::from([("containerd.io/gc.expire".to_owned(), expires)]);
-        node.client
+        self.client
             .leases()
-            .create(node.request(CreateRequest { id, labels }))
+            .create(self.request(CreateRequest { id, labels }))
             .await
-            .map_err(|status| node.failed("take a lease", &status))?;
-        Ok(node)
+            .map_err(|status| self.failed("take a lease", &status))?;
+        Ok(())
     }
 
     /// Ends the lease. With `collect`, what it alone protected is gone when
@@ -80,12 +84,13 @@ impl Node {
             id: self.lease.to_str().unwrap_or_default().to_owned(),
             sync: collect,
         };
-        self.client
-            .leases()
-            .delete(self.request(request))
-            .await
-            .map_err(|status| self.failed("end the lease", &status))?;
-        Ok(())
+        match self.client.leases().delete(self.request(request)).await {
+            // It may not have been taken.
+            Err(status) if status.code() != Code::NotFound => {
+                Err(self.failed("end the lease", &status))
+            }
+            _ => Ok(()),
+        }
     }
 
     pub(crate) fn request<T>(&self, message: T) -> Request<T> {
@@ -125,6 +130,20 @@ impl Node {
             ),
             Err(status) => Err(self.failed("look up snapshots", &status)),
         }
+    }
+
+    /// Where containerd reaches the snapshotter, if it is no part of it.
+    pub(crate) async fn snapshotter_address(&self, snapshotter: &str) -> Option<String> {
+        let request = PluginsRequest {
+            filters: vec![format!(
+                "type==io.containerd.snapshotter.v1,id=={snapshotter:?}"
+            )],
+        };
+        let mut introspection = self.client.introspection();
+        let answer = introspection.plugins(self.request(request)).await;
+        let plugins = answer.ok()?.into_inner().plugins;
+        let mut exports = plugins.into_iter().map(|plugin| plugin.exports);
+        exports.find_map(|mut exports| exports.remove("address"))
     }
 
     /// Whether a snapshot exists.

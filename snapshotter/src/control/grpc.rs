@@ -2,6 +2,7 @@
 
 use std::time::SystemTime;
 
+use sluice_oci::{Digest, Reference};
 use sluice_proto::control::v1 as api;
 use tonic::{Request, Response, Status};
 
@@ -101,9 +102,7 @@ impl api::control_server::Control for Adapter {
         let request = request.into_inner();
         let manifest = match request.manifest_digest.as_str() {
             "" => None,
-            digest => Some(digest.parse().map_err(|error: sluice_oci::DigestError| {
-                Status::invalid_argument(error.to_string())
-            })?),
+            digest => Some(Self::digest(digest)?),
         };
         let image = Some(request.image).filter(|image| !image.is_empty());
         self.blocking(move |control| control.put_profile(image, manifest, &request.document))
@@ -132,9 +131,31 @@ impl api::control_server::Control for Adapter {
             whole: recorded.whole,
         }))
     }
+
+    async fn expect_image(
+        &self,
+        request: Request<api::ExpectImageRequest>,
+    ) -> Result<Response<api::ExpectImageResponse>, Status> {
+        let request = request.into_inner();
+        let reference = request.reference.parse::<Reference>();
+        let reference = reference.map_err(|error| Status::invalid_argument(error.to_string()))?;
+        match request.manifest_digest.as_str() {
+            "" => self.0.expect_pull(&reference),
+            digest => {
+                let digest = Self::digest(digest)?;
+                self.0.expect_image(&reference, digest, &request.manifest)?;
+            }
+        }
+        Ok(Response::new(api::ExpectImageResponse {}))
+    }
 }
 
 impl Adapter {
+    fn digest(text: &str) -> Result<Digest, Status> {
+        text.parse()
+            .map_err(|error: sluice_oci::DigestError| Status::invalid_argument(error.to_string()))
+    }
+
     /// Runs what may wait for a disk off the async threads.
     async fn blocking<T: Send + 'static>(
         &self,

@@ -2,17 +2,21 @@
 
 mod grpc;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use sluice_layer::Profile;
-use sluice_oci::Digest;
+use sluice_oci::{Digest, Manifest, Reference};
 
 use crate::node::{Node, NodeStatus, ProfileSource, Recorded};
 use crate::profiles::{ImageId, Stored};
-use crate::service::{self, Snapshots, Standing};
+use crate::service::{self, LayerRequest, Snapshots, Standing};
 
 pub use grpc::{Adapter, MAX_MESSAGE, server};
+
+/// The largest manifest; what the distribution specification has registries
+/// accept.
+const MAX_MANIFEST: usize = 4 << 20;
 
 /// Why a call fails.
 #[derive(Debug, thiserror::Error)]
@@ -152,6 +156,47 @@ impl Control {
                  the daemon was started anew"
             ))
         })
+    }
+
+    /// An image is about to be pulled of which nothing is known yet.
+    pub fn expect_pull(&self, reference: &Reference) {
+        self.node.connect_ahead(reference);
+    }
+
+    /// An image is about to be pulled whose manifest has this digest.
+    pub fn expect_image(
+        &self,
+        reference: &Reference,
+        digest: Digest,
+        manifest: &[u8],
+    ) -> Result<(), ControlError> {
+        let wrong = |why: String| ControlError::Invalid(format!("manifest {digest}: {why}"));
+        if manifest.len() > MAX_MANIFEST {
+            return Err(wrong(format!("it has more than {MAX_MANIFEST} bytes")));
+        }
+        if Digest::of(manifest) != digest {
+            return Err(wrong("the bytes have another digest".to_owned()));
+        }
+        let manifest: Manifest =
+            serde_json::from_slice(manifest).map_err(|error| wrong(error.to_string()))?;
+        let Some(lowest) = manifest.layers.first() else {
+            return Ok(());
+        };
+        let request = LayerRequest {
+            reference: reference.clone(),
+            digest: lowest.digest,
+            manifest_digest: Some(digest),
+            // The node knows the manifest, which tells more.
+            annotations: BTreeMap::new(),
+            image_layers: manifest.layers.iter().map(|layer| layer.digest).collect(),
+        };
+        self.node.know_image(reference, digest, manifest.layers);
+        let (node, snapshots) = (self.node.clone(), Arc::clone(&self.snapshots));
+        tokio::spawn(async move {
+            node.connected(&request.reference).await;
+            snapshots.expect(request).await;
+        });
+        Ok(())
     }
 
     fn stored(&self, image: &str) -> Result<Stored, ControlError> {

@@ -1,11 +1,30 @@
 //! Opening all layers of an image at once.
 
+use std::collections::HashMap;
+use std::time::Duration;
+
 use futures_util::future::join_all;
+use parking_lot::Mutex;
+use sluice_oci::{Descriptor, Digest, Reference};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
 
 use super::Node;
 use crate::profiles::ImageId;
 use crate::remote::{Error, Known};
 use crate::service::LayerRequest;
+
+/// To a registry from which an image is about to be pulled: its table of
+/// contents, what profiles are attached to it, and the first of what it reads
+/// are asked for at once.
+const CONNECTIONS: usize = 6;
+
+/// How long connections are waited for that are being opened, rather than that
+/// others are opened.
+const MOMENT: Duration = Duration::from_millis(20);
+
+/// Registries that are being connected to, by host.
+pub(super) type Connecting = Mutex<HashMap<String, JoinHandle<()>>>;
 
 impl From<&LayerRequest> for ImageId {
     fn from(request: &LayerRequest) -> Self {
@@ -35,6 +54,32 @@ impl Node {
             .find(|layer| layer.digest == request.digest)
             .map(|layer| layer.known)
             .ok_or_else(|| Error::NotInImage(request.reference.clone()))
+    }
+
+    /// Connects to the registry of an image that is about to be pulled.
+    pub fn connect_ahead(&self, reference: &Reference) {
+        if !self.0.config.lazy_from.allows(reference) {
+            return;
+        }
+        let (client, of) = (self.0.remote.client().clone(), reference.clone());
+        let connecting = tokio::spawn(async move { client.connect_ahead(&of, CONNECTIONS).await });
+        let mut all = self.0.connecting.lock();
+        all.insert(reference.host().to_owned(), connecting);
+    }
+
+    /// Returns when there are connections that were about to be there, as there
+    /// are when the image's manifest has come over another.
+    pub async fn connected(&self, reference: &Reference) {
+        let connecting = self.0.connecting.lock().remove(reference.host());
+        if let Some(connecting) = connecting {
+            let _ = timeout(MOMENT, connecting).await;
+        }
+    }
+
+    /// Remembers the layers of an image that is about to be pulled, so that its
+    /// manifest is not fetched.
+    pub fn know_image(&self, reference: &Reference, manifest: Digest, layers: Vec<Descriptor>) {
+        self.0.remote.know_image(reference, manifest, layers);
     }
 
     /// Opens the other layers of the request's image, so that the requests for

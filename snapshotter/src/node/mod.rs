@@ -196,6 +196,7 @@ struct Inner {
     engine: Engine,
     remote: Remote,
     elsewhere: Arc<Elsewhere>,
+    connecting: images::Connecting,
     slots: Mutex<HashMap<Digest, Arc<Slot>>>,
     blobs: BlobTable,
     trees: TreeTable,

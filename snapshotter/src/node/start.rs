@@ -112,6 +112,7 @@ impl Node {
                 TocBudget::new(config.toc_memory),
                 config.fetch.deadline.min(UNPACK_INSTEAD),
             ),
+            connecting: Mutex::default(),
             slots: Mutex::new(HashMap::new()),
             sessions: Mutex::default(),
             numbers: Numbers::load(root, &layers)?,

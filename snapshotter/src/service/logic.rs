@@ -4,7 +4,7 @@
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use futures_util::future::try_join_all;
 use parking_lot::Mutex;
@@ -14,6 +14,7 @@ use super::claims::Standing;
 use super::directories::{Directories, Found};
 use super::disputes::Images;
 use super::error::Error;
+use super::expected::Expected;
 use super::filter::Filter;
 use super::labels;
 use super::lazy_layers::{ImageUse, LayerRequest, LazyLayers, MountError, Owner, Usage};
@@ -32,6 +33,8 @@ pub struct Snapshots<L> {
     overlay: OverlayOptions,
     locks: Arc<LayerLocks>,
     pins: Pins,
+    /// Layers that were opened before they were asked for.
+    expected: Expected,
     /// Layers that nothing refers to and that could not be removed.
     leftovers: Mutex<HashSet<Digest>>,
     pub(super) images: Option<Arc<dyn Images>>,
@@ -53,6 +56,7 @@ impl<L: LazyLayers> Snapshots<L> {
             overlay,
             locks: Arc::default(),
             pins: Pins::default(),
+            expected: Expected::default(),
             leftovers: Mutex::default(),
             images: None,
         };
@@ -208,6 +212,26 @@ impl<L: LazyLayers> Snapshots<L> {
         }
     }
 
+    /// Opens the layers of an image for which somebody is about to ask, so that
+    /// they find the work done: `lowest`, and those that it names.
+    pub async fn expect(&self, lowest: LayerRequest) {
+        self.expected.put(&lowest.image_layers);
+        let _lock = self.locks.lock(lowest.digest).await;
+        if let Err(error) = self.layers.open(lowest).await {
+            tracing::debug!("not opened ahead: {error}");
+        }
+    }
+
+    /// Removes the layers that were opened `patience` ago or longer and that
+    /// nobody has asked for since.
+    pub async fn release_unclaimed(&self, patience: Duration) {
+        for layer in self.expected.take(patience) {
+            if let Err(error) = self.release(layer).await {
+                tracing::warn!(%error, "a layer that was opened ahead stays until the next cleanup");
+            }
+        }
+    }
+
     /// Drops content that no snapshot is mounted from, as far as there is more
     /// on disk than there may be.
     pub async fn make_room(&self) {
@@ -314,6 +338,8 @@ impl<L: LazyLayers> Snapshots<L> {
         // snapshot of the same layer does not take the layer away in between.
         let _lock = self.locks.lock(layer).await;
         let image = request.reference.to_string();
+        // They are opened as well.
+        self.expected.put(&request.image_layers);
         if let Err(reason) = self.layers.open(request).await {
             tracing::warn!(image, reason = %reason, "unpacked as usual");
             return Ok(Lazily::Not(reason.reason().to_owned()));

@@ -5,6 +5,7 @@ mod claims;
 mod directories;
 mod disputes;
 mod error;
+mod expected;
 mod filter;
 mod grpc;
 mod labels;
