@@ -17,8 +17,8 @@ const BETWEEN: u64 = 300_000;
 const LIB: &str = "usr/lib/python3.11";
 
 /// Modules, what they import, and whether that is fetched when the first is
-/// read: three steps are made.
-const MODULES: [(&str, &str, bool); 7] = [
+/// read: five steps are made.
+const MODULES: [(&str, &str, bool); 9] = [
     (
         "app/main.py",
         "import part.one\ndef later():\n    import unused\n",
@@ -32,7 +32,17 @@ const MODULES: [(&str, &str, bool); 7] = [
         "import beyond\n",
         true,
     ),
-    ("usr/lib/python3.11/beyond/__init__.py", "\n", false),
+    (
+        "usr/lib/python3.11/beyond/__init__.py",
+        "import further\n",
+        true,
+    ),
+    (
+        "usr/lib/python3.11/further/__init__.py",
+        "import out\n",
+        true,
+    ),
+    ("usr/lib/python3.11/out/__init__.py", "\n", false),
     ("app/unused/__init__.py", "\n", false),
 ];
 
@@ -99,6 +109,70 @@ fn modules_are_there_before_they_are_imported() -> Result<()> {
             "{}",
             mode.name()
         );
+    }
+    Ok(())
+}
+
+/// What the image's configuration runs is fetched when a container is made of
+/// it, whatever that runs.
+#[test]
+fn what_an_image_runs_is_there_before_it_is_run() -> Result<()> {
+    let node = Node::start("[background]\nenabled = false\n")?;
+    let layout = node.scratch.dir("layout")?;
+    let mut writer = LayoutWriter::new(&layout)?;
+    let files = [
+        ("etc/passwd", "root:x:0:0:root:/root:/bin/sh\n", true),
+        ("opt/bin/serve", "#!/usr/bin/interpreter -x\n", true),
+        ("usr/bin/interpreter", "no program\n", true),
+        ("srv/app/main.conf", "of the command\n", true),
+        ("opt/second/serve", "not the first in PATH\n", false),
+    ];
+    writer.layer(Compression::None, |to| {
+        let mut tar = Tarball::new(to);
+        image::add_programs(&mut tar, &["true"])?;
+        for (at, (name, content, _)) in files.iter().enumerate() {
+            let mut between = Vec::new();
+            Noise((at as u64) << 32)
+                .take(BETWEEN)
+                .read_to_end(&mut between)?;
+            tar.file(&format!("srv/{at}/data"), &Meta::mode(0o644), &between)?;
+            tar.file(name, &Meta::mode(0o755), content.as_bytes())?;
+        }
+        tar.finish()
+    })?;
+    writer.finish_with(
+        image::TAG,
+        &serde_json::json!({
+            "Entrypoint": ["serve", "--all"],
+            "Cmd": ["main.conf"],
+            "WorkingDir": "/srv/app",
+            "Env": ["PATH=/opt/bin:/opt/second"],
+        }),
+    )?;
+    let reference = node.registry.reference("runs:1");
+    image::convert(&layout, &reference, &[])?;
+    for mode in Mode::ALL {
+        node.pull_lazily(&reference, mode)?;
+        let name = format!("runs-{}", mode.name());
+        let mut start =
+            node.containerd
+                .run_command(snapshotter(mode), &reference, &name, &["/usr/bin/true"]);
+        text(&mut start)?;
+        let layers = node.registry.manifest(&reference)?.layers;
+        let data = node.layer_dir(mode, &layers[0].digest.hex()).join("data");
+        let there = || -> Result<_> {
+            let all = fs::read(&data)?;
+            Ok(files.map(|(_, content, _)| {
+                let content = content.as_bytes();
+                all.windows(content.len()).any(|window| window == content)
+            }))
+        };
+        let expected = files.map(|(.., expected)| expected);
+        wait_for("what the image runs", || {
+            let come = std::iter::zip(there()?, expected).all(|(there, wanted)| there || !wanted);
+            Ok(come.then_some(()))
+        })?;
+        assert_eq!(there()?, expected, "{}", mode.name());
     }
     Ok(())
 }

@@ -67,7 +67,7 @@ const MODULES: &[(&str, &[&str])] = &[
     ("remote", &["layer_dir"]),
     ("fuse", &["erofs", "layer_dir"]),
     ("fetch", &["layer_dir", "remote", "fuse"]),
-    ("dependencies", &["erofs", "fetch", "layer_dir"]),
+    ("dependencies", &["erofs", "fetch", "layer_dir", "service"]),
     (
         "node",
         &[

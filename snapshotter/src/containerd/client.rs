@@ -194,7 +194,13 @@ impl Asking {
             };
             if let Some(config) = &document.config {
                 match self.read(&config.digest).await? {
-                    Read::Bytes(bytes) => named.layers.extend(document.named(&bytes)),
+                    Read::Bytes(bytes) => {
+                        let said = document.said(&bytes);
+                        let top = said.layers.last().map(|(chain_id, _)| *chain_id);
+                        let program = top.zip(said.program.map(Arc::new));
+                        named.programs.extend(program);
+                        named.layers.extend(said.layers);
+                    }
                     Read::Missing => whole = false,
                     Read::TooLarge => named.cut = true,
                 }

@@ -22,10 +22,16 @@ use tokio::sync::OnceCell;
 use tokio::task::spawn_blocking;
 
 use crate::fetch::{Dependencies, ELF_64_LITTLE, LazyFile, LazyLayer};
+use crate::service::Program;
 use budget::Budget;
 pub use budget::Memory;
 use modules::Modules;
 use trees::{Place, Trees};
+
+/// What containers' users and groups are found by.
+const USERS: [&[u8]; 2] = [b"etc/passwd", b"etc/group"];
+/// Directories in which a command is looked up.
+const LOOKED_UP_IN: usize = 16;
 
 /// What is read of a file to find out what it is.
 const HEAD: u64 = 4 << 10;
@@ -54,6 +60,24 @@ impl ImageDependencies {
             modules: Modules::default(),
             known: Mutex::default(),
         }
+    }
+
+    /// The files that a start reads, or does as a rule: those by which users are
+    /// found, and what the words of a command name. Reads the trees.
+    pub async fn at_start(&self, program: Arc<Program>) -> Vec<LazyFile> {
+        let trees = Arc::clone(&self.trees);
+        let found = spawn_blocking(move || {
+            let users = USERS.iter().map(|path| path.to_vec());
+            let paths: Vec<Vec<Vec<u8>>> = users
+                .map(|path| vec![path])
+                .chain(program.words.iter().map(|word| candidates(&program, word)))
+                .collect();
+            let places = paths
+                .iter()
+                .filter_map(|paths| paths.iter().find_map(|path| trees.locate(path)));
+            places.filter_map(|place| trees.file(place)).collect()
+        });
+        found.await.unwrap_or_default()
     }
 
     async fn known_places(&self, file: &LazyFile) -> Option<Arc<[Place]>> {
@@ -99,6 +123,26 @@ impl ImageDependencies {
         let directory = self.trees.directory_of(file)?;
         Some(self.modules.places(&self.trees, &directory, &names))
     }
+}
+
+/// Where a word of a command may be: looked up as a command, or a file where
+/// the command runs.
+fn candidates(program: &Program, word: &str) -> Vec<Vec<u8>> {
+    if word.is_empty() || word.starts_with('-') {
+        return Vec::new();
+    }
+    let within = |directory: &str| format!("{directory}/{word}").into_bytes();
+    let mut paths = Vec::new();
+    if word.starts_with('/') {
+        paths.push(word.as_bytes().to_vec());
+    } else {
+        if !word.contains('/') {
+            let directories = program.path.split(':').take(LOOKED_UP_IN);
+            paths.extend(directories.map(within));
+        }
+        paths.push(within(&program.directory));
+    }
+    paths
 }
 
 /// The names in a Python module.

@@ -8,9 +8,10 @@ use tokio::time::sleep;
 use super::libraries::tests::{linked, with_interpreter};
 use super::python::tests::compiled;
 use super::{ImageDependencies, Memory};
-use crate::fetch::Dependencies;
 use crate::fetch::tests::simulated::World;
+use crate::fetch::{Dependencies, LazyLayer};
 use crate::sample::{Layout, Sample, SampleFile, noise};
+use crate::service::Program;
 
 /// So large that files are no neighbours, and guessed by nothing else.
 const BETWEEN: usize = 3 << 20;
@@ -102,14 +103,14 @@ async fn modules_come_with_the_one_that_imports_them() {
     );
     assert_eq!(
         present(&world, 0, &[0, 1, 2, 3, 4, 5]),
-        [true, true, false, false, false, false]
+        [true, true, true, true, false, false]
     );
     // One of them is read indeed: it goes on from there.
     world.read_file(0, 0).await;
     sleep(Duration::from_secs(2)).await;
     assert_eq!(
         present(&world, 0, &[0, 1, 2, 3, 4, 5]),
-        [true, true, true, true, false, false]
+        [true, true, true, true, false, true]
     );
     let before = world.asked().len();
     for (layer, file) in [(1, 2), (1, 3), (1, 1), (0, 1), (0, 2), (0, 3)] {
@@ -172,6 +173,51 @@ async fn libraries_come_with_what_was_linked_with_them() {
         present(&world, 0, &[0, 1, 2, 3, 4]),
         [true, true, false, true, true]
     );
+}
+
+/// What a command names is looked up as it would be.
+#[tokio::test(start_paused = true)]
+async fn what_an_image_runs_comes_before_it_runs() {
+    let text = |text: &str| text.as_bytes().to_vec();
+    let sample = sample(&[
+        ("etc/passwd", text("root\n")),
+        ("etc/group", text("root\n")),
+        ("usr/bin/serve", text("second\n")),
+        ("opt/bin/serve", text("#!/bin/sh\n")),
+        ("bin/sh", linked(&[], "")),
+        ("srv/app.conf", text("a=1\n")),
+        ("srv/sub/more", text("b\n")),
+        ("opt/absolute", text("c\n")),
+        ("srv/--all", text("d\n")),
+    ]);
+    let world = World::new(20, &[sample]);
+    let memory = Memory::default();
+    let known = Arc::new(ImageDependencies::new(&world.layers, &memory));
+    let program = Program {
+        words: [
+            "serve",
+            "--all",
+            "app.conf",
+            "sub/more",
+            "/opt/absolute",
+            "",
+            "none",
+        ]
+        .map(str::to_owned)
+        .to_vec(),
+        path: "/nowhere:/opt/bin:/usr/bin".to_owned(),
+        directory: "/srv".to_owned(),
+    };
+    world.layers[0].set_dependencies(Arc::clone(&known) as Arc<dyn Dependencies>);
+    LazyLayer::foresee_start(&known.at_start(Arc::new(program)).await);
+    sleep(Duration::from_secs(2)).await;
+    assert_eq!(
+        present(&world, 0, &[0, 1, 2, 3, 4, 5, 6, 7, 8]),
+        [true, true, false, true, true, true, true, true, false]
+    );
+    // Without a command, users are looked up all the same.
+    let again = known.at_start(Arc::default()).await;
+    assert_eq!(again.len(), 2);
 }
 
 /// A program goes through what its last module imports before it goes on with

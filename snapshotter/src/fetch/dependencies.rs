@@ -162,6 +162,17 @@ impl LazyLayer {
         }
     }
 
+    /// These files, of whichever layers, are going to be read when a container
+    /// starts, in this order.
+    pub fn foresee_start(files: &[LazyFile]) {
+        for (position, file) in files.iter().enumerate() {
+            let Some(need) = Need::at_start(position) else {
+                return;
+            };
+            file.layer.foresee_file(file, need);
+        }
+    }
+
     fn fetch_at_once(self: &Arc<Self>, chunks: &[ChunkId]) {
         let records = chunks
             .iter()

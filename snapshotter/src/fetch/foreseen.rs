@@ -47,6 +47,15 @@ impl Need {
         }
     }
 
+    /// Of what every start needs, or this one as a rule: after whatever is read.
+    pub(super) fn at_start(position: usize) -> Option<Self> {
+        Self {
+            read: Reverse(0),
+            path: [0; STEPS],
+        }
+        .of_named(position)
+    }
+
     /// Of what is like a file that is read: after all that it names.
     fn guessed(number: u64) -> Self {
         Self {

@@ -13,6 +13,7 @@ use crate::fetch::{Dependencies, Handle, LazyLayer, Plan};
 use crate::layer_dir::{ChunkId, ChunkTable};
 use crate::profiles::{self, ImageId, Profiles};
 use crate::remote::AttachedProfile;
+use crate::service::Program;
 
 /// Who says what a start will need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,14 +32,27 @@ const START: Duration = Duration::from_secs(120);
 impl Node {
     /// What is read of these layers of one image, the lowest first, is followed
     /// to what it loads, while the image starts.
-    pub(super) fn know_dependencies(&self, layers: &[Arc<LazyLayer>]) {
+    pub(super) fn know_dependencies(
+        &self,
+        layers: &[Arc<LazyLayer>],
+        image: &ImageId,
+        program: Option<Arc<Program>>,
+    ) {
         let known = |layer: &Arc<LazyLayer>| layer.dir().is_complete() || layer.has_dependencies();
         if !self.0.config.prefetch || layers.iter().all(known) {
             return;
         }
         let layers = layers.to_vec();
-        let dependencies: Arc<dyn Dependencies> =
-            Arc::new(ImageDependencies::new(&layers, &self.0.dependencies));
+        let dependencies = Arc::new(ImageDependencies::new(&layers, &self.0.dependencies));
+        if layers
+            .iter()
+            .all(|layer| layer.dir().identity().prefetch_end.is_none())
+        {
+            let (node, image) = (self.clone(), image.clone());
+            let (known, program) = (Arc::clone(&dependencies), program.unwrap_or_default());
+            tokio::spawn(async move { node.foresee_start(&image, &known, program).await });
+        }
+        let dependencies: Arc<dyn Dependencies> = dependencies;
         for layer in &layers {
             layer.set_dependencies(Arc::clone(&dependencies));
         }
@@ -54,6 +68,20 @@ impl Node {
                 layer.clear_dependencies(&dependencies);
             }
         });
+    }
+
+    /// Fetches what a start of the image needs as a rule, unless something says
+    /// what it needs in fact.
+    async fn foresee_start(
+        &self,
+        image: &ImageId,
+        dependencies: &ImageDependencies,
+        program: Arc<Program>,
+    ) {
+        if self.0.profiles.find(image).is_some() || self.attached(image).await.is_some() {
+            return;
+        }
+        LazyLayer::foresee_start(&dependencies.at_start(program).await);
     }
 
     /// Fetches what the layer will need as the first of these says, in this

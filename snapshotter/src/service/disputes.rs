@@ -18,7 +18,7 @@ use sluice_oci::Digest;
 use super::claims::{Claim, Standing};
 use super::error::Error;
 use super::labels;
-use super::lazy_layers::LazyLayers;
+use super::lazy_layers::{LazyLayers, Program};
 use super::logic::Snapshots;
 use super::snapshot::{Key, Labels};
 
@@ -37,6 +37,8 @@ pub struct NamedLayers {
     pub layers: Vec<(Digest, Option<Digest>)>,
     /// Whether there is more than can be read.
     pub cut: bool,
+    /// Chain ID of the topmost layer, and what runs from it.
+    pub programs: Vec<(Digest, Arc<Program>)>,
 }
 
 /// An image that containerd has.
@@ -123,7 +125,8 @@ impl<L: LazyLayers> Snapshots<L> {
 
     /// Returns when no image of containerd's means anything else by `parent`
     /// and what lies below than that shows, or it is known that it is right; or
-    /// wrong, which is refused later. To be called before `caller`, the process
+    /// wrong, which is refused later. Returns what runs from `parent`, if images
+    /// had to be asked and one says it. To be called before `caller`, the process
     /// of that number if it is known, has a snapshot `key` made; changes
     /// nothing, and can be dropped at any time.
     pub async fn settle_disputes(
@@ -132,30 +135,39 @@ impl<L: LazyLayers> Snapshots<L> {
         key: &Key,
         parent: Option<&Key>,
         labels: &Labels,
-    ) -> Result<(), Error> {
+    ) -> Result<Option<Arc<Program>>, Error> {
         // What containerd unpacks a layer into is asked about when something
         // is made from that.
         if labels::target(labels).is_some() {
-            return Ok(());
+            return Ok(None);
         }
         let (Some(parent), Some(namespace)) = (parent, key.in_containerd().0) else {
-            return Ok(());
+            return Ok(None);
         };
         let Some(images) = &self.images else {
-            return Ok(());
+            return Ok(None);
         };
         let chain = match self.store().claims(parent.clone()).await {
             // Who goes on finds out.
-            Err(Error::NotFound(_)) => return Ok(()),
+            Err(Error::NotFound(_)) => return Ok(None),
             chain => chain?,
         };
-        let mut asked = None;
+        let mut asked: Option<Vec<NamedImage>> = None;
+        let program = |asked: &Option<Vec<NamedImage>>| {
+            let top = chain.iter().find(|claim| claim.name == *parent)?.chain_id?;
+            let all = asked
+                .iter()
+                .flatten()
+                .flat_map(|image| &image.named.programs);
+            let mut of_top = all.filter(|(chain_id, _)| *chain_id == top);
+            of_top.next().map(|(_, program)| Arc::clone(program))
+        };
         let mut last = None;
         for _ in 0..ROUNDS {
             let standings = self.judge_each(&chain, &mut HashMap::new()).await;
             let wrong = |(_, own): &(_, Standing)| matches!(own, Standing::Contradicted(_));
             if standings.iter().any(wrong) {
-                return Ok(());
+                return Ok(None);
             }
             let unknown = standings
                 .iter()
@@ -163,13 +175,13 @@ impl<L: LazyLayers> Snapshots<L> {
                 .map(|(claim, _)| *claim);
             let unknown: Vec<&Claim> = unknown.collect();
             if unknown.is_empty() {
-                return Ok(());
+                return Ok(program(&asked));
             }
             let images = match &asked {
                 Some(images) => images,
                 None => match images.of_namespace(caller, namespace).await {
                     Ok(Some(images)) => asked.insert(images),
-                    Ok(None) => return Ok(()),
+                    Ok(None) => return Ok(None),
                     Err(source) => {
                         let snapshot = parent.clone();
                         return Err(Error::Images { snapshot, source });
@@ -179,7 +191,7 @@ impl<L: LazyLayers> Snapshots<L> {
             let disputes = unknown.into_iter().filter_map(|c| Dispute::new(c, images));
             let mut disputes: Vec<Dispute> = disputes.collect();
             if disputes.is_empty() {
-                return Ok(());
+                return Ok(program(&asked));
             }
             for dispute in disputes.iter().filter(|_| last.is_none()) {
                 let Dispute { layer, other, .. } = dispute;
@@ -198,7 +210,7 @@ impl<L: LazyLayers> Snapshots<L> {
         }
         match last {
             Some(dispute) => Err(Error::Disputed(Box::new(dispute))),
-            None => Ok(()),
+            None => Ok(program(&asked)),
         }
     }
 }
@@ -213,6 +225,7 @@ mod tests {
             named: Arc::new(NamedLayers {
                 layers: layers.to_vec(),
                 cut,
+                programs: Vec::new(),
             }),
         }
     }

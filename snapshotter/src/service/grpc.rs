@@ -17,7 +17,7 @@ use tracing::Instrument;
 
 use super::error::{Error, ErrorKind};
 use super::filter::Filter;
-use super::lazy_layers::LazyLayers;
+use super::lazy_layers::{LazyLayers, Program};
 use super::logic::Snapshots;
 use super::mounts::Mount;
 use super::snapshot::{Info, Key, Kind, Labels};
@@ -64,7 +64,8 @@ impl<L: LazyLayers> Adapter<L> {
         let work = async move {
             let parent = new.parent.as_ref();
             let settled = snapshots.settle_disputes(new.caller, &new.key, parent, &new.labels);
-            settled.await.map(|()| new)
+            let program = settled.await?;
+            Ok(New { program, ..new })
         };
         let settled = AbortOnDropHandle::new(tokio::spawn(work.instrument(span.clone()))).await;
         let settled = settled.unwrap_or(Err(Error::BrokeOff));
@@ -78,6 +79,8 @@ struct New {
     key: Key,
     parent: Option<Key>,
     labels: Labels,
+    /// What runs from the parent as a rule.
+    program: Option<Arc<Program>>,
 }
 
 impl New {
@@ -92,6 +95,7 @@ impl New {
             key: Key::try_from(key).map_err(|error| status(&error.into()))?,
             parent: Key::try_from(parent).ok(),
             labels: labels.into_iter().collect(),
+            program: None,
         })
     }
 }
@@ -116,7 +120,14 @@ impl<L: LazyLayers> api::snapshots_server::Snapshots for Adapter<L> {
         let new = self.settle_disputes(&span, new).await?;
         let mounts = self
             .call(span, |snapshots| async move {
-                snapshots.prepare(new.key, new.parent, new.labels).await
+                let New {
+                    key,
+                    parent,
+                    labels,
+                    program,
+                    ..
+                } = new;
+                snapshots.prepare_for(program, key, parent, labels).await
             })
             .await?;
         Ok(Response::new(api::PrepareSnapshotResponse {

@@ -28,6 +28,17 @@ pub struct LayerRequest {
     pub image_layers: Vec<Digest>,
 }
 
+/// What an image's configuration says is run. A container may run anything else.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Program {
+    /// The words of the command, as far as they are short and few.
+    pub words: Vec<String>,
+    /// Where commands are looked up, separated by colons.
+    pub path: String,
+    /// Where it runs.
+    pub directory: String,
+}
+
 /// An image from which a container is about to run.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ImageUse {
@@ -39,6 +50,8 @@ pub struct ImageUse {
     pub layers: Vec<Digest>,
     /// By what name somebody asks for a recording of what is read.
     pub recording: Option<String>,
+    /// What it runs as a rule, when containerd told it.
+    pub program: Option<Arc<Program>>,
 }
 
 /// What a layer takes on this node.

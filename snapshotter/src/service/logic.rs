@@ -17,7 +17,7 @@ use super::error::Error;
 use super::expected::Expected;
 use super::filter::Filter;
 use super::labels;
-use super::lazy_layers::{ImageUse, LayerRequest, LazyLayers, MountError, Owner, Usage};
+use super::lazy_layers::{ImageUse, LayerRequest, LazyLayers, MountError, Owner, Program, Usage};
 use super::locks::LayerLocks;
 use super::mounts::{Mount, OverlayOptions, mounts};
 use super::pins::{Pinned, Pins};
@@ -88,6 +88,17 @@ impl<L: LazyLayers> Snapshots<L> {
         &self,
         key: Key,
         parent: Option<Key>,
+        labels: Labels,
+    ) -> Result<Vec<Mount>, Error> {
+        self.prepare_for(None, key, parent, labels).await
+    }
+
+    /// The same, for a container that runs `program` as a rule.
+    pub async fn prepare_for(
+        &self,
+        program: Option<Arc<Program>>,
+        key: Key,
+        parent: Option<Key>,
         mut labels: Labels,
     ) -> Result<Vec<Mount>, Error> {
         if let Some(target) = labels::target(&labels) {
@@ -96,7 +107,8 @@ impl<L: LazyLayers> Snapshots<L> {
                 Lazily::Not(reason) => labels::tell_not_lazy(&mut labels, &reason),
             }
         }
-        self.create(Kind::Active, key, parent, labels).await
+        self.create(Kind::Active, key, parent, labels, program)
+            .await
     }
 
     /// Makes a read-only snapshot.
@@ -106,7 +118,7 @@ impl<L: LazyLayers> Snapshots<L> {
         parent: Option<Key>,
         labels: Labels,
     ) -> Result<Vec<Mount>, Error> {
-        self.create(Kind::View, key, parent, labels).await
+        self.create(Kind::View, key, parent, labels, None).await
     }
 
     /// The mounts of an active snapshot or view.
@@ -382,6 +394,7 @@ impl<L: LazyLayers> Snapshots<L> {
         key: Key,
         parent: Option<Key>,
         labels: Labels,
+        program: Option<Arc<Program>>,
     ) -> Result<Vec<Mount>, Error> {
         let below = self.store.would_create(key.clone(), parent.clone()).await?;
         self.refuse_contradicted(parent.as_ref()).await?;
@@ -413,7 +426,7 @@ impl<L: LazyLayers> Snapshots<L> {
         crash_point!("prepare.recorded");
         directory.keep();
         if let Some(image) = starting {
-            self.layers.starts(image).await;
+            self.layers.starts(ImageUse { program, ..image }).await;
         }
         Ok(self.overlay(kind, id, &lower))
     }

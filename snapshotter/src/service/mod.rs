@@ -27,7 +27,7 @@ pub use grpc::{Adapter, server};
 #[cfg(any(test, fuzzing))]
 pub(crate) use labels::{layer_request, target};
 pub use lazy_layers::{
-    ImageUse, InUse, LayerRequest, LazyLayers, MountError, NotLazy, Owner, Proof, Usage,
+    ImageUse, InUse, LayerRequest, LazyLayers, MountError, NotLazy, Owner, Program, Proof, Usage,
 };
 pub use logic::Snapshots;
 pub use mounts::{Mount, OverlayOptions};

@@ -6,7 +6,7 @@ use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
-use serde_json::json;
+use serde_json::{Value, json};
 use sluice_oci::{Descriptor, Digest, Hasher, Index, Manifest, Platform, media_type};
 
 use super::Image;
@@ -113,6 +113,15 @@ impl LayoutWriter {
 
     /// Writes configuration, manifest and index under a tag.
     pub fn finish(self, tag: &str, command: &[&str]) -> Result<()> {
+        let running = json!({
+            "Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
+            "Cmd": command,
+        });
+        self.finish_with(tag, &running)
+    }
+
+    /// The same, with what the configuration says of how it is run.
+    pub fn finish_with(self, tag: &str, running: &Value) -> Result<()> {
         let platform = Platform::of_this_machine();
         let history: Vec<_> = (self.layers.iter())
             .map(|_| json!({"created": "2020-01-01T00:00:00Z", "created_by": "test harness"}))
@@ -121,10 +130,7 @@ impl LayoutWriter {
             "created": "2020-01-01T00:00:00Z",
             "architecture": platform.architecture,
             "os": platform.os,
-            "config": {
-                "Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
-                "Cmd": command,
-            },
+            "config": running,
             "rootfs": {"type": "layers", "diff_ids": self.diff_ids},
             "history": history,
         });

@@ -67,6 +67,7 @@ impl Disputed {
         let named = NamedLayers {
             layers: std::iter::zip(names, blobs.map(Some)).collect(),
             cut: false,
+            programs: vec![(self.top.parse().unwrap(), program())],
         };
         self.images.images.lock().push(NamedImage {
             name: name.to_owned(),
@@ -84,7 +85,7 @@ impl Disputed {
         self.rig.fake.state.lock().truths.insert(layer, Ok(proof));
     }
 
-    fn settle(&self, name: &str, labels: &Labels) -> Result<(), Error> {
+    fn settle(&self, name: &str, labels: &Labels) -> Result<Option<Arc<Program>>, Error> {
         let snapshots = self.rig.snapshots.as_ref().unwrap();
         let (name, parent) = (key(name), key(&self.top));
         let settled = snapshots.settle_disputes(CALLER, &name, Some(&parent), labels);
@@ -104,19 +105,27 @@ impl Disputed {
     }
 }
 
+fn program() -> Arc<Program> {
+    Arc::new(Program {
+        words: vec!["serve".to_owned()],
+        ..Program::default()
+    })
+}
+
 #[test]
 fn what_all_images_mean_the_same_by_is_started_at_once() {
     let disputed = Disputed::new(FakeImages::default());
     disputed.image("r.io/app:1", [layer(1), layer(2)]);
     disputed.image("r.io/app:same", [layer(1), layer(2)]);
-    disputed.start().unwrap();
+    let program = disputed.settle("k8s.io/7/c", &Labels::new()).unwrap();
+    assert_eq!(program, Some(self::program()));
     assert_eq!(disputed.settling(), []);
     assert_eq!(*disputed.images.asked.lock(), ["k8s.io"]);
     // Nobody asks for what containerd unpacks into, or who is not containerd.
     disputed.image("r.io/other:1", [layer(3), layer(2)]);
     let target = lazy("sha256:above", layer(3));
-    let unpacking = disputed.settle("k8s.io/8/extract", &target);
-    assert!(unpacking.is_ok() && disputed.settle("c", &Labels::new()).is_ok());
+    assert_eq!(disputed.settle("k8s.io/8/extract", &target).unwrap(), None);
+    assert_eq!(disputed.settle("c", &Labels::new()).unwrap(), None);
     assert_eq!(disputed.images.asked.lock().len(), 1);
 }
 
