@@ -167,6 +167,8 @@ impl Bench<'_> {
             let clock = Instant::now();
             let reference = self.node.reference(IMAGE);
             self.node.containerd.lazy_pull(&reference, DOWNLOADING)?;
+            // It begins with the first use of the layer.
+            let mounted = self.node.containerd.mount(&reference, DOWNLOADING)?;
             wait_for("the background download", || {
                 let layers = self.status(DOWNLOADING, "layers")?;
                 let chunks = |key: &str| layers[0][key].as_u64();
@@ -174,6 +176,7 @@ impl Bench<'_> {
                 Ok((complete && chunks("chunks") > Some(0)).then_some(()))
             })?;
             let end = clock.elapsed().as_secs_f64();
+            self.node.containerd.unmount(&mounted)?;
             // What came first is the table of contents.
             let transfers = self.node.link.transfers();
             let name = layer.digest.to_string();
