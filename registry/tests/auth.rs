@@ -138,6 +138,27 @@ async fn one_token_serves_a_repository() {
 }
 
 #[tokio::test]
+async fn a_token_is_there_before_it_is_needed() {
+    let registry = TokenRegistry::start(300).await;
+    let (client, _directory) = logged_in(&registry.server, PASSWORD);
+    let image = reference(&registry.server, "team/app");
+    client.connect_ahead(&image, 6).await;
+    let tokens = registry.tokens();
+    assert_eq!(tokens.len(), 1);
+    let scope = "scope=repository%3Ateam%2Fapp%3Apull";
+    assert!(tokens[0].target.contains(scope), "{}", tokens[0].target);
+    let others = registry.server.log();
+    let others = others.iter().filter(|line| !line.contains("/token"));
+    for line in others {
+        assert_eq!(line, "GET /v2/");
+    }
+    // Neither a refusal nor another token.
+    let before = registry.server.count();
+    assert!(read(&client, &image).await.unwrap() == content()[5..15]);
+    assert_eq!(registry.server.count(), before + 1);
+}
+
+#[tokio::test]
 async fn anonymous_access_asks_for_a_token_without_a_password() {
     let registry = TokenRegistry::start(300).await;
     let image = reference(&registry.server, "app");

@@ -7,6 +7,7 @@ mod support;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::future::join_all;
 use sluice_oci::{Digest, Reference};
 use sluice_registry::{Blob, BlobSource, ByteRange, Client, Config, Error, ErrorKind, RetryPolicy};
 use support::fault_server::{FaultServer, Reply, Request, hang_up, silence};
@@ -502,4 +503,61 @@ async fn attempts_and_deadline_are_settings() {
         ErrorKind::Server
     );
     assert_eq!(server.count(), 2);
+}
+
+/// Answers nothing to any of the first `count` requests before all have come,
+/// and so for the next `count`: so many are on connections of their own.
+async fn crowd(count: usize) -> FaultServer {
+    FaultServer::start(move |request, before| {
+        let reply = match request.target.as_str() {
+            "/v2/" => Reply::new(200, "{}"),
+            _ => Reply::part(&content(), request),
+        };
+        reply.after_requests((before / count + 1) * count)
+    })
+    .await
+}
+
+#[tokio::test]
+async fn connections_are_there_before_they_are_needed() {
+    const COUNT: usize = 6;
+    let server = crowd(COUNT).await;
+    let client = support::client();
+    client.connect_ahead(&image(&server), COUNT).await;
+    assert_eq!(server.log(), vec!["GET /v2/"; COUNT]);
+    assert_eq!(server.connections(), COUNT);
+    // Connections go back to where they are taken from by tasks of their own.
+    for _ in 0..100 {
+        tokio::task::yield_now().await;
+    }
+    let blob = client.blob(&image(&server), Digest::of(&content()));
+    join_all((0..COUNT).map(|_| part_is_right(&blob))).await;
+    assert_eq!((server.count(), server.connections()), (2 * COUNT, COUNT));
+}
+
+#[tokio::test]
+async fn connecting_ahead_tries_once_and_never_fails() {
+    const COUNT: usize = 3;
+    for answer in [
+        Reply::new(401, ""),
+        Reply::new(404, "no API"),
+        Reply::new(503, "").with("Retry-After", "3600"),
+        Reply::new(307, "").with("Location", "http://127.0.0.1:1/"),
+        Reply::new(200, vec![b' '; 300 << 10]),
+        silence(),
+        hang_up(),
+    ] {
+        let server = server(vec![answer.clone(); COUNT]).await;
+        let client = support::impatient_client();
+        client.connect_ahead(&image(&server), COUNT).await;
+        assert_eq!(server.count(), COUNT, "{answer:?}");
+        // What came of it is not held against the registry.
+        let blob = client.blob(&image(&server), Digest::of(&content()));
+        part_is_right(&blob).await;
+        assert_eq!(server.count(), COUNT + 1, "{answer:?}");
+    }
+    // One at whose address nobody listens.
+    let gone = server(Vec::new()).await.host.clone();
+    let gone = format!("{gone}/app:v1").parse().unwrap();
+    support::client().connect_ahead(&gone, COUNT).await;
 }

@@ -188,6 +188,22 @@ async fn http_2_is_used_where_it_is_offered() {
 }
 
 #[tokio::test]
+async fn one_connection_is_made_ahead_where_one_is_enough() {
+    for (protocols, expected) in [
+        (&[&b"h2"[..], b"http/1.1"][..], vec![Version::HTTP_2; 1]),
+        (&[b"http/1.1"], vec![Version::HTTP_11; 4]),
+    ] {
+        let server = TlsServer::start(protocols).await;
+        server.client().connect_ahead(&server.image(), 4).await;
+        assert_eq!(*server.versions.lock().unwrap(), expected);
+    }
+    // Who is not trusted is not asked again.
+    let server = TlsServer::start(&[]).await;
+    support::client().connect_ahead(&server.image(), 4).await;
+    assert!(server.versions.lock().unwrap().is_empty());
+}
+
+#[tokio::test]
 async fn an_unknown_authority_is_refused_with_the_remedy() {
     let server = TlsServer::start(&[]).await;
     let error = support::client()

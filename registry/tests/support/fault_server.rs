@@ -3,7 +3,9 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
@@ -45,6 +47,8 @@ pub struct Reply {
     body: Vec<u8>,
     /// Announced in place of the body's real length.
     length: Option<usize>,
+    /// Sent when so many requests have come.
+    after: usize,
     then: Then,
 }
 
@@ -63,6 +67,7 @@ impl Reply {
             headers: Vec::new(),
             body: body.into(),
             length: None,
+            after: 0,
             then: Then::KeepAlive,
         }
     }
@@ -91,6 +96,12 @@ impl Reply {
 
     pub fn with(mut self, name: &str, value: impl Into<String>) -> Self {
         self.headers.push((name.to_owned(), value.into()));
+        self
+    }
+
+    /// Waits until so many requests have come in all, this one among them.
+    pub fn after_requests(mut self, count: usize) -> Self {
+        self.after = count;
         self
     }
 
@@ -130,6 +141,7 @@ type Handler = dyn Fn(&Request, usize) -> Reply + Send + Sync;
 pub struct FaultServer {
     pub host: String,
     requests: Arc<Mutex<Vec<Request>>>,
+    connections: Arc<AtomicUsize>,
     accepting: JoinHandle<()>,
 }
 
@@ -157,15 +169,19 @@ impl FaultServer {
         let address: SocketAddr = listener.local_addr().unwrap();
         let requests = Arc::new(Mutex::new(Vec::new()));
         let (log, handler): (_, Arc<Handler>) = (Arc::clone(&requests), Arc::new(handler));
+        let connections = Arc::<AtomicUsize>::default();
+        let accepted = Arc::clone(&connections);
         let accepting = tokio::spawn(async move {
-            let mut connections = tokio::task::JoinSet::new();
+            let mut open = tokio::task::JoinSet::new();
             while let Ok((stream, _)) = listener.accept().await {
-                connections.spawn(connection(stream, Arc::clone(&log), Arc::clone(&handler)));
+                accepted.fetch_add(1, Ordering::Relaxed);
+                open.spawn(connection(stream, Arc::clone(&log), Arc::clone(&handler)));
             }
         });
         Self {
             host: address.to_string(),
             requests,
+            connections,
             accepting,
         }
     }
@@ -184,6 +200,11 @@ impl FaultServer {
     pub fn count(&self) -> usize {
         self.requests.lock().unwrap().len()
     }
+
+    /// How many connections clients have made so far.
+    pub fn connections(&self) -> usize {
+        self.connections.load(Ordering::Relaxed)
+    }
 }
 
 impl Drop for FaultServer {
@@ -201,6 +222,9 @@ async fn connection(stream: TcpStream, log: Arc<Mutex<Vec<Request>>>, handler: A
             log.len() - 1
         };
         let reply = handler(&request, before);
+        while log.lock().unwrap().len() < reply.after {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
         if reply.status != 0 {
             let bytes = render(&request, &reply);
             if stream.get_mut().write_all(&bytes).await.is_err() {
