@@ -75,6 +75,8 @@ fn every_layer_is_unpacked_where_nothing_is_lazy() -> Result<()> {
     // One manifest, one configuration, three layers.
     assert_eq!(proxy.requests("/manifests/"), 1);
     assert_eq!(proxy.requests("/blobs/"), 4);
+    // There is no daemon that could be told beforehand.
+    assert_eq!(connected_ahead(&proxy), 0);
 
     let ran = text(&mut ours.run_command(OVERLAYFS, &through, "one", &[]))?;
     ensure!(ran.contains("ldconfig"), "{ran}");
@@ -107,7 +109,7 @@ fn what_was_pulled_survives_the_collector_and_goes_with_the_image() -> Result<()
     containerd.pull(&other, OVERLAYFS)?;
     containerd.ctr_text(&["images", "remove", "--sync", &other])?;
     assert_eq!(contents(&containerd)?, 5);
-    assert_eq!(snapshots(&containerd)?, 3);
+    assert_eq!(snapshots(&containerd, OVERLAYFS)?, 3);
     let ran = text(&mut containerd.run_command(OVERLAYFS, reference, "one", &[]))?;
     ensure!(ran.contains("ldconfig"), "{ran}");
 
@@ -121,7 +123,10 @@ fn what_was_pulled_survives_the_collector_and_goes_with_the_image() -> Result<()
     assert_eq!(before, after);
 
     containerd.forget_images()?;
-    assert_eq!((contents(&containerd)?, snapshots(&containerd)?), (0, 0));
+    assert_eq!(
+        (contents(&containerd)?, snapshots(&containerd, OVERLAYFS)?),
+        (0, 0)
+    );
     Ok(())
 }
 
@@ -144,7 +149,7 @@ fn a_pull_that_fails_leaves_nothing_behind() -> Result<()> {
     ensure!(said.contains(&top), "{said}");
     ensure!(said.contains("the content has digest"), "{said}");
     assert_eq!(contents(&containerd)?, 0);
-    assert_eq!(snapshots(&containerd)?, 0);
+    assert_eq!(snapshots(&containerd, OVERLAYFS)?, 0);
     assert_eq!(leases(&containerd)?, 0);
     assert_eq!(containerd.ctr_text(&["images", "list", "--quiet"])?, "");
     let ingests = containerd.ctr_text(&["content", "active"])?;
@@ -171,7 +176,10 @@ fn an_interrupted_pull_leaves_nothing_behind() -> Result<()> {
     let status = pull.stop()?;
     assert_eq!(status.code(), Some(1), "{}", pull.log());
     ensure!(pull.log().contains("interrupted"), "{}", pull.log());
-    assert_eq!((contents(&containerd)?, snapshots(&containerd)?), (0, 0));
+    assert_eq!(
+        (contents(&containerd)?, snapshots(&containerd, OVERLAYFS)?),
+        (0, 0)
+    );
     assert_eq!(leases(&containerd)?, 0);
     Ok(())
 }
@@ -240,12 +248,13 @@ fn bad_input_is_one_line_with_the_remedy() -> Result<()> {
     let image = small_image(&scratch, &registry, "small:1")?;
     let reference = &image.reference;
     let missing = registry.reference("no/such:tag");
+    let nowhere = "127.0.0.1:1/no/such:tag";
     let sluice = sluice_tests::programs::sluice_command;
     let mut no_socket = sluice()?;
     no_socket
         .args(["pull", "--containerd", "/nonexistent/containerd.sock"])
         .arg(reference);
-    let cases: [(Command, &[&str]); 4] = [
+    let cases: [(Command, &[&str]); 5] = [
         (
             no_socket,
             &["/nonexistent/containerd.sock", "--containerd", "root"],
@@ -257,6 +266,10 @@ fn bad_input_is_one_line_with_the_remedy() -> Result<()> {
         (
             containerd.lazy_pull_command(&missing, OVERLAYFS)?,
             &[&missing, "404", "check the name"],
+        ),
+        (
+            containerd.lazy_pull_command(nowhere, OVERLAYFS)?,
+            &[nowhere, "refused"],
         ),
         (
             containerd.lazy_pull_command("Not/A Reference", OVERLAYFS)?,
@@ -351,9 +364,59 @@ fn lazy_layers_are_not_downloaded() -> Result<()> {
     Ok(())
 }
 
+/// The daemon connects and opens layers while the configuration is on its way,
+/// and asks for nothing that the client has.
+#[test]
+fn layers_are_opened_before_containerd_asks() -> Result<()> {
+    let scratch = Scratch::new()?;
+    let registry = Registry::start(&scratch)?;
+    let image = small_image(&scratch, &registry, "small:1")?;
+    let lazy = push_chunked(&scratch, &registry, &image, &[0, 1, 2], "lazy:1")?;
+    let manifest = registry.manifest(&lazy)?;
+    let proxy = Proxy::start(registry.host())?;
+    let reference = proxy.reference("lazy:1");
+    let options = Options {
+        more: "[prefetch]\nenabled = false\n[background]\nenabled = false\n".to_owned(),
+        ..Options::default()
+    };
+    let daemon = Daemon::start(&scratch, &options)?;
+    let containerd = Containerd::start_with(&scratch, &[(SLUICE, &daemon)])?;
+
+    proxy.fail(&manifest.config.digest.to_string(), 100, Fault::Stall(0));
+    let command = containerd.lazy_pull_command(&reference, SLUICE)?;
+    let pull = scratch.spawn("pull", command)?;
+    let layers = daemon.root().join("layers");
+    wait_for("the layers", || {
+        ensure!(pull.is_running(), "it ended: {}", pull.log());
+        let opened = |layer: &Descriptor| layers.join(layer.digest.hex()).join("meta.erofs");
+        let all = manifest.layers.iter().all(|layer| opened(layer).exists());
+        Ok(all.then_some(()))
+    })?;
+    assert_eq!(snapshots(&containerd, SLUICE)?, 0);
+    wait_for("the connections", || {
+        Ok((connected_ahead(&proxy) == 6).then_some(()))
+    })?;
+    // The client's: the daemon was given it.
+    assert_eq!(proxy.requests("/manifests/"), 1, "{:?}", proxy.seen());
+    assert_eq!(pull.stop()?.code(), Some(1), "{}", pull.log());
+    assert_eq!((contents(&containerd)?, leases(&containerd)?), (0, 0));
+
+    // Who pulls it after all finds them.
+    proxy.heal();
+    proxy.forget();
+    let said = text(&mut containerd.lazy_pull_command(&reference, SLUICE)?)?;
+    ensure!(said.contains("3 layers lazy"), "{said}");
+    assert_eq!(proxy.requests("/manifests/"), 1, "{:?}", proxy.seen());
+    assert_eq!(proxy.requests("/blobs/"), 1, "{:?}", proxy.seen());
+    let ran = text(&mut containerd.run_command(SLUICE, &reference, "one", &[]))?;
+    ensure!(ran.contains("ldconfig"), "{ran}");
+    containerd.forget_images()?;
+    Ok(())
+}
+
 /// What a person waits for before the first instruction: one request a layer,
-/// beside the manifest (which the daemon asks for as well) and the
-/// configuration.
+/// beside the configuration and the manifest, which the daemon asks for as well
+/// where containerd is faster than what it is told.
 #[test]
 fn few_requests_make_a_converted_image_ready() -> Result<()> {
     let scratch = Scratch::new()?;
@@ -426,6 +489,12 @@ fn a_daemon_that_does_not_run_is_named() -> Result<()> {
     Ok(())
 }
 
+/// Requests that only open a connection, as of a client that asks for nothing.
+fn connected_ahead(proxy: &Proxy) -> usize {
+    let seen = proxy.seen();
+    seen.iter().filter(|seen| seen.path == "/v2/").count()
+}
+
 /// Lines of a list without its heading.
 fn count(containerd: &Containerd, list: &[&str], heading: usize) -> Result<usize> {
     let lines = containerd.ctr_text(list)?;
@@ -436,8 +505,8 @@ fn contents(containerd: &Containerd) -> Result<usize> {
     count(containerd, &["content", "list", "--quiet"], 0)
 }
 
-fn snapshots(containerd: &Containerd) -> Result<usize> {
-    let list = ["snapshots", "--snapshotter", OVERLAYFS, "list"];
+fn snapshots(containerd: &Containerd, snapshotter: &str) -> Result<usize> {
+    let list = ["snapshots", "--snapshotter", snapshotter, "list"];
     count(containerd, &list, 1)
 }
 
