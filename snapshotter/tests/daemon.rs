@@ -14,8 +14,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use serde_json::json;
+use sluice_oci::Digest;
 use sluice_proto::containerd::services::snapshots::v1 as api;
 use sluice_proto::containerd::types::Mount;
+use sluice_proto::control::v1::ExpectImageRequest;
+use sluice_proto::control::v1::control_client::ControlClient;
 use tempfile::TempDir;
 use tonic::Code;
 use tonic::transport::Channel;
@@ -73,8 +77,12 @@ impl Daemon {
     }
 
     async fn client(&self) -> Client {
+        Client::new(self.channel().await)
+    }
+
+    async fn channel(&self) -> Channel {
         let channel = containerd_client::connect(self.socket()).await;
-        Client::new(channel.unwrap())
+        channel.unwrap()
     }
 }
 
@@ -238,6 +246,79 @@ async fn errors_carry_the_codes_that_containerd_knows() {
         list(&mut client, &["name=="]).await,
         Err(Code::InvalidArgument)
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_expected_image_is_looked_at_before_it_is_believed() {
+    let daemon = Daemon::new();
+    let mut control = ControlClient::new(daemon.channel().await);
+    // A registry that is not there: nothing waits for it.
+    let named = ExpectImageRequest {
+        reference: "127.0.0.1:1/app:v1".to_owned(),
+        ..ExpectImageRequest::default()
+    };
+    let with = |manifest: &[u8]| ExpectImageRequest {
+        manifest_digest: Digest::of(manifest).to_string(),
+        manifest: manifest.to_vec(),
+        ..named.clone()
+    };
+    let descriptor = |content: &[u8]| {
+        let digest = Digest::of(content).to_string();
+        json!({"mediaType": "text/plain", "size": content.len(), "digest": digest})
+    };
+    let document = |layers: serde_json::Value| {
+        let config = descriptor(b"{}");
+        json!({"schemaVersion": 2, "config": config, "layers": layers}).to_string()
+    };
+    let layers = json!([descriptor(b"lowest"), descriptor(b"next")]);
+    let good = with(document(layers.clone()).as_bytes());
+    for right in [
+        named.clone(),
+        with(document(json!([])).as_bytes()),
+        good.clone(),
+        good.clone(),
+    ] {
+        control.expect_image(right).await.unwrap();
+    }
+
+    let other = Digest::of(b"other").to_string();
+    let mut large = document(layers).into_bytes();
+    large.resize((4 << 20) + 1, b' ');
+    for (wrong, why) in [
+        (
+            ExpectImageRequest {
+                reference: "Not/A Reference".to_owned(),
+                ..good.clone()
+            },
+            "reference",
+        ),
+        (
+            ExpectImageRequest {
+                manifest_digest: "sha256:short".to_owned(),
+                ..good.clone()
+            },
+            "digest",
+        ),
+        (
+            ExpectImageRequest {
+                manifest_digest: other.clone(),
+                ..good.clone()
+            },
+            &other,
+        ),
+        (with(b"no manifest"), "expected"),
+        (with(br#"{"layers":[{}]}"#), "missing field"),
+        (with(&large), "4194304"),
+    ] {
+        let status = control.expect_image(wrong).await.unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument, "{status}");
+        assert!(status.message().contains(why), "{status}");
+    }
+    // Nothing was made of any of it.
+    let mut client = daemon.client().await;
+    assert!(list(&mut client, &[]).await.unwrap().concat().is_empty());
+    let layers = daemon.root().join("layers");
+    assert_eq!(fs::read_dir(layers).unwrap().count(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
