@@ -18,6 +18,10 @@ pub use grpc::{Adapter, MAX_MESSAGE, server};
 /// accept.
 const MAX_MANIFEST: usize = 4 << 20;
 
+/// So many layers of an image are opened before they are asked for. Images have
+/// fewer; a manifest has room for thousands.
+const MOST_AHEAD: usize = 128;
+
 /// Why a call fails.
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
@@ -188,7 +192,12 @@ impl Control {
             manifest_digest: Some(digest),
             // The node knows the manifest, which tells more.
             annotations: BTreeMap::new(),
-            image_layers: manifest.layers.iter().map(|layer| layer.digest).collect(),
+            image_layers: manifest
+                .layers
+                .iter()
+                .map(|layer| layer.digest)
+                .take(MOST_AHEAD)
+                .collect(),
         };
         self.node.know_image(reference, digest, manifest.layers);
         let (node, snapshots) = (self.node.clone(), Arc::clone(&self.snapshots));
