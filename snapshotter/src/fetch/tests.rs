@@ -16,6 +16,7 @@ use tokio::sync::watch;
 mod content;
 mod disk;
 mod guesses;
+mod plans;
 mod reuse;
 pub(crate) mod simulated;
 

@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use sluice_oci::Digest;
 use tempfile::TempDir;
@@ -14,6 +15,7 @@ use super::*;
 
 mod claims;
 mod disputes;
+mod expected;
 mod fake;
 mod model;
 mod restart;

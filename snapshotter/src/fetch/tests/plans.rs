@@ -1,0 +1,66 @@
+//! By which plan it is judged whether following one pays.
+
+use sluice_layer::Unit;
+
+use super::*;
+use crate::fetch::reads::{Planned, Reads};
+use crate::layer_dir::{ChunkId, Kin, Present, Record};
+
+const CHUNKS: u32 = 200;
+
+/// A chunk of one byte, alone in the unit that begins at its position.
+fn record(position: u32) -> Record {
+    Record {
+        data_offset: u64::from(position) * 4096,
+        size: 1,
+        unit: Unit {
+            offset: u64::from(position),
+            size: 1,
+        },
+        inner_offset: 0,
+        starts_file: true,
+        kin: Kin::default(),
+        digest: sluice_oci::Digest::of(b"x"),
+    }
+}
+
+fn read(reads: &Reads, positions: std::ops::Range<u32>) {
+    for position in positions {
+        reads.read(ChunkId::at(position), &record(position));
+    }
+}
+
+fn pays(reads: &Reads) -> bool {
+    reads.pays().now_or_never().is_some()
+}
+
+#[test]
+fn a_new_plan_is_what_counts_from_then_on() {
+    let reads = Reads::new(CHUNKS);
+    let planned = |position| reads.is_planned(ChunkId::at(position), &record(position));
+    reads.plan(Planned::Before(50));
+    assert!(planned(49) && !planned(50) && !planned(120));
+    // Everything that is read is beside it, until following it is given up.
+    read(&reads, 50..90);
+    assert!(!reads.fits() && !pays(&reads));
+    let mut waiting = Box::pin(reads.pays());
+    assert!(waiting.as_mut().now_or_never().is_none());
+
+    let chunks = Present::empty(CHUNKS);
+    for position in 100..150 {
+        chunks.insert(ChunkId::at(position));
+    }
+    reads.plan(Planned::Chunks(chunks));
+    // What was read beside the former one is not held against this one, and who
+    // waits to follow one is told.
+    assert!(waiting.now_or_never().is_some());
+    assert!(reads.fits() && pays(&reads));
+    assert!(planned(120) && !planned(49));
+    read(&reads, 100..120);
+    assert!(reads.fits());
+    // What only the former one named is beside this one.
+    read(&reads, 0..40);
+    assert!(!reads.fits() && !pays(&reads));
+    read(&reads, 120..150);
+    assert!(reads.fits() && pays(&reads));
+}
