@@ -65,7 +65,7 @@ impl LazyFile {
     }
 
     /// Bytes of it, which are fetched as a guess if need be; none if there are
-    /// no such bytes or they cannot be had.
+    /// no such bytes, they cannot be had, or nothing is guessed.
     pub async fn read(&self, range: Range<u64>) -> Option<Vec<u8>> {
         let len = range.end.min(self.size()).checked_sub(range.start)?;
         let offset = self.offset().checked_add(range.start)?;
@@ -174,6 +174,9 @@ impl LazyLayer {
     }
 
     fn fetch_at_once(self: &Arc<Self>, chunks: &[ChunkId]) {
+        if !self.guesses() {
+            return;
+        }
         let records = chunks
             .iter()
             .map(|&chunk| (chunk, self.dir.chunks().get(chunk)));
@@ -221,7 +224,7 @@ impl LazyLayer {
 
     /// A file is needed then. Once it has come, so is what it loads.
     fn foresee_file(self: &Arc<Self>, file: &LazyFile, need: Need) {
-        if !self.followed.is_needed(file.first, need) {
+        if !self.guesses() || !self.followed.is_needed(file.first, need) {
             return;
         }
         self.fetch_foreseen(&file.missing(), need);

@@ -60,6 +60,11 @@ impl LazyLayer {
         (self.link.price_of_miss() * SMALL).clamp(SMALL_FILE, LARGEST_SMALL_FILE)
     }
 
+    /// Whether anything may be fetched on a guess: not where read-ahead is off.
+    pub(super) fn guesses(&self) -> bool {
+        self.engine.config().read_ahead > 0
+    }
+
     /// How much may be guessed; none where read-ahead is off.
     fn budget(&self) -> Option<Budget> {
         let longest = self.engine.config().read_ahead;
