@@ -4,7 +4,7 @@
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use futures_util::future::try_join_all;
 use parking_lot::Mutex;
@@ -31,10 +31,10 @@ pub struct Snapshots<L> {
     directories: Arc<Directories>,
     layers: Arc<L>,
     overlay: OverlayOptions,
-    locks: Arc<LayerLocks>,
+    pub(super) locks: Arc<LayerLocks>,
     pins: Pins,
     /// Layers that were opened before they were asked for.
-    expected: Expected,
+    pub(super) expected: Expected,
     /// Layers that nothing refers to and that could not be removed.
     leftovers: Mutex<HashSet<Digest>>,
     pub(super) images: Option<Arc<dyn Images>>,
@@ -221,26 +221,6 @@ impl<L: LazyLayers> Snapshots<L> {
             UsageSource::Recorded(usage) => Ok(usage),
             UsageSource::Directory(id) => self.measure(id).await,
             UsageSource::Layer(layer) => Ok(self.layers.usage(layer).await?),
-        }
-    }
-
-    /// Opens the layers of an image for which somebody is about to ask, so that
-    /// they find the work done: `lowest`, and those that it names.
-    pub async fn expect(&self, lowest: LayerRequest) {
-        self.expected.put(&lowest.image_layers);
-        let _lock = self.locks.lock(lowest.digest).await;
-        if let Err(error) = self.layers.open(lowest).await {
-            tracing::debug!("not opened ahead: {error}");
-        }
-    }
-
-    /// Removes the layers that were opened `patience` ago or longer and that
-    /// nobody has asked for since.
-    pub async fn release_unclaimed(&self, patience: Duration) {
-        for layer in self.expected.take(patience) {
-            if let Err(error) = self.release(layer).await {
-                tracing::warn!(%error, "a layer that was opened ahead stays until the next cleanup");
-            }
         }
     }
 
@@ -530,7 +510,7 @@ impl<L: LazyLayers> Snapshots<L> {
     }
 
     /// Removes a layer unless a snapshot refers to it again by now.
-    async fn release(&self, layer: Digest) -> Result<(), Error> {
+    pub(super) async fn release(&self, layer: Digest) -> Result<(), Error> {
         let _lock = self.locks.lock(layer).await;
         self.remove_unused(layer).await
     }
