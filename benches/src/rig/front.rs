@@ -57,10 +57,8 @@ http {{
         fs::write(&file, config)?;
         let mut command = link.far_command("nginx");
         command.args(["-e", "stderr", "-p"]).arg(&dir);
-        let process = scratch.spawn("front", {
-            command.arg("-c").arg(&file);
-            command
-        })?;
+        command.arg("-c").arg(&file);
+        let process = scratch.spawn("front", command)?;
         wait_for("nginx", || {
             if !process.is_running() {
                 bail!("nginx ended: {}", process.log());
