@@ -33,6 +33,11 @@ impl Mode {
     }
 }
 
+/// Lines of TOML with which nothing is fetched but what is read, to which others
+/// of the section `fetch` may be added.
+pub const ON_DEMAND: &str = "[prefetch]\nenabled = false\n[background]\nenabled = false\n\
+                             [fetch]\nread_ahead_mib = 0\n";
+
 /// What differs between one daemon and another.
 #[derive(Debug, Clone, Default)]
 pub struct Options {

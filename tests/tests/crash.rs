@@ -13,7 +13,7 @@ use sluice_oci::Digest;
 use sluice_snapshotter::layer_dir::LayerDir;
 use sluice_tests::command::{self, attempt, run, wait_for};
 use sluice_tests::content::{self, noise};
-use sluice_tests::daemon::{Mode, Options};
+use sluice_tests::daemon::{Mode, ON_DEMAND, Options};
 use sluice_tests::figures::Supervisor;
 use sluice_tests::image::{self, Compression, LayoutWriter, Meta, Tarball};
 use sluice_tests::killer::{Killer, signal};
@@ -32,7 +32,7 @@ const FILES: usize = 8;
 fn quiet(mode: Mode, supervised: bool) -> Options {
     Options {
         mode: Some(mode),
-        more: "[background]\nenabled = false\n[prefetch]\nenabled = false\n".to_owned(),
+        more: ON_DEMAND.to_owned(),
         supervised,
         ..Options::default()
     }

@@ -8,18 +8,18 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use sluice_tests::command::{self, wait_for};
-use sluice_tests::daemon::Mode;
+use sluice_tests::daemon::{Mode, ON_DEMAND};
 use sluice_tests::faulty::{FILES, World, file_name};
 use sluice_tests::node::snapshotter;
 use sluice_tests::proxy::{Access, Fault, Proxy};
 use sluice_tests::tree::{self, Times};
 
-/// Nothing is fetched but what a reader asks for, and failures come soon.
-const ON_DEMAND: &str = "[prefetch]\nenabled = false\n[background]\nenabled = false\n\
-                         [fetch]\ndeadline_seconds = 3\nread_ahead_mib = 0\n";
+/// Failures come soon.
+const SOON: u32 = 3;
 
+/// Nothing is fetched but what a reader asks for.
 fn with_deadline(seconds: u32) -> String {
-    ON_DEMAND.replace("= 3", &format!("= {seconds}"))
+    format!("{ON_DEMAND}deadline_seconds = {seconds}\n")
 }
 
 const FORMATS: [&str; 2] = ["estargz", "zstd-chunked"];
@@ -27,7 +27,7 @@ const FORMATS: [&str; 2] = ["estargz", "zstd-chunked"];
 #[test]
 fn a_tampered_chunk_is_never_served() -> Result<()> {
     for format in FORMATS {
-        let world = World::new(format, ON_DEMAND)?;
+        let world = World::new(format, &with_deadline(SOON))?;
         for mode in Mode::ALL {
             let dir = world.mount(mode)?;
             world.fail(u64::MAX, Fault::Tamper(world.layer.size / 2));
@@ -49,7 +49,7 @@ fn a_tampered_chunk_is_never_served() -> Result<()> {
 
 #[test]
 fn a_chunk_tampered_once_is_fetched_again() -> Result<()> {
-    let world = World::new("estargz", ON_DEMAND)?;
+    let world = World::new("estargz", &with_deadline(SOON))?;
     for mode in Mode::ALL {
         let dir = world.mount(mode)?;
         world.fail(1, Fault::Tamper(world.layer.size / 2));
@@ -65,7 +65,7 @@ fn a_chunk_tampered_once_is_fetched_again() -> Result<()> {
 #[test]
 fn a_tampered_toc_or_footer_is_unpacked_instead() -> Result<()> {
     for format in FORMATS {
-        let world = World::new(format, ON_DEMAND)?;
+        let world = World::new(format, &with_deadline(SOON))?;
         let unpacked = world.node.containerd.yardstick(&world.plain)?;
         let toc = match world
             .layer
@@ -116,7 +116,7 @@ fn a_tampered_toc_or_footer_is_unpacked_instead() -> Result<()> {
 /// Where the blob is broken for everyone, the pull says so and keeps nothing.
 #[test]
 fn a_tampered_blob_or_manifest_is_refused() -> Result<()> {
-    let world = World::new("estargz", ON_DEMAND)?;
+    let world = World::new("estargz", &with_deadline(SOON))?;
     let images = || (world.node.containerd).ctr_text(&["images", "list", "--quiet"]);
     let refusal = |reference: &str| -> Result<String> {
         let name = snapshotter(Mode::Erofs);
@@ -195,7 +195,7 @@ fn what_fails_for_a_moment_is_not_noticed() -> Result<()> {
 
 #[test]
 fn what_fails_for_good_fails_the_read_and_nothing_else() -> Result<()> {
-    let world = World::new("zstd-chunked", ON_DEMAND)?;
+    let world = World::new("zstd-chunked", &with_deadline(SOON))?;
     for (mode, mut next) in Mode::ALL.into_iter().zip([0..FILES, 0..FILES]) {
         let dir = world.mount(mode)?;
         let first = next.next().context("no file is left")?;

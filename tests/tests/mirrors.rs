@@ -7,14 +7,15 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use sluice_tests::command::{run, text};
-use sluice_tests::daemon::Mode;
+use sluice_tests::daemon::{Mode, ON_DEMAND};
 use sluice_tests::faulty::{FILES, World};
 use sluice_tests::programs::sluice_command;
 use sluice_tests::proxy::{Fault, Proxy, Rule};
 
-/// A stall takes a quarter of the deadline.
-const ON_DEMAND: &str = "[prefetch]\nenabled = false\n[background]\nenabled = false\n\
-                         [fetch]\ndeadline_seconds = 20\nread_ahead_mib = 0\n";
+/// Nothing is fetched but what is read. A stall takes a quarter of the deadline.
+fn on_demand() -> String {
+    format!("{ON_DEMAND}deadline_seconds = 20\n")
+}
 
 /// Puts a mirror before the registry of the world.
 fn set_mirror(world: &World, hosts_dir: &Path, mirror: &Proxy) -> Result<()> {
@@ -33,7 +34,7 @@ fn set_mirror(world: &World, hosts_dir: &Path, mirror: &Proxy) -> Result<()> {
 
 #[test]
 fn reads_go_on_from_the_next_host_whatever_one_does() -> Result<()> {
-    let world = World::new("estargz", ON_DEMAND)?;
+    let world = World::new("estargz", &on_demand())?;
     let start = || Proxy::start(world.node.registry.host());
     for (mode, mut next) in Mode::ALL.into_iter().zip([0..FILES, 0..FILES]) {
         let hosts_dir = world.node.daemon(mode).hosts_dir();
@@ -98,7 +99,7 @@ fn reads_go_on_from_the_next_host_whatever_one_does() -> Result<()> {
 
 #[test]
 fn wrong_bytes_of_a_mirror_are_fetched_from_the_next_host() -> Result<()> {
-    let world = World::new("zstd-chunked", ON_DEMAND)?;
+    let world = World::new("zstd-chunked", &on_demand())?;
     let mirror = Proxy::start(world.node.registry.host())?;
     let middle = world.layer.size / 2;
     mirror.schedule(Rule::new(Fault::Tamper(middle)).on("/blobs/"));

@@ -11,7 +11,7 @@ use rustix::fs::Advice;
 use rustix::process::{Pid, Signal, kill_process};
 use sluice_oci::Descriptor;
 use sluice_tests::command::wait_for;
-use sluice_tests::daemon::{Mode, Options};
+use sluice_tests::daemon::{Mode, ON_DEMAND, Options};
 use sluice_tests::figures::Figures;
 use sluice_tests::image::{self, Compression, LayoutWriter, Meta, Noise, Tarball};
 use sluice_tests::{Daemon, Registry, Scratch, Snapshots, snapshots};
@@ -128,9 +128,7 @@ fn a_hundred_layers_are_served_again_without_the_registry_and_bad_ones_fail_alon
         let options = Options {
             mode: Some(mode),
             supervised: true,
-            more: "[prefetch]\nenabled = false\n[background]\nenabled = false\n\
-                   [fetch]\nread_ahead_mib = 0\ndeadline_seconds = 2\n"
-                .to_owned(),
+            more: format!("{ON_DEMAND}deadline_seconds = 2\n"),
             ..Options::default()
         };
         let mut mounted = Mounted {

@@ -10,7 +10,7 @@ use serde_json::Value;
 use sluice_oci::{Descriptor, Digest};
 use sluice_tests::command::{run, text, wait_for};
 use sluice_tests::content::noise;
-use sluice_tests::daemon::{Mode, Options};
+use sluice_tests::daemon::{Mode, ON_DEMAND, Options};
 use sluice_tests::image::{self, Compression, LayoutWriter, Meta, Tarball};
 use sluice_tests::programs::sluice_command;
 use sluice_tests::proxy::Proxy;
@@ -238,14 +238,10 @@ fn version_two_fetches_what_has_changed() -> Result<()> {
     Ok(())
 }
 
-/// Nothing is fetched but what is read.
-const QUIET: &str = "[background]\nenabled = false\n[prefetch]\nenabled = false\n\
-                     [fetch]\nread_ahead_mib = 0\n";
-
 #[test]
 fn a_container_reads_what_another_image_has_without_a_request() -> Result<()> {
     for mode in Mode::ALL {
-        let mut world = World::new(mode, QUIET)?;
+        let mut world = World::new(mode, ON_DEMAND)?;
         let how = ["--format", "zstd-chunked"];
         let [second, changed] = publish(&world.scratch, &world.registry, &how)?;
         let old: Vec<&String> = second

@@ -17,7 +17,7 @@ use sluice_oci::Digest;
 use sluice_snapshotter::layer_dir::LayerDir;
 use sluice_tests::command::{attempt, run, wait_for};
 use sluice_tests::content::{self, noise};
-use sluice_tests::daemon::{Mode, Options};
+use sluice_tests::daemon::{Mode, ON_DEMAND, Options};
 use sluice_tests::disk::{Cut, Disk, Faults};
 use sluice_tests::figures;
 use sluice_tests::image::{self, Compression, LayoutWriter, Meta, Tarball};
@@ -26,8 +26,6 @@ use sluice_tests::{Containerd, Daemon, Registry, Scratch, programs};
 
 const SLUICE: &str = "sluice";
 const FILES: usize = 12;
-/// Nothing is fetched but what is read.
-const QUIET: &str = "[background]\nenabled = false\n[prefetch]\nenabled = false\n";
 
 /// An image of one layer, pulled lazily and mounted.
 struct Rig {
@@ -148,7 +146,7 @@ fn flip(path: &Path, at: u64) -> Result<()> {
 fn quiet(mode: Mode) -> Options {
     Options {
         mode: Some(mode),
-        more: QUIET.to_owned(),
+        more: ON_DEMAND.to_owned(),
         ..Options::default()
     }
 }

@@ -159,8 +159,6 @@ fn what_was_read_only_for_a_while_is_written_to_by_the_same_process() -> Result<
     fs::create_dir(&root)?;
     let mut options = quiet(Mode::Fuse);
     options.root = Some(root);
-    // Each file is fetched when it is read, and not before.
-    options.more += "[fetch]\nread_ahead_mib = 0\n";
     let rig = Rig::start(&scratch, &options)?;
     rig.check(0)?;
     prepare_for_changes(&rig)?;

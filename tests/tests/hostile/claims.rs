@@ -11,7 +11,7 @@ use sluice_oci::{Digest, media_type};
 use sluice_tests::command::{attempt, refusal, run, text, wait_for};
 use sluice_tests::containerd::Containerd;
 use sluice_tests::cri::{self, Cri};
-use sluice_tests::daemon::{Daemon, Mode, Options};
+use sluice_tests::daemon::{Daemon, Mode, ON_DEMAND, Options};
 use sluice_tests::image::{self, LayoutWriter};
 use sluice_tests::node::{Node, snapshotter};
 use sluice_tests::programs::sluice_command;
@@ -155,9 +155,6 @@ fn a_layer_under_anothers_name_is_given_to_nobody() -> Result<()> {
     }
     Ok(())
 }
-
-/// Nothing is downloaded but what is read, or needed to know what a layer is.
-const ON_DEMAND: &str = "[prefetch]\nenabled = false\n[background]\nenabled = false\n";
 
 /// What is in the layer's one file.
 fn inside(dir: &Path, layer: &Layer) -> Result<Vec<u8>> {

@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use sluice_layer::Format;
 use sluice_oci::Digest;
 use sluice_tests::command;
-use sluice_tests::daemon::Mode;
+use sluice_tests::daemon::{Mode, ON_DEMAND};
 use sluice_tests::image::{self, LayoutWriter, Noise};
 use sluice_tests::node::{Node, snapshotter};
 use sluice_tests::{Registry, Scratch};
@@ -28,10 +28,6 @@ mod random;
 
 use layer::{Content, Layer, Outcome, Seen};
 
-/// Nothing is fetched but what is read, so that each read of the good image
-/// shows that the daemon still fetches, decodes and verifies.
-const ON_DEMAND: &str = "[prefetch]\nenabled = false\n[background]\nenabled = false\n\
-                         [fetch]\nread_ahead_mib = 0\n";
 /// Layers of one image: more would not fit into one page of mount options.
 const LAYERS: usize = 16;
 

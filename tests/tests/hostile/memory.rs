@@ -7,12 +7,12 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use serde_json::json;
 use sluice_layer::Format;
 use sluice_oci::Digest;
-use sluice_tests::daemon::Mode;
+use sluice_tests::daemon::{Mode, ON_DEMAND};
 use sluice_tests::node::{Node, snapshotter};
 
 use crate::blobs::compress;
 use crate::layer::{Content, Outcome};
-use crate::{ON_DEMAND, push};
+use crate::push;
 
 /// The daemon's budgets in the tests below.
 const TOC_MEMORY: u64 = 64 << 20;

@@ -11,7 +11,7 @@ use sluice_tests::agreement::check_agreement;
 use sluice_tests::command::{run, wait_for};
 use sluice_tests::containerd::{self, Containerd};
 use sluice_tests::content::{self, noise};
-use sluice_tests::daemon::{Mode, Options};
+use sluice_tests::daemon::{Mode, ON_DEMAND, Options};
 use sluice_tests::image::{self, Compression, LayoutWriter, Meta, Tarball};
 use sluice_tests::relay::Relay;
 use sluice_tests::{Daemon, Registry, Scratch};
@@ -24,10 +24,6 @@ const FILE_SIZE: usize = 5000;
 /// The last files of the last layer have the content of the first ones of the
 /// first layer.
 pub(crate) const TWINS: usize = 2;
-
-/// Only what a test does happens.
-const QUIET: &str = "[background]\nenabled = false\n[prefetch]\nenabled = false\n\
-                     [fetch]\nread_ahead_mib = 0\n";
 
 /// An image in a registry.
 pub(crate) struct Source {
@@ -125,7 +121,7 @@ impl Orders {
 pub(crate) fn options(mode: Mode, orders: &Orders) -> Options {
     Options {
         mode: Some(mode),
-        more: QUIET.to_owned(),
+        more: ON_DEMAND.to_owned(),
         supervised: true,
         crash_points: Some(orders.0.clone()),
         ..Options::default()
