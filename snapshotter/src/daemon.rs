@@ -120,8 +120,8 @@ async fn serve_node(
     let overlay = OverlayOptions::probe();
     let layers = Arc::new(node.clone());
     let snapshots = Snapshots::start(root.path(), store, layers, overlay).await?;
-    let images = Arc::new(Containerds::new(config.containerd.address.clone()));
-    let snapshots = Arc::new(snapshots.with_images(images));
+    let metadata = Arc::new(Containerds::new(config.containerd.address.clone()));
+    let snapshots = Arc::new(snapshots.with_metadata(metadata));
     tell_who_is_affected(node, &snapshots).await;
     let again = node.clone();
     tokio::spawn(async move { again.mount_lost().await });

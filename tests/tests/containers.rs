@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
-use sluice_tests::daemon::{Mode, ON_DEMAND};
+use sluice_tests::daemon::Mode;
 use sluice_tests::node::{Node, snapshotter};
 use sluice_tests::tree::{self, Times};
 use sluice_tests::{command, figures, image};
@@ -133,7 +133,7 @@ fn a_container_writes_and_becomes_an_image() -> Result<()> {
 /// registry and the daemon may go, and the daemon alone comes back.
 #[test]
 fn what_was_read_is_served_after_a_restart_without_the_registry() -> Result<()> {
-    let mut node = Node::start(ON_DEMAND)?;
+    let mut node = Node::start("[prefetch]\nenabled = false\n[background]\nenabled = false\n")?;
     let base = image::base()?;
     let original = node
         .registry

@@ -113,10 +113,10 @@ fn modules_are_there_before_they_are_imported() -> Result<()> {
     Ok(())
 }
 
-/// What the image's configuration runs is fetched when a container is made of
-/// it, whatever that runs.
+/// What the words of a container's command name is fetched when it is started,
+/// whatever the program does with them.
 #[test]
-fn what_an_image_runs_is_there_before_it_is_run() -> Result<()> {
+fn what_a_container_runs_is_there_before_it_is_run() -> Result<()> {
     let node = Node::start("[background]\nenabled = false\n")?;
     let layout = node.scratch.dir("layout")?;
     let mut writer = LayoutWriter::new(&layout)?;
@@ -143,8 +143,6 @@ fn what_an_image_runs_is_there_before_it_is_run() -> Result<()> {
     writer.finish_with(
         image::TAG,
         &serde_json::json!({
-            "Entrypoint": ["serve", "--all"],
-            "Cmd": ["main.conf"],
             "WorkingDir": "/srv/app",
             "Env": ["PATH=/opt/bin:/opt/second"],
         }),
@@ -154,10 +152,13 @@ fn what_an_image_runs_is_there_before_it_is_run() -> Result<()> {
     for mode in Mode::ALL {
         node.pull_lazily(&reference, mode)?;
         let name = format!("runs-{}", mode.name());
-        let mut start =
-            node.containerd
-                .run_command(snapshotter(mode), &reference, &name, &["/usr/bin/true"]);
-        text(&mut start)?;
+        let command = ["/usr/bin/true", "serve", "--all", "main.conf"];
+        let snapshotter = snapshotter(mode);
+        text(
+            &mut node
+                .containerd
+                .run_command(snapshotter, &reference, &name, &command),
+        )?;
         let layers = node.registry.manifest(&reference)?.layers;
         let data = node.layer_dir(mode, &layers[0].digest.hex()).join("data");
         let there = || -> Result<_> {
@@ -168,7 +169,7 @@ fn what_an_image_runs_is_there_before_it_is_run() -> Result<()> {
             }))
         };
         let expected = files.map(|(.., expected)| expected);
-        wait_for("what the image runs", || {
+        wait_for("what the container runs", || {
             let come = std::iter::zip(there()?, expected).all(|(there, wanted)| there || !wanted);
             Ok(come.then_some(()))
         })?;

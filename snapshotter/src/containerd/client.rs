@@ -8,18 +8,18 @@ use std::sync::Arc;
 
 use containerd_client::Client;
 use containerd_client::services::v1::content_client::ContentClient;
-use containerd_client::services::v1::{ListImagesRequest, ReadContentRequest};
+use containerd_client::services::v1::{GetContainerRequest, ListImagesRequest, ReadContentRequest};
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use parking_lot::Mutex;
 use tonic::metadata::AsciiMetadataValue;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 
-use super::Failed;
 use super::documents::Document;
 use super::known::{Age, Known};
 use super::process::{self, Process};
-use crate::service::{NamedImage, NamedLayers};
+use super::{Failed, containers};
+use crate::service::{NamedImage, NamedLayers, Program};
 
 /// Images read at once.
 const AT_ONCE: usize = 8;
@@ -130,6 +130,25 @@ impl Containerd {
             .await
     }
 
+    /// What a container of a namespace runs; none if there is no such container,
+    /// or it does not say.
+    pub(super) async fn program(
+        &self,
+        namespace: &str,
+        container: &str,
+    ) -> Result<Option<Program>, Failed> {
+        let request = GetContainerRequest {
+            id: container.to_owned(),
+        };
+        let request = in_namespace(request, namespace.parse()?);
+        let answer = match self.client().await?.containers().get(request).await {
+            Ok(answer) => answer.into_inner(),
+            Err(status) => return missing(status, None),
+        };
+        let specification = answer.container.and_then(|container| container.spec);
+        Ok(specification.and_then(|any| containers::program(&any.value)))
+    }
+
     async fn named(
         &self,
         asking: &Asking,
@@ -167,10 +186,7 @@ enum Read {
 
 impl Asking {
     fn request<T>(&self, message: T) -> Request<T> {
-        let mut request = Request::new(message);
-        let metadata = request.metadata_mut();
-        metadata.insert("containerd-namespace", self.namespace.clone());
-        request
+        in_namespace(message, self.namespace.clone())
     }
 
     /// What the image at `target` says of its layers, on all platforms of which
@@ -195,11 +211,7 @@ impl Asking {
             if let Some(config) = &document.config {
                 match self.read(&config.digest).await? {
                     Read::Bytes(bytes) => {
-                        let said = document.said(&bytes);
-                        let top = said.layers.last().map(|(chain_id, _)| *chain_id);
-                        let program = top.zip(said.program.map(Arc::new));
-                        named.programs.extend(program);
-                        named.layers.extend(said.layers);
+                        named.layers.extend(document.layers(&bytes));
                     }
                     Read::Missing => whole = false,
                     Read::TooLarge => named.cut = true,
@@ -225,14 +237,14 @@ impl Asking {
         let mut bytes = Vec::new();
         let mut stream = match answer {
             Ok(answer) => answer.into_inner(),
-            Err(status) => return missing(status),
+            Err(status) => return missing(status, Read::Missing),
         };
         loop {
             match stream.message().await {
                 Ok(Some(message)) => bytes.extend_from_slice(&message.data),
                 Ok(None) => return Ok(Read::Bytes(bytes)),
                 // The first message tells that there is no such content.
-                Err(status) => return missing(status),
+                Err(status) => return missing(status, Read::Missing),
             }
             if bytes.len() > LARGEST {
                 return Ok(Read::TooLarge);
@@ -241,10 +253,19 @@ impl Asking {
     }
 }
 
-fn missing(status: Status) -> Result<Read, Failed> {
+fn in_namespace<T>(message: T, namespace: AsciiMetadataValue) -> Request<T> {
+    let mut request = Request::new(message);
+    request
+        .metadata_mut()
+        .insert("containerd-namespace", namespace);
+    request
+}
+
+/// That, if there is nothing of such a name.
+fn missing<T>(status: Status, nothing: T) -> Result<T, Failed> {
     match status.code() {
-        // What is no digest at all names nothing either.
-        Code::NotFound | Code::InvalidArgument => Ok(Read::Missing),
+        // What is no name at all names nothing either.
+        Code::NotFound | Code::InvalidArgument => Ok(nothing),
         _ => Err(status.into()),
     }
 }

@@ -5,17 +5,8 @@
 use serde::Deserialize;
 use sluice_oci::Digest;
 
-use crate::service::Program;
-
 /// Overlayfs takes no more layers than this, so that nothing runs from more.
 const MOST_LAYERS: usize = 500;
-
-/// What is kept of a command: programs are among its first words.
-const MOST_WORDS: usize = 8;
-const LONGEST_WORD: usize = 256;
-const LONGEST_PATH: usize = 1024;
-/// Where commands are looked up as a rule.
-const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// A manifest, an index, or what claims to be both.
 #[derive(Debug, Default, Deserialize)]
@@ -39,49 +30,6 @@ pub(super) struct Descriptor {
 #[derive(Deserialize)]
 struct Configuration {
     rootfs: RootFs,
-    #[serde(default)]
-    config: Option<Running>,
-}
-
-/// What is run, in the names of the image specification.
-#[derive(Debug, Default, Deserialize)]
-#[serde(default, rename_all = "PascalCase")]
-struct Running {
-    entrypoint: Option<Vec<String>>,
-    cmd: Option<Vec<String>>,
-    env: Option<Vec<String>>,
-    working_dir: Option<String>,
-}
-
-impl Running {
-    fn program(self) -> Program {
-        let words = [self.entrypoint, self.cmd].into_iter().flatten().flatten();
-        let short = |word: &String| word.len() <= LONGEST_WORD;
-        let path = self.env.unwrap_or_default().into_iter();
-        let path = path
-            .rev()
-            .find_map(|pair| Some(pair.strip_prefix("PATH=")?.to_owned()));
-        let directory = self.working_dir.unwrap_or_default();
-        Program {
-            words: words.take(MOST_WORDS).filter(short).collect(),
-            path: path
-                .filter(|path| path.len() <= LONGEST_PATH)
-                .unwrap_or_else(|| PATH.to_owned()),
-            directory: Some(directory)
-                .filter(|d| d.len() <= LONGEST_WORD)
-                .unwrap_or_default(),
-        }
-    }
-}
-
-/// What an image says.
-#[derive(Debug, Default)]
-pub(super) struct Said {
-    /// The chain IDs of its layers, each with the digest of the layer's blob, if
-    /// that is a SHA-256. None if nothing can run from it.
-    pub(super) layers: Vec<(Digest, Option<Digest>)>,
-    /// What runs from it.
-    pub(super) program: Option<Program>,
 }
 
 #[derive(Deserialize)]
@@ -95,19 +43,13 @@ impl Document {
         serde_json::from_slice(bytes).unwrap_or_default()
     }
 
-    /// What the image says by its configuration.
-    pub(super) fn said(&self, configuration: &[u8]) -> Said {
-        let Ok(Configuration { rootfs, config }) = serde_json::from_slice(configuration) else {
-            return Said::default();
+    /// The chain IDs of the image's layers by its configuration, each with the
+    /// digest of the layer's blob, if that is a SHA-256. None if nothing can run
+    /// from it.
+    pub(super) fn layers(&self, configuration: &[u8]) -> Vec<(Digest, Option<Digest>)> {
+        let Ok(Configuration { rootfs }) = serde_json::from_slice(configuration) else {
+            return Vec::new();
         };
-        let program = config.map(Running::program);
-        Said {
-            layers: self.named(rootfs),
-            program: program.filter(|program| !program.words.is_empty()),
-        }
-    }
-
-    fn named(&self, rootfs: RootFs) -> Vec<(Digest, Option<Digest>)> {
         let diff_ids = rootfs.diff_ids;
         let all: Vec<&Descriptor> = self.layers.iter().collect();
         // Newer versions of containerd pass over what is no layer.
@@ -158,7 +100,7 @@ mod tests {
         let document = Document::parse(manifest.to_string().as_bytes());
         assert_eq!(document.config.as_ref().unwrap().digest, "c");
         let configuration = json!({"rootfs": {"type": "layers", "diff_ids": diff_ids}});
-        document.said(configuration.to_string().as_bytes()).layers
+        document.layers(configuration.to_string().as_bytes())
     }
 
     #[test]
@@ -190,42 +132,6 @@ mod tests {
         assert_eq!(found, [(over, Some(two))]);
     }
 
-    fn program(config: &serde_json::Value) -> Option<Program> {
-        let configuration = json!({"rootfs": {"diff_ids": []}, "config": config});
-        let said = Document::default().said(configuration.to_string().as_bytes());
-        said.program
-    }
-
-    #[test]
-    fn the_command_is_that_of_entry_point_and_arguments() {
-        let all = json!({
-            "Entrypoint": ["/entry"], "Cmd": ["serve", "-x"], "WorkingDir": "/srv",
-            "Env": ["PATH=/old", "A=PATH=/b", "PATH=/new:/bin"],
-        });
-        let found = program(&all).unwrap();
-        assert_eq!(found.words, ["/entry", "serve", "-x"]);
-        assert_eq!((&*found.path, &*found.directory), ("/new:/bin", "/srv"));
-        let found = program(&json!({"Cmd": ["serve"], "Entrypoint": null})).unwrap();
-        assert_eq!(
-            (found.words, &*found.path),
-            (vec!["serve".to_owned()], PATH)
-        );
-        for nothing in [json!(null), json!({}), json!({"Cmd": []})] {
-            assert_eq!(program(&nothing), None);
-        }
-    }
-
-    #[test]
-    fn no_command_is_kept_beyond_bounds() {
-        let long = "x".repeat(LONGEST_PATH + 1);
-        let path = format!("PATH={long}");
-        let words = vec!["word"; MOST_WORDS + 5];
-        let found = program(&json!({"Cmd": words, "Env": [path], "WorkingDir": long})).unwrap();
-        assert_eq!(found.words.len(), MOST_WORDS);
-        assert_eq!((&*found.path, &*found.directory), (PATH, ""));
-        assert_eq!(program(&json!({"Cmd": [long]})), None);
-    }
-
     #[test]
     fn what_nothing_can_run_from_names_nothing() {
         let digest = Digest::of(b"a").to_string();
@@ -237,7 +143,7 @@ mod tests {
         for rubbish in ["", "[]", "{\"layers\": 7}", "\"text\"", "{\"a\": \"b\"}"] {
             let document = Document::parse(rubbish.as_bytes());
             assert!(document.manifests.is_empty() && document.config.is_none());
-            assert_eq!(document.said(rubbish.as_bytes()).layers, []);
+            assert_eq!(document.layers(rubbish.as_bytes()), []);
         }
         let index = json!({"manifests": [{"digest": "x"}, {"digest": "y"}]}).to_string();
         let index = Document::parse(index.as_bytes());

@@ -12,8 +12,6 @@ use crate::service::NamedLayers;
 const MOST: usize = 1 << 16;
 /// An image takes as much as so many, beside them.
 const EACH: usize = 4;
-/// What is said of a program takes as much as so many, at most.
-const PROGRAM: usize = 64;
 
 /// When an image was last pulled: its content may have become more then.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -42,7 +40,7 @@ struct Entry {
 
 impl Entry {
     fn size(&self) -> usize {
-        EACH + self.named.layers.len() + PROGRAM * self.named.programs.len()
+        EACH + self.named.layers.len()
     }
 }
 
@@ -88,7 +86,6 @@ mod tests {
         Arc::new(NamedLayers {
             layers: vec![(digest, None); count],
             cut: false,
-            programs: Vec::new(),
         })
     }
 

@@ -1,13 +1,16 @@
-//! containerd's images, which say what is meant by a snapshot.
+//! containerd's images, which say what is meant by a snapshot, and its
+//! containers, which say what is run.
 
 mod callers;
 mod client;
+mod containers;
 mod documents;
 mod known;
 mod process;
 
 use std::error::Error as StdError;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -16,7 +19,7 @@ use rustix::process::Pid;
 use tokio::time::Instant;
 use tonic::Status;
 
-use crate::service::{Images, ImagesAnswer, NamedImage};
+use crate::service::{ImagesAnswer, Metadata, NamedImage, Program};
 use callers::{Callers, NotFound};
 use client::Containerd;
 
@@ -33,7 +36,7 @@ type Failed = Box<dyn StdError + Send + Sync>;
 #[derive(Debug)]
 pub struct Containerds {
     /// The one at the address that is configured, or at the default one.
-    told: Containerd,
+    told: Arc<Containerd>,
     /// Whether it is the only one, and has to be there.
     configured: bool,
     callers: Callers,
@@ -46,10 +49,29 @@ impl Containerds {
     pub fn new(address: Option<PathBuf>) -> Self {
         Self {
             configured: address.is_some(),
-            told: Containerd::at(address.unwrap_or_else(|| DEFAULT_ADDRESS.into())),
+            told: Arc::new(Containerd::at(
+                address.unwrap_or_else(|| DEFAULT_ADDRESS.into()),
+            )),
             callers: Callers::default(),
             warned: AtomicBool::new(false),
         }
+    }
+
+    /// The one that is to be asked for what `caller` has, if there is any.
+    async fn of(&self, caller: Option<Pid>) -> Result<Option<Arc<Containerd>>, Failed> {
+        if self.configured {
+            return Ok(Some(Arc::clone(&self.told)));
+        }
+        let why = match self.callers.find(caller).await {
+            Ok(containerd) => return Ok(Some(containerd)),
+            Err(NotFound::Unclear(why)) => return Err(why),
+            Err(NotFound::Nobody(why)) => why,
+        };
+        let there = self.told.address().exists();
+        if !self.warned.swap(true, Ordering::Relaxed) {
+            self.warn(&why, there);
+        }
+        Ok(there.then(|| Arc::clone(&self.told)))
     }
 
     async fn ask(
@@ -57,26 +79,8 @@ impl Containerds {
         caller: Option<Pid>,
         namespace: &str,
     ) -> Result<Option<Vec<NamedImage>>, Failed> {
-        let found;
-        let containerd = match self.configured {
-            true => &self.told,
-            false => match self.callers.find(caller).await {
-                Ok(containerd) => {
-                    found = containerd;
-                    &found
-                }
-                Err(NotFound::Unclear(why)) => return Err(why),
-                Err(NotFound::Nobody(why)) => {
-                    let there = self.told.address().exists();
-                    if !self.warned.swap(true, Ordering::Relaxed) {
-                        self.warn(&why, there);
-                    }
-                    if !there {
-                        return Ok(None);
-                    }
-                    &self.told
-                }
-            },
+        let Some(containerd) = self.of(caller).await? else {
+            return Ok(None);
         };
         let images = containerd.images(namespace).await;
         let images = images.map_err(|why| format!("{containerd}: {}", causes(why.as_ref())))?;
@@ -100,8 +104,8 @@ impl Containerds {
     }
 }
 
-impl Images for Containerds {
-    fn of_namespace<'a>(
+impl Metadata for Containerds {
+    fn images<'a>(
         &'a self,
         caller: Option<Pid>,
         namespace: &'a str,
@@ -135,6 +139,28 @@ impl Images for Containerds {
             })
         })
     }
+
+    fn program<'a>(
+        &'a self,
+        caller: Option<Pid>,
+        namespace: &'a str,
+        container: &'a str,
+    ) -> BoxFuture<'a, Option<Program>> {
+        Box::pin(async move {
+            let asked = async {
+                match self.of(caller).await? {
+                    Some(containerd) => containerd.program(namespace, container).await,
+                    None => Ok(None),
+                }
+            };
+            let failed = |why: &Failed| {
+                tracing::debug!(container, "what it runs: {}", causes(why.as_ref()));
+            };
+            // It comes in time or is of no use.
+            let answer = tokio::time::timeout(PATIENCE, asked).await.ok()?;
+            answer.inspect_err(failed).ok().flatten()
+        })
+    }
 }
 
 /// An error with what caused it, in one line.
@@ -164,10 +190,10 @@ mod tests {
             ..Containerds::new(Some(address.clone()))
         };
         // As from another namespace of processes.
-        let images = nobody.of_namespace(None, "default").await;
+        let images = nobody.images(None, "default").await;
         assert!(images.unwrap().is_none());
         let somebody = Containerds::new(Some(address.clone()));
-        let error = somebody.of_namespace(None, "default").await.unwrap_err();
+        let error = somebody.images(None, "default").await.unwrap_err();
         let error = error.to_string();
         let parts = [address.to_str().unwrap(), "[containerd]", "No such file"];
         assert!(parts.iter().all(|part| error.contains(part)), "{error}");

@@ -7,6 +7,7 @@
 //! cost some bytes that nobody reads, and nothing else.
 
 mod budget;
+mod command;
 mod libraries;
 mod modules;
 mod python;
@@ -25,13 +26,12 @@ use crate::fetch::{Dependencies, ELF_64_LITTLE, LazyFile, LazyLayer};
 use crate::service::Program;
 use budget::Budget;
 pub use budget::Memory;
+use command::Named;
 use modules::Modules;
 use trees::{Place, Trees};
 
 /// What containers' users and groups are found by.
 const USERS: [&[u8]; 2] = [b"etc/passwd", b"etc/group"];
-/// Directories in which a command is looked up.
-const LOOKED_UP_IN: usize = 16;
 
 /// What is read of a file to find out what it is.
 const HEAD: u64 = 4 << 10;
@@ -42,7 +42,7 @@ pub struct ImageDependencies {
     trees: Arc<Trees>,
     /// Whether it is known in which directories files are.
     indexed: OnceCell<()>,
-    modules: Modules,
+    modules: Arc<Modules>,
     /// What was found out, by the layer and where a file's content begins.
     known: Mutex<HashMap<Key, Arc<[Place]>>>,
 }
@@ -57,24 +57,39 @@ impl ImageDependencies {
         Self {
             trees: Arc::new(Trees::open(layers, Budget::new(memory.clone()))),
             indexed: OnceCell::new(),
-            modules: Modules::default(),
+            modules: Arc::default(),
             known: Mutex::default(),
         }
     }
 
-    /// The files that a start reads, or does as a rule: those by which users are
-    /// found, and what the words of a command name. Reads the trees.
-    pub async fn at_start(&self, program: Arc<Program>) -> Vec<LazyFile> {
-        let trees = Arc::clone(&self.trees);
+    /// The files by which the users of a container are found. Reads the trees.
+    pub async fn users(&self) -> Vec<LazyFile> {
+        let files = USERS.map(|path| Named::File(vec![path.to_vec()]));
+        self.files_of(files.into(), Vec::new()).await
+    }
+
+    /// The files that a program's words name, in the order in which they do.
+    /// Reads the trees.
+    pub async fn of_program(&self, program: Program) -> Vec<LazyFile> {
+        let named = command::named(&program);
+        if named.iter().any(|named| matches!(named, Named::Modules(_))) {
+            self.index().await;
+        }
+        self.files_of(named, program.directory.into_bytes()).await
+    }
+
+    /// Of modules, those that are found from `directory`.
+    async fn files_of(&self, named: Vec<Named>, directory: Vec<u8>) -> Vec<LazyFile> {
+        let (trees, modules) = (Arc::clone(&self.trees), Arc::clone(&self.modules));
         let found = spawn_blocking(move || {
-            let users = USERS.iter().map(|path| path.to_vec());
-            let paths: Vec<Vec<Vec<u8>>> = users
-                .map(|path| vec![path])
-                .chain(program.words.iter().map(|word| candidates(&program, word)))
-                .collect();
-            let places = paths
-                .iter()
-                .filter_map(|paths| paths.iter().find_map(|path| trees.locate(path)));
+            let directory = directory.strip_prefix(b"/").unwrap_or(&directory);
+            let places = named.iter().flat_map(|named| match named {
+                Named::File(paths) => {
+                    let place = paths.iter().find_map(|path| trees.locate(path));
+                    place.into_iter().collect()
+                }
+                Named::Modules(names) => modules.places(&trees, directory, names),
+            });
             places.filter_map(|place| trees.file(place)).collect()
         });
         found.await.unwrap_or_default()
@@ -123,26 +138,6 @@ impl ImageDependencies {
         let directory = self.trees.directory_of(file)?;
         Some(self.modules.places(&self.trees, &directory, &names))
     }
-}
-
-/// Where a word of a command may be: looked up as a command, or a file where
-/// the command runs.
-fn candidates(program: &Program, word: &str) -> Vec<Vec<u8>> {
-    if word.is_empty() || word.starts_with('-') {
-        return Vec::new();
-    }
-    let within = |directory: &str| format!("{directory}/{word}").into_bytes();
-    let mut paths = Vec::new();
-    if word.starts_with('/') {
-        paths.push(word.as_bytes().to_vec());
-    } else {
-        if !word.contains('/') {
-            let directories = program.path.split(':').take(LOOKED_UP_IN);
-            paths.extend(directories.map(within));
-        }
-        paths.push(within(&program.directory));
-    }
-    paths
 }
 
 /// The names in a Python module.

@@ -177,7 +177,7 @@ async fn libraries_come_with_what_was_linked_with_them() {
 
 /// What a command names is looked up as it would be.
 #[tokio::test(start_paused = true)]
-async fn what_an_image_runs_comes_before_it_runs() {
+async fn what_a_container_runs_comes_before_it_runs() {
     let text = |text: &str| text.as_bytes().to_vec();
     let sample = sample(&[
         ("etc/passwd", text("root\n")),
@@ -186,38 +186,42 @@ async fn what_an_image_runs_comes_before_it_runs() {
         ("opt/bin/serve", text("#!/bin/sh\n")),
         ("bin/sh", linked(&[], "")),
         ("srv/app.conf", text("a=1\n")),
-        ("srv/sub/more", text("b\n")),
-        ("opt/absolute", text("c\n")),
         ("srv/--all", text("d\n")),
+        ("usr/bin/python3", linked(&[], "")),
+        (&in_site("pack", "__init__"), module(&["inner"])),
+        (&in_site("pack", "inner"), module(&[])),
+        (&in_site("pack", "other"), module(&[])),
+        ("srv/near.py", text("import pack.other\n")),
     ]);
     let world = World::new(20, &[sample]);
     let memory = Memory::default();
     let known = Arc::new(ImageDependencies::new(&world.layers, &memory));
-    let program = Program {
-        words: [
-            "serve",
-            "--all",
-            "app.conf",
-            "sub/more",
-            "/opt/absolute",
-            "",
-            "none",
-        ]
-        .map(str::to_owned)
-        .to_vec(),
-        path: "/nowhere:/opt/bin:/usr/bin".to_owned(),
-        directory: "/srv".to_owned(),
-    };
     world.layers[0].set_dependencies(Arc::clone(&known) as Arc<dyn Dependencies>);
-    LazyLayer::foresee_start(&known.at_start(Arc::new(program)).await);
-    sleep(Duration::from_secs(2)).await;
+    let run = async |words: &[&str]| {
+        let program = Program {
+            words: words.iter().map(|&word| word.to_owned()).collect(),
+            path: "/nowhere:/opt/bin:/usr/bin".to_owned(),
+            directory: "/srv".to_owned(),
+        };
+        LazyLayer::foresee_start(&known.of_program(program).await);
+        sleep(Duration::from_secs(2)).await;
+    };
+    let all: Vec<usize> = (0..12).collect();
+    LazyLayer::foresee_start(&known.users().await);
+    run(&["serve", "--all", "app.conf", "none"]).await;
+    let there = |files: &[usize]| -> Vec<bool> {
+        let there = |file| files.contains(file);
+        all.iter().map(there).collect()
+    };
+    assert_eq!(present(&world, 0, &all), there(&[0, 1, 3, 4, 5]));
+    run(&["sh", "-c", "exec python3 -c 'import pack'"]).await;
+    assert_eq!(present(&world, 0, &all), there(&[0, 1, 3, 4, 5, 7, 8, 9]));
+    // What is beside the program is found there.
+    run(&["python3", "-m", "near"]).await;
     assert_eq!(
-        present(&world, 0, &[0, 1, 2, 3, 4, 5, 6, 7, 8]),
-        [true, true, false, true, true, true, true, true, false]
+        present(&world, 0, &all),
+        there(&[0, 1, 3, 4, 5, 7, 8, 9, 10, 11])
     );
-    // Without a command, users are looked up all the same.
-    let again = known.at_start(Arc::default()).await;
-    assert_eq!(again.len(), 2);
 }
 
 /// A program goes through what its last module imports before it goes on with

@@ -18,6 +18,9 @@ use crate::layer_dir::ChunkId;
 
 /// Attempts to read what is fetched and may be gone again.
 const ATTEMPTS: usize = 3;
+/// A program is fetched whole where that costs no more than so many times as
+/// much as a library may: it is certain to run, and most of its code does.
+const PROGRAM: u64 = 4;
 
 /// Knows what the files of an image load.
 pub trait Dependencies: std::fmt::Debug + Send + Sync + 'static {
@@ -90,11 +93,11 @@ impl LazyFile {
         None
     }
 
-    /// What is fetched of it when it is about to be loaded: all of a small one,
-    /// of a large one the beginning, which tells the rest.
-    fn missing(&self) -> Vec<ChunkId> {
+    /// What is fetched of it when it is about to be loaded: all of one up to
+    /// `small` bytes, of a larger one the beginning, which tells the rest.
+    fn missing(&self, small: u64) -> Vec<ChunkId> {
         let chunks = self.layer.dir.chunks().file_of(self.first);
-        let last = match self.size() <= self.layer.small_file() {
+        let last = match self.size() <= small {
             true => *chunks.end(),
             false => self.first,
         };
@@ -169,7 +172,8 @@ impl LazyLayer {
             let Some(need) = Need::at_start(position) else {
                 return;
             };
-            file.layer.foresee_file(file, need);
+            let small = file.layer.small_file() * PROGRAM;
+            file.layer.foresee_file(file, need, small);
         }
     }
 
@@ -217,17 +221,19 @@ impl LazyLayer {
                 let Some(need) = need.of_named(position) else {
                     return;
                 };
-                file.layer.foresee_file(file, need);
+                let small = file.layer.small_file();
+                file.layer.foresee_file(file, need, small);
             }
         });
     }
 
-    /// A file is needed then. Once it has come, so is what it loads.
-    fn foresee_file(self: &Arc<Self>, file: &LazyFile, need: Need) {
+    /// A file is needed then, all of it if it has no more than `small` bytes.
+    /// Once it has come, so is what it loads.
+    fn foresee_file(self: &Arc<Self>, file: &LazyFile, need: Need, small: u64) {
         if !self.guesses() || !self.followed.is_needed(file.first, need) {
             return;
         }
-        self.fetch_foreseen(&file.missing(), need);
+        self.fetch_foreseen(&file.missing(small), need);
         if self.dir.present().contains(file.first) {
             self.fetch_dependencies(file.first, need);
         }

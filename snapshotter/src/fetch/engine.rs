@@ -65,6 +65,8 @@ struct Shared {
     config: Config,
     admission: Admission,
     decoders: Arc<Semaphore>,
+    /// How many of them may decode what nobody waits for.
+    unhurried: Arc<Semaphore>,
     /// Kibibytes that may be decoded to at once.
     decoded: Arc<Semaphore>,
     links: Mutex<HashMap<String, Arc<Link>>>,
@@ -114,6 +116,7 @@ impl Engine {
             runtime,
             admission: Admission::new(config.memory, config.connections),
             decoders: Arc::new(Semaphore::new(config.decoders.max(1))),
+            unhurried: Arc::new(Semaphore::new(config.decoders.saturating_sub(1).max(1))),
             decoded: Arc::new(Semaphore::new(kibibytes(config.memory) as usize)),
             links: Mutex::default(),
             demand: Demand {
@@ -210,11 +213,17 @@ impl Engine {
     }
 
     /// Waits for a core to decode on, and for memory for `bytes` of output:
-    /// more than there may be at once counts as all of it.
-    pub(super) async fn decoder(&self, bytes: u64) -> Option<Decoder> {
+    /// more than there may be at once counts as all of it. What nobody waits
+    /// for leaves one core to programs.
+    pub(super) async fn decoder(&self, bytes: u64, awaited: bool) -> Option<Decoder> {
+        let unhurried = match awaited {
+            true => None,
+            false => Some(Arc::clone(&self.0.unhurried).acquire_owned().await.ok()?),
+        };
         let output = kibibytes(bytes.min(self.0.config.memory));
         let output = Arc::clone(&self.0.decoded).acquire_many_owned(output);
         Some(Decoder {
+            _unhurried: unhurried,
             _output: output.await.ok()?,
             _core: Arc::clone(&self.0.decoders).acquire_owned().await.ok()?,
         })
@@ -317,6 +326,7 @@ impl Demand {
 /// The right to decode, until it is dropped.
 #[derive(Debug)]
 pub(super) struct Decoder {
+    _unhurried: Option<OwnedSemaphorePermit>,
     _output: OwnedSemaphorePermit,
     _core: OwnedSemaphorePermit,
 }
@@ -358,6 +368,31 @@ impl Drop for DemandGuard {
         let none_waits = demand.waiting.fetch_sub(1, Ordering::AcqRel) == 1;
         if none_jumps || none_waits {
             demand.changed.notify_waiters();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt as _;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_nobody_waits_for_leaves_one_core() {
+        for (decoders, unhurried) in [(1, 1), (2, 1), (4, 3)] {
+            let config = Config {
+                decoders,
+                ..Config::default()
+            };
+            let engine = Engine::new(config, Handle::current());
+            let decoder = |awaited| engine.decoder(1, awaited).now_or_never().flatten();
+            let mut held: Vec<Decoder> = (0..unhurried).filter_map(|_| decoder(false)).collect();
+            assert_eq!(held.len(), unhurried);
+            assert!(decoder(false).is_none(), "{decoders}");
+            assert_eq!(decoder(true).is_some(), decoders > unhurried);
+            held.pop();
+            assert!(decoder(false).is_some());
         }
     }
 }

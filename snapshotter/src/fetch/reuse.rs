@@ -212,7 +212,8 @@ impl LazyLayer {
             return Vec::new();
         };
         // A core and memory, as for what is decoded.
-        let Some(core) = self.engine.decoder(u64::from(largest)).await else {
+        let awaited = local.iter().any(|local| local.claim.is_awaited());
+        let Some(core) = self.engine.decoder(u64::from(largest), awaited).await else {
             return Vec::new();
         };
         let layer = Arc::clone(self);

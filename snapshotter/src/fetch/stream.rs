@@ -193,7 +193,8 @@ impl<'a> Decoding<'a> {
         let units = self.batch.iter().map(|arrived| arrived.claim.unit());
         let output = units.map(|unit| decoded_size(self.layer.dir(), unit)).max();
         let engine = self.layer.engine();
-        let Some(core) = engine.decoder(output.unwrap_or_default()).await else {
+        let awaited = self.batch.iter().any(|arrived| arrived.claim.is_awaited());
+        let Some(core) = engine.decoder(output.unwrap_or_default(), awaited).await else {
             return;
         };
         let batch = std::mem::take(&mut self.batch);

@@ -24,7 +24,7 @@ use crate::layer_dir::{LayerDir, META};
 use crate::mount;
 use crate::profiles::ImageId;
 use crate::remote::Known;
-use crate::service::{MountError, NotLazy, Owner, Program, Usage};
+use crate::service::{MountError, NotLazy, Owner, Usage};
 
 /// The place of a layer, whether it is there or not. The lock is held while
 /// the layer is being opened, mounted or removed.
@@ -172,11 +172,7 @@ impl Node {
 
     /// A container of `image` is about to start. Returns its layers, and
     /// whether nothing was read of them before that was not seen.
-    pub(super) async fn starting(
-        &self,
-        image: &ImageId,
-        program: Option<Arc<Program>>,
-    ) -> (Vec<Arc<LazyLayer>>, bool) {
+    pub(super) async fn starting(&self, image: &ImageId) -> (Vec<Arc<LazyLayer>>, bool) {
         let mut layers = Vec::new();
         let mut whole = true;
         for &digest in &image.layers {
@@ -198,7 +194,7 @@ impl Node {
             self.prefetch(open, image, None);
             layers.push(Arc::clone(&open.layer));
         }
-        self.know_dependencies(&layers, image, program);
+        self.know_dependencies(&layers, image);
         (layers, whole)
     }
 

@@ -57,7 +57,7 @@ use crate::mount::{self, users::Overlay};
 use crate::profiles::{ImageId, Profiles};
 use crate::remote::Remote;
 use crate::service::{
-    ImageUse, InUse, LayerRequest, LazyLayers, MountError, NotLazy, Owner, Proof, Usage,
+    ImageUse, InUse, LayerRequest, LazyLayers, MountError, NotLazy, Owner, Program, Proof, Usage,
 };
 
 pub use allowed::LazyFrom;
@@ -214,6 +214,8 @@ struct Inner {
     profiles: Arc<Profiles>,
     /// For what is known of images that start.
     dependencies: dependencies::Memory,
+    /// Of images that start, by their topmost layers that are lazily mounted.
+    starting: plans::Starting,
     recordings: Recordings,
     attachments: Attachments,
     marker: Marker,
@@ -303,6 +305,14 @@ impl LazyLayers for Node {
 
     async fn starts(&self, image: ImageUse) {
         self.begin(image).await;
+    }
+
+    async fn runs(
+        &self,
+        layers: Vec<Digest>,
+        program: impl Future<Output = Option<Program>> + Send,
+    ) {
+        self.foresee_program(&layers, program).await;
     }
 
     async fn remove(&self, layer: Digest) -> Result<(), MountError> {

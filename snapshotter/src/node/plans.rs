@@ -1,11 +1,13 @@
 //! What is fetched of a layer before it is read.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use tokio::task::spawn_blocking;
-
+use parking_lot::Mutex;
 use sluice_layer::{Profile, StartChunks};
+use sluice_oci::Digest;
+use tokio::task::spawn_blocking;
 
 use super::Node;
 use crate::dependencies::ImageDependencies;
@@ -26,18 +28,35 @@ pub enum ProfileSource {
     Node,
 }
 
+/// Images that start, by their topmost layers that are lazily mounted, and what
+/// their files load, while that is known.
+#[derive(Debug, Default)]
+pub(super) struct Starting(Mutex<HashMap<Digest, (ImageId, Weak<ImageDependencies>)>>);
+
+impl Starting {
+    fn insert(&self, image: &ImageId, dependencies: &Arc<ImageDependencies>) {
+        let Some(&top) = image.layers.last() else {
+            return;
+        };
+        let mut all = self.0.lock();
+        all.retain(|_, (_, known)| known.strong_count() > 0);
+        all.insert(top, (image.clone(), Arc::downgrade(dependencies)));
+    }
+
+    fn get(&self, top: &Digest) -> Option<(ImageId, Arc<ImageDependencies>)> {
+        let all = self.0.lock();
+        let (image, dependencies) = all.get(top)?;
+        Some((image.clone(), dependencies.upgrade()?))
+    }
+}
+
 /// How long after an image's last start it is looked at what its files load.
 const START: Duration = Duration::from_secs(120);
 
 impl Node {
     /// What is read of these layers of one image, the lowest first, is followed
     /// to what it loads, while the image starts.
-    pub(super) fn know_dependencies(
-        &self,
-        layers: &[Arc<LazyLayer>],
-        image: &ImageId,
-        program: Option<Arc<Program>>,
-    ) {
+    pub(super) fn know_dependencies(&self, layers: &[Arc<LazyLayer>], image: &ImageId) {
         let known = |layer: &Arc<LazyLayer>| layer.dir().is_complete() || layer.has_dependencies();
         if !self.0.config.prefetch || layers.iter().all(known) {
             return;
@@ -48,9 +67,14 @@ impl Node {
             .iter()
             .all(|layer| layer.dir().identity().prefetch_end.is_none())
         {
+            self.0.starting.insert(image, &dependencies);
             let (node, image) = (self.clone(), image.clone());
-            let (known, program) = (Arc::clone(&dependencies), program.unwrap_or_default());
-            tokio::spawn(async move { node.foresee_start(&image, &known, program).await });
+            let known = Arc::clone(&dependencies);
+            tokio::spawn(async move {
+                if !node.has_profile(&image).await {
+                    LazyLayer::foresee_start(&known.users().await);
+                }
+            });
         }
         let dependencies: Arc<dyn Dependencies> = dependencies;
         for layer in &layers {
@@ -70,18 +94,25 @@ impl Node {
         });
     }
 
-    /// Fetches what a start of the image needs as a rule, unless something says
-    /// what it needs in fact.
-    async fn foresee_start(
+    /// Whether something says what a start of the image reads.
+    async fn has_profile(&self, image: &ImageId) -> bool {
+        self.0.profiles.find(image).is_some() || self.attached(image).await.is_some()
+    }
+
+    /// A container is about to run what `program` finds out: what that names is
+    /// fetched, and what it loads, unless something says what is read in fact.
+    pub(super) async fn foresee_program(
         &self,
-        image: &ImageId,
-        dependencies: &ImageDependencies,
-        program: Arc<Program>,
+        layers: &[Digest],
+        program: impl Future<Output = Option<Program>>,
     ) {
-        if self.0.profiles.find(image).is_some() || self.attached(image).await.is_some() {
+        let starting = layers.last().and_then(|top| self.0.starting.get(top));
+        let Some((image, dependencies)) = starting else {
             return;
+        };
+        if let (false, Some(program)) = tokio::join!(self.has_profile(&image), program) {
+            LazyLayer::foresee_start(&dependencies.of_program(program).await);
         }
-        LazyLayer::foresee_start(&dependencies.at_start(program).await);
     }
 
     /// Fetches what the layer will need as the first of these says, in this

@@ -68,13 +68,13 @@ impl Node {
     /// is recorded: what it has read comes from the kernel's memory for the
     /// others.
     pub(super) async fn begin(&self, image: ImageUse) {
-        let (name, program) = (image.recording, image.program);
+        let name = image.recording;
         let image = ImageId {
             reference: image.reference,
             manifest: image.manifest_digest,
             layers: image.layers,
         };
-        let (layers, whole) = self.starting(&image, program).await;
+        let (layers, whole) = self.starting(&image).await;
         if name.is_none() {
             let known = self.0.profiles.find(&image);
             let worth = whole || known.is_none();

@@ -122,6 +122,7 @@ impl Node {
             opening: Semaphore::new(config.opening.max(1)),
             profiles: Arc::new(profiles),
             dependencies: dependencies::Memory::default(),
+            starting: super::plans::Starting::default(),
             attachments: Attachments::new(),
             recordings: Recordings::default(),
             mode,

@@ -6,20 +6,20 @@
 //! what it is, containerd's images are asked what they mean by its chain ID.
 
 use std::collections::HashMap;
-use std::error::Error as StdError;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::future::{BoxFuture, join_all};
+use futures_util::future::join_all;
 use rustix::process::Pid;
 use sluice_oci::Digest;
 
 use super::claims::{Claim, Standing};
 use super::error::Error;
 use super::labels;
-use super::lazy_layers::{LazyLayers, Program};
+use super::lazy_layers::LazyLayers;
 use super::logic::Snapshots;
+use super::metadata::NamedImage;
 use super::snapshot::{Key, Labels};
 
 /// How long requests wait until it is known what a layer is. No longer, and not
@@ -28,42 +28,6 @@ use super::snapshot::{Key, Labels};
 const WAIT: Duration = Duration::from_secs(30);
 /// What contradicts is found out twice.
 const ROUNDS: usize = 3;
-
-/// What an image means by chain IDs, on every platform of it that is here.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub struct NamedLayers {
-    /// Chain ID of each layer, and the digest of its blob. That is none when it
-    /// is no SHA-256, which those of lazily mounted layers are.
-    pub layers: Vec<(Digest, Option<Digest>)>,
-    /// Whether there is more than can be read.
-    pub cut: bool,
-    /// Chain ID of the topmost layer, and what runs from it.
-    pub programs: Vec<(Digest, Arc<Program>)>,
-}
-
-/// An image that containerd has.
-#[derive(Debug, Clone)]
-pub struct NamedImage {
-    /// Its name in containerd.
-    pub name: String,
-    /// What it says of its layers.
-    pub named: Arc<NamedLayers>,
-}
-
-/// All images of a namespace; none when there is nobody to ask, of which the
-/// operator was told. Or why they cannot be had, and what to do.
-pub type ImagesAnswer = Result<Option<Vec<NamedImage>>, Box<dyn StdError + Send + Sync>>;
-
-/// containerd's images.
-pub trait Images: fmt::Debug + Send + Sync + 'static {
-    /// Those of a namespace, of the containerd that calls: the process of this
-    /// number, if that is known.
-    fn of_namespace<'a>(
-        &'a self,
-        caller: Option<Pid>,
-        namespace: &'a str,
-    ) -> BoxFuture<'a, ImagesAnswer>;
-}
 
 /// A layer that is mounted lazily under a name by which an image means another.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -117,16 +81,9 @@ impl Dispute {
 }
 
 impl<L: LazyLayers> Snapshots<L> {
-    /// Asks `images` what they mean by snapshots, in [`Self::settle_disputes`].
-    pub fn with_images(mut self, images: Arc<dyn Images>) -> Self {
-        self.images = Some(images);
-        self
-    }
-
     /// Returns when no image of containerd's means anything else by `parent`
     /// and what lies below than that shows, or it is known that it is right; or
-    /// wrong, which is refused later. Returns what runs from `parent`, if images
-    /// had to be asked and one says it. To be called before `caller`, the process
+    /// wrong, which is refused later. To be called before `caller`, the process
     /// of that number if it is known, has a snapshot `key` made; changes
     /// nothing, and can be dropped at any time.
     pub async fn settle_disputes(
@@ -135,39 +92,30 @@ impl<L: LazyLayers> Snapshots<L> {
         key: &Key,
         parent: Option<&Key>,
         labels: &Labels,
-    ) -> Result<Option<Arc<Program>>, Error> {
+    ) -> Result<(), Error> {
         // What containerd unpacks a layer into is asked about when something
         // is made from that.
         if labels::target(labels).is_some() {
-            return Ok(None);
+            return Ok(());
         }
         let (Some(parent), Some(namespace)) = (parent, key.in_containerd().0) else {
-            return Ok(None);
+            return Ok(());
         };
-        let Some(images) = &self.images else {
-            return Ok(None);
+        let Some(metadata) = &self.metadata else {
+            return Ok(());
         };
         let chain = match self.store().claims(parent.clone()).await {
             // Who goes on finds out.
-            Err(Error::NotFound(_)) => return Ok(None),
+            Err(Error::NotFound(_)) => return Ok(()),
             chain => chain?,
         };
         let mut asked: Option<Vec<NamedImage>> = None;
-        let program = |asked: &Option<Vec<NamedImage>>| {
-            let top = chain.iter().find(|claim| claim.name == *parent)?.chain_id?;
-            let all = asked
-                .iter()
-                .flatten()
-                .flat_map(|image| &image.named.programs);
-            let mut of_top = all.filter(|(chain_id, _)| *chain_id == top);
-            of_top.next().map(|(_, program)| Arc::clone(program))
-        };
         let mut last = None;
         for _ in 0..ROUNDS {
             let standings = self.judge_each(&chain, &mut HashMap::new()).await;
             let wrong = |(_, own): &(_, Standing)| matches!(own, Standing::Contradicted(_));
             if standings.iter().any(wrong) {
-                return Ok(None);
+                return Ok(());
             }
             let unknown = standings
                 .iter()
@@ -175,13 +123,13 @@ impl<L: LazyLayers> Snapshots<L> {
                 .map(|(claim, _)| *claim);
             let unknown: Vec<&Claim> = unknown.collect();
             if unknown.is_empty() {
-                return Ok(program(&asked));
+                return Ok(());
             }
             let images = match &asked {
                 Some(images) => images,
-                None => match images.of_namespace(caller, namespace).await {
+                None => match metadata.images(caller, namespace).await {
                     Ok(Some(images)) => asked.insert(images),
-                    Ok(None) => return Ok(None),
+                    Ok(None) => return Ok(()),
                     Err(source) => {
                         let snapshot = parent.clone();
                         return Err(Error::Images { snapshot, source });
@@ -191,7 +139,7 @@ impl<L: LazyLayers> Snapshots<L> {
             let disputes = unknown.into_iter().filter_map(|c| Dispute::new(c, images));
             let mut disputes: Vec<Dispute> = disputes.collect();
             if disputes.is_empty() {
-                return Ok(program(&asked));
+                return Ok(());
             }
             for dispute in disputes.iter().filter(|_| last.is_none()) {
                 let Dispute { layer, other, .. } = dispute;
@@ -210,13 +158,14 @@ impl<L: LazyLayers> Snapshots<L> {
         }
         match last {
             Some(dispute) => Err(Error::Disputed(Box::new(dispute))),
-            None => Ok(program(&asked)),
+            None => Ok(()),
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::metadata::NamedLayers;
     use super::*;
 
     fn image(name: &str, layers: &[(Digest, Option<Digest>)], cut: bool) -> NamedImage {
@@ -225,7 +174,6 @@ mod tests {
             named: Arc::new(NamedLayers {
                 layers: layers.to_vec(),
                 cut,
-                programs: Vec::new(),
             }),
         }
     }

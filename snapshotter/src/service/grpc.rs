@@ -17,7 +17,7 @@ use tracing::Instrument;
 
 use super::error::{Error, ErrorKind};
 use super::filter::Filter;
-use super::lazy_layers::{LazyLayers, Program};
+use super::lazy_layers::LazyLayers;
 use super::logic::Snapshots;
 use super::mounts::Mount;
 use super::snapshot::{Info, Key, Kind, Labels};
@@ -64,8 +64,8 @@ impl<L: LazyLayers> Adapter<L> {
         let work = async move {
             let parent = new.parent.as_ref();
             let settled = snapshots.settle_disputes(new.caller, &new.key, parent, &new.labels);
-            let program = settled.await?;
-            Ok(New { program, ..new })
+            settled.await?;
+            Ok(new)
         };
         let settled = AbortOnDropHandle::new(tokio::spawn(work.instrument(span.clone()))).await;
         let settled = settled.unwrap_or(Err(Error::BrokeOff));
@@ -79,8 +79,6 @@ struct New {
     key: Key,
     parent: Option<Key>,
     labels: Labels,
-    /// What runs from the parent as a rule.
-    program: Option<Arc<Program>>,
 }
 
 impl New {
@@ -95,7 +93,6 @@ impl New {
             key: Key::try_from(key).map_err(|error| status(&error.into()))?,
             parent: Key::try_from(parent).ok(),
             labels: labels.into_iter().collect(),
-            program: None,
         })
     }
 }
@@ -120,14 +117,7 @@ impl<L: LazyLayers> api::snapshots_server::Snapshots for Adapter<L> {
         let new = self.settle_disputes(&span, new).await?;
         let mounts = self
             .call(span, |snapshots| async move {
-                let New {
-                    key,
-                    parent,
-                    labels,
-                    program,
-                    ..
-                } = new;
-                snapshots.prepare_for(program, key, parent, labels).await
+                snapshots.prepare(new.key, new.parent, new.labels).await
             })
             .await?;
         Ok(Response::new(api::PrepareSnapshotResponse {
@@ -158,13 +148,21 @@ impl<L: LazyLayers> api::snapshots_server::Snapshots for Adapter<L> {
         &self,
         request: Request<api::MountsRequest>,
     ) -> Result<Response<api::MountsResponse>, Status> {
+        let caller = caller(&request);
         let request = request.into_inner();
         let span = tracing::info_span!("mounts", key = request.key);
+        let key = Key::try_from(request.key).map_err(|error| status(&error.into()))?;
+        let of = key.clone();
         let mounts = self
-            .call(span, |snapshots| async move {
-                snapshots.mounts(Key::try_from(request.key)?).await
-            })
+            .call(span, |snapshots| async move { snapshots.mounts(of).await })
             .await?;
+        let snapshots = Arc::clone(&self.snapshots);
+        // Whoever starts the container does not wait for that.
+        tokio::spawn(async move {
+            if let Err(error) = snapshots.tell_program(caller, &key).await {
+                tracing::debug!(%error, "what runs in a snapshot");
+            }
+        });
         Ok(Response::new(api::MountsResponse {
             mounts: to_mounts(mounts),
         }))

@@ -134,7 +134,6 @@ pub(crate) fn image_use(top: &Labels, new: &Labels, layers: Vec<Digest>) -> Imag
         manifest_digest: top.get(MANIFEST).and_then(|text| text.parse().ok()),
         layers,
         recording: new.get(RECORD).cloned(),
-        program: None,
     }
 }
 

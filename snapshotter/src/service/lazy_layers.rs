@@ -28,7 +28,7 @@ pub struct LayerRequest {
     pub image_layers: Vec<Digest>,
 }
 
-/// What an image's configuration says is run. A container may run anything else.
+/// What a container runs, as its runtime specification says.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Program {
     /// The words of the command, as far as they are short and few.
@@ -50,8 +50,6 @@ pub struct ImageUse {
     pub layers: Vec<Digest>,
     /// By what name somebody asks for a recording of what is read.
     pub recording: Option<String>,
-    /// What it runs as a rule, when containerd told it.
-    pub program: Option<Arc<Program>>,
 }
 
 /// What a layer takes on this node.
@@ -172,6 +170,15 @@ pub trait LazyLayers: Send + Sync + 'static {
     /// A writable snapshot of an image was made, whose layers are mounted: a
     /// container is about to read them. A hint, which cannot fail.
     fn starts(&self, image: ImageUse) -> impl Future<Output = ()> + Send;
+
+    /// A container whose image has these layers mounted lazily, lowest first, is
+    /// about to run what `program` finds out, which is awaited only if it helps.
+    /// A hint, which cannot fail.
+    fn runs(
+        &self,
+        layers: Vec<Digest>,
+        program: impl Future<Output = Option<Program>> + Send,
+    ) -> impl Future<Output = ()> + Send;
 
     /// Unmounts and deletes a layer that no snapshot refers to any more. A
     /// layer that is not there is no error.

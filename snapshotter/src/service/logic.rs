@@ -12,13 +12,13 @@ use sluice_oci::Digest;
 
 use super::claims::Standing;
 use super::directories::{Directories, Found};
-use super::disputes::Images;
 use super::error::Error;
 use super::expected::Expected;
 use super::filter::Filter;
 use super::labels;
-use super::lazy_layers::{ImageUse, LayerRequest, LazyLayers, MountError, Owner, Program, Usage};
+use super::lazy_layers::{ImageUse, LayerRequest, LazyLayers, MountError, Owner, Usage};
 use super::locks::LayerLocks;
+use super::metadata::Metadata;
 use super::mounts::{Mount, OverlayOptions, mounts};
 use super::pins::{Pinned, Pins};
 use super::snapshot::{Content, Info, Key, Kind, Labels, SnapshotId};
@@ -37,7 +37,7 @@ pub struct Snapshots<L> {
     pub(super) expected: Expected,
     /// Layers that nothing refers to and that could not be removed.
     leftovers: Mutex<HashSet<Digest>>,
-    pub(super) images: Option<Arc<dyn Images>>,
+    pub(super) metadata: Option<Arc<dyn Metadata>>,
 }
 
 impl<L: LazyLayers> Snapshots<L> {
@@ -58,7 +58,7 @@ impl<L: LazyLayers> Snapshots<L> {
             pins: Pins::default(),
             expected: Expected::default(),
             leftovers: Mutex::default(),
-            images: None,
+            metadata: None,
         };
         snapshots.restore_directories().await?;
         crash_point!("start.directories-restored");
@@ -88,17 +88,6 @@ impl<L: LazyLayers> Snapshots<L> {
         &self,
         key: Key,
         parent: Option<Key>,
-        labels: Labels,
-    ) -> Result<Vec<Mount>, Error> {
-        self.prepare_for(None, key, parent, labels).await
-    }
-
-    /// The same, for a container that runs `program` as a rule.
-    pub async fn prepare_for(
-        &self,
-        program: Option<Arc<Program>>,
-        key: Key,
-        parent: Option<Key>,
         mut labels: Labels,
     ) -> Result<Vec<Mount>, Error> {
         if let Some(target) = labels::target(&labels) {
@@ -107,8 +96,7 @@ impl<L: LazyLayers> Snapshots<L> {
                 Lazily::Not(reason) => labels::tell_not_lazy(&mut labels, &reason),
             }
         }
-        self.create(Kind::Active, key, parent, labels, program)
-            .await
+        self.create(Kind::Active, key, parent, labels).await
     }
 
     /// Makes a read-only snapshot.
@@ -118,7 +106,7 @@ impl<L: LazyLayers> Snapshots<L> {
         parent: Option<Key>,
         labels: Labels,
     ) -> Result<Vec<Mount>, Error> {
-        self.create(Kind::View, key, parent, labels, None).await
+        self.create(Kind::View, key, parent, labels).await
     }
 
     /// The mounts of an active snapshot or view.
@@ -374,7 +362,6 @@ impl<L: LazyLayers> Snapshots<L> {
         key: Key,
         parent: Option<Key>,
         labels: Labels,
-        program: Option<Arc<Program>>,
     ) -> Result<Vec<Mount>, Error> {
         let below = self.store.would_create(key.clone(), parent.clone()).await?;
         self.refuse_contradicted(parent.as_ref()).await?;
@@ -406,7 +393,7 @@ impl<L: LazyLayers> Snapshots<L> {
         crash_point!("prepare.recorded");
         directory.keep();
         if let Some(image) = starting {
-            self.layers.starts(ImageUse { program, ..image }).await;
+            self.layers.starts(image).await;
         }
         Ok(self.overlay(kind, id, &lower))
     }
@@ -566,7 +553,7 @@ impl<L: LazyLayers> Snapshots<L> {
 
 /// The lazily mounted layers of a chain that is given nearest first, lowest
 /// first, each once.
-fn lazy(below: &[Content]) -> Vec<Digest> {
+pub(super) fn lazy(below: &[Content]) -> Vec<Digest> {
     let mut layers = Vec::new();
     for content in below.iter().rev() {
         if let Content::Lazy(layer) = content

@@ -12,6 +12,7 @@ mod labels;
 mod lazy_layers;
 mod locks;
 mod logic;
+mod metadata;
 mod mounts;
 mod pins;
 mod snapshot;
@@ -20,7 +21,7 @@ mod store;
 mod tests;
 
 pub use claims::{Contradiction, Standing};
-pub use disputes::{Dispute, Images, ImagesAnswer, NamedImage, NamedLayers};
+pub use disputes::Dispute;
 pub use error::{Error, ErrorKind};
 pub use filter::{Filter, FilterError};
 pub use grpc::{Adapter, server};
@@ -30,6 +31,7 @@ pub use lazy_layers::{
     ImageUse, InUse, LayerRequest, LazyLayers, MountError, NotLazy, Owner, Program, Proof, Usage,
 };
 pub use logic::Snapshots;
+pub use metadata::{ImagesAnswer, Metadata, NamedImage, NamedLayers};
 pub use mounts::{Mount, OverlayOptions};
 pub use snapshot::{Chain, Content, EmptyKey, Info, Key, Kind, Labels, SnapshotId};
 pub use store::{ROOT_VERSION, Store, StoreError};

@@ -304,7 +304,6 @@ fn the_data_plane_is_told_of_what_is_about_to_run() {
         manifest_digest: Some(manifest),
         layers: vec![layer(1), layer(2)],
         recording: None,
-        program: None,
     };
     let named = ImageUse {
         recording: Some("ci".to_owned()),

@@ -16,8 +16,8 @@ struct FakeImages {
     broken: bool,
 }
 
-impl Images for FakeImages {
-    fn of_namespace<'a>(
+impl Metadata for FakeImages {
+    fn images<'a>(
         &'a self,
         caller: Option<Pid>,
         namespace: &'a str,
@@ -29,6 +29,20 @@ impl Images for FakeImages {
             false => Ok(Some(self.images.lock().clone())),
         };
         Box::pin(async { images })
+    }
+
+    fn program<'a>(
+        &'a self,
+        caller: Option<Pid>,
+        namespace: &'a str,
+        container: &'a str,
+    ) -> BoxFuture<'a, Option<Program>> {
+        assert_eq!(caller, CALLER, "each is asked about its own");
+        let program = Program {
+            words: vec![format!("{namespace} {container}")],
+            ..Program::default()
+        };
+        Box::pin(async { Some(program) })
     }
 }
 
@@ -47,7 +61,7 @@ impl Disputed {
         let mut rig = Rig::new();
         rig.stop();
         let images = Arc::new(images);
-        let snapshots = rig.start().unwrap().with_images(images.clone());
+        let snapshots = rig.start().unwrap().with_metadata(images.clone());
         rig.snapshots = Some(Arc::new(snapshots));
         let served = rig.prepare("x", "", lazy(&below, layer(1)));
         assert_kind(served, ErrorKind::AlreadyExists);
@@ -67,7 +81,6 @@ impl Disputed {
         let named = NamedLayers {
             layers: std::iter::zip(names, blobs.map(Some)).collect(),
             cut: false,
-            programs: vec![(self.top.parse().unwrap(), program())],
         };
         self.images.images.lock().push(NamedImage {
             name: name.to_owned(),
@@ -85,7 +98,7 @@ impl Disputed {
         self.rig.fake.state.lock().truths.insert(layer, Ok(proof));
     }
 
-    fn settle(&self, name: &str, labels: &Labels) -> Result<Option<Arc<Program>>, Error> {
+    fn settle(&self, name: &str, labels: &Labels) -> Result<(), Error> {
         let snapshots = self.rig.snapshots.as_ref().unwrap();
         let (name, parent) = (key(name), key(&self.top));
         let settled = snapshots.settle_disputes(CALLER, &name, Some(&parent), labels);
@@ -105,28 +118,51 @@ impl Disputed {
     }
 }
 
-fn program() -> Arc<Program> {
-    Arc::new(Program {
-        words: vec!["serve".to_owned()],
-        ..Program::default()
-    })
-}
-
 #[test]
 fn what_all_images_mean_the_same_by_is_started_at_once() {
     let disputed = Disputed::new(FakeImages::default());
     disputed.image("r.io/app:1", [layer(1), layer(2)]);
     disputed.image("r.io/app:same", [layer(1), layer(2)]);
-    let program = disputed.settle("k8s.io/7/c", &Labels::new()).unwrap();
-    assert_eq!(program, Some(self::program()));
+    disputed.settle("k8s.io/7/c", &Labels::new()).unwrap();
     assert_eq!(disputed.settling(), []);
     assert_eq!(*disputed.images.asked.lock(), ["k8s.io"]);
     // Nobody asks for what containerd unpacks into, or who is not containerd.
     disputed.image("r.io/other:1", [layer(3), layer(2)]);
     let target = lazy("sha256:above", layer(3));
-    assert_eq!(disputed.settle("k8s.io/8/extract", &target).unwrap(), None);
-    assert_eq!(disputed.settle("c", &Labels::new()).unwrap(), None);
+    disputed.settle("k8s.io/8/extract", &target).unwrap();
+    disputed.settle("c", &Labels::new()).unwrap();
     assert_eq!(disputed.images.asked.lock().len(), 1);
+}
+
+#[test]
+fn the_data_plane_is_told_what_a_container_runs() {
+    let disputed = Disputed::new(FakeImages::default());
+    let rig = &disputed.rig;
+    rig.prepare("k8s.io/7/c", &disputed.top, Labels::new())
+        .unwrap();
+    rig.prepare("k8s.io/8/bare", "", Labels::new()).unwrap();
+    let snapshots = rig.snapshots.as_ref().unwrap();
+    rig.runtime.block_on(async {
+        snapshots
+            .view(key("k8s.io/9/v"), Some(key(&disputed.top)), Labels::new())
+            .await
+            .unwrap();
+        for name in ["k8s.io/7/c", "k8s.io/8/bare", "k8s.io/9/v"] {
+            snapshots.tell_program(CALLER, &key(name)).await.unwrap();
+        }
+        assert!(
+            snapshots
+                .tell_program(CALLER, &key("k8s.io/6/none"))
+                .await
+                .is_err()
+        );
+    });
+    let told = rig.fake.state.lock().runs.clone();
+    let program = Program {
+        words: vec!["k8s.io c".to_owned()],
+        ..Program::default()
+    };
+    assert_eq!(told, [(vec![layer(1), layer(2)], Some(program))]);
 }
 
 #[test]

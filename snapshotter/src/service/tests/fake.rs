@@ -31,6 +31,7 @@ pub(super) struct FakeState {
     /// What the last call to make room was told.
     pub(super) in_use: Option<HashSet<Digest>>,
     pub(super) starts: Vec<ImageUse>,
+    pub(super) runs: Vec<(Vec<Digest>, Option<Program>)>,
     pub(super) proofs: HashMap<Digest, Proof>,
     pub(super) settling: Vec<Digest>,
     /// What is found out of layers; of others nothing in time.
@@ -111,6 +112,15 @@ impl LazyLayers for Fake {
 
     async fn starts(&self, image: ImageUse) {
         self.state.lock().starts.push(image);
+    }
+
+    async fn runs(
+        &self,
+        layers: Vec<Digest>,
+        program: impl Future<Output = Option<Program>> + Send,
+    ) {
+        let program = program.await;
+        self.state.lock().runs.push((layers, program));
     }
 
     async fn remove(&self, layer: Digest) -> Result<(), MountError> {

@@ -1,0 +1,204 @@
+//! What the words of a command name: programs, files, and the modules that a
+//! Python interpreter is told to import.
+
+use super::python;
+use crate::service::Program;
+
+/// Words of one command, those in a shell's text as well.
+const WORDS: usize = 64;
+/// Directories in which a command is looked up.
+const LOOKED_UP_IN: usize = 16;
+/// What every start of a Python interpreter imports, and has not in itself.
+const PYTHON: [&[u8]; 2] = [b"encodings", b"encodings.utf_8"];
+/// Options of it that the next word belongs to.
+const WITH_A_WORD: [&str; 2] = ["-W", "-X"];
+
+/// Something that a command names.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Named {
+    /// A file, and where it may be, the first place first.
+    File(Vec<Vec<u8>>),
+    /// Python modules.
+    Modules(Vec<Vec<u8>>),
+}
+
+/// What a program's words name, in the order in which they do.
+pub(super) fn named(program: &Program) -> Vec<Named> {
+    let words = spelled_out(&program.words);
+    let mut named = Vec::new();
+    for (at, word) in words.iter().enumerate() {
+        let candidates = candidates(program, word);
+        if !candidates.is_empty() {
+            named.push(Named::File(candidates));
+        }
+        if base_name(word).starts_with("python") {
+            let modules = modules(&words[at + 1..]);
+            named.push(Named::Modules(modules));
+        }
+    }
+    named
+}
+
+/// The words, and in the place of a shell's text those that are in it.
+fn spelled_out(words: &[String]) -> Vec<String> {
+    let mut all = Vec::new();
+    let mut is_shell = false;
+    let mut is_text = false;
+    for word in words {
+        if std::mem::take(&mut is_text) {
+            // What cannot be parsed names nothing.
+            let within = shlex::split(word).unwrap_or_default();
+            all.extend(
+                within
+                    .iter()
+                    .map(|word| word.trim_end_matches(';').to_owned()),
+            );
+            continue;
+        }
+        is_text = is_shell && word.starts_with('-') && word.ends_with('c');
+        let is_option = is_shell && word.starts_with('-');
+        is_shell = is_option || matches!(base_name(word), "sh" | "ash" | "bash" | "dash" | "zsh");
+        all.push(word.clone());
+    }
+    all.truncate(WORDS);
+    all
+}
+
+/// The modules that an interpreter imports that is given these words.
+fn modules(words: &[String]) -> Vec<Vec<u8>> {
+    let mut names: Vec<Vec<u8>> = PYTHON.map(<[u8]>::to_vec).to_vec();
+    let mut words = words.iter();
+    while let Some(word) = words.next().filter(|word| word.starts_with('-')) {
+        if WITH_A_WORD.contains(&word.as_str()) {
+            words.next();
+        } else if word.ends_with('c') {
+            let code = words.next().map(|code| code.replace(';', "\n"));
+            names.extend(python::imports(code.unwrap_or_default().as_bytes()));
+            break;
+        } else if word.ends_with('m') {
+            if let Some(module) = words.next() {
+                names.push(module.clone().into_bytes());
+                names.push(format!("{module}.__main__").into_bytes());
+            }
+            break;
+        }
+    }
+    names
+}
+
+/// Where a word may be: looked up as a command, or a file where the command
+/// runs.
+fn candidates(program: &Program, word: &str) -> Vec<Vec<u8>> {
+    if word.is_empty() || word.starts_with('-') {
+        return Vec::new();
+    }
+    let within = |directory: &str| format!("{directory}/{word}").into_bytes();
+    let mut paths = Vec::new();
+    if word.starts_with('/') {
+        paths.push(word.as_bytes().to_vec());
+    } else {
+        if !word.contains('/') {
+            let directories = program.path.split(':').take(LOOKED_UP_IN);
+            paths.extend(directories.map(within));
+        }
+        paths.push(within(&program.directory));
+    }
+    paths
+}
+
+fn base_name(word: &str) -> &str {
+    word.rsplit('/').next().unwrap_or(word)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn program(words: &[&str]) -> Program {
+        Program {
+            words: words.iter().map(|&word| word.to_owned()).collect(),
+            path: "/sbin:/bin".to_owned(),
+            directory: "/srv".to_owned(),
+        }
+    }
+
+    fn shown(words: &[&str]) -> Vec<String> {
+        let text = |bytes: &Vec<u8>| String::from_utf8(bytes.clone()).unwrap();
+        let all = named(&program(words)).into_iter();
+        all.map(|named| match named {
+            Named::File(paths) => text(paths.last().unwrap()),
+            Named::Modules(names) => names.iter().map(text).collect::<Vec<_>>().join(" "),
+        })
+        .collect()
+    }
+
+    #[test]
+    fn words_are_commands_or_files() {
+        let found = named(&program(&[
+            "serve",
+            "--all",
+            "sub/more",
+            "/opt/absolute",
+            "",
+        ]));
+        let expected = [
+            vec!["/sbin/serve", "/bin/serve", "/srv/serve"],
+            vec!["/srv/sub/more"],
+            vec!["/opt/absolute"],
+        ];
+        let files = |paths: &Vec<&str>| {
+            Named::File(paths.iter().map(|path| path.as_bytes().to_vec()).collect())
+        };
+        assert_eq!(found, expected.iter().map(files).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_shell_is_told_in_one_word_what_to_run() {
+        let found = shown(&[
+            "/bin/sh",
+            "-ec",
+            "cd '/a b' && exec serve one; two",
+            "-x",
+            "rest",
+        ]);
+        let expected = [
+            "/bin/sh",
+            "/srv/cd",
+            "/a b",
+            "/srv/&&",
+            "/srv/exec",
+            "/srv/serve",
+            "/srv/one",
+            "/srv/two",
+            "/srv/rest",
+        ];
+        assert_eq!(found, expected);
+        assert_eq!(
+            shown(&["sh", "script", "-c", "a b"]).last().unwrap(),
+            "/srv/a b"
+        );
+        assert_eq!(shown(&["bash", "-c", "not 'closed"]), ["/srv/bash"]);
+        let long = "word ".repeat(WORDS * 2);
+        assert_eq!(shown(&["sh", "-c", &long]).len(), WORDS - 1);
+    }
+
+    #[test]
+    fn an_interpreter_is_told_what_to_import() {
+        let of = |words: &[&str]| shown(words)[1].clone();
+        let always = "encodings encodings.utf_8";
+        let code = "import a, b.c; from d import e\ndef f():\n  import g";
+        assert_eq!(
+            of(&["/usr/bin/python3.11", "-c", code]),
+            format!("{always} a b.c d e")
+        );
+        assert_eq!(
+            of(&["python3", "-u", "-W", "error", "-Bm", "http.server"]),
+            format!("{always} http.server http.server.__main__")
+        );
+        assert_eq!(of(&["python", "file.py", "-c", "import a"]), always);
+        assert_eq!(of(&["python", "-c"]), always);
+        // Told by a shell, after others.
+        let nested = shown(&["sh", "-c", "env A=1 python3 -c 'import a' && b"]);
+        assert!(nested.contains(&format!("{always} a")), "{nested:?}");
+    }
+}
