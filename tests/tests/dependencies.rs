@@ -11,8 +11,10 @@ use sluice_tests::daemon::Mode;
 use sluice_tests::image::{self, Compression, LayoutWriter, Meta, Noise, Tarball};
 use sluice_tests::node::snapshotter;
 
-/// Between files, so that none comes along with another.
-const BETWEEN: u64 = 300_000;
+/// Between files, so that none comes along with another: more than is guessed
+/// around a read, however slow the machine makes the link look.
+const BETWEEN: u64 = 1_200_000;
+const CONFIGURATION: &str = "[background]\nenabled = false\n[fetch]\nread_ahead_mib = 1\n";
 
 const LIB: &str = "usr/lib/python3.11";
 
@@ -48,7 +50,7 @@ const MODULES: [(&str, &str, bool); 9] = [
 
 #[test]
 fn modules_are_there_before_they_are_imported() -> Result<()> {
-    let node = Node::start("[background]\nenabled = false\n")?;
+    let node = Node::start(CONFIGURATION)?;
     let layout = node.scratch.dir("layout")?;
     let mut writer = LayoutWriter::new(&layout)?;
     // The interpreter's modules are in another layer than the program's.
@@ -117,7 +119,7 @@ fn modules_are_there_before_they_are_imported() -> Result<()> {
 /// whatever the program does with them.
 #[test]
 fn what_a_container_runs_is_there_before_it_is_run() -> Result<()> {
-    let node = Node::start("[background]\nenabled = false\n")?;
+    let node = Node::start(CONFIGURATION)?;
     let layout = node.scratch.dir("layout")?;
     let mut writer = LayoutWriter::new(&layout)?;
     let files = [
