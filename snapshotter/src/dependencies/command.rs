@@ -32,8 +32,7 @@ pub(super) fn named(program: &Program) -> Vec<Named> {
             named.push(Named::File(candidates));
         }
         if base_name(word).starts_with("python") {
-            let modules = modules(&words[at + 1..]);
-            named.push(Named::Modules(modules));
+            named.push(Named::Modules(modules(&words[at + 1..])));
         }
     }
     named
@@ -47,16 +46,12 @@ fn spelled_out(words: &[String]) -> Vec<String> {
     for word in words {
         if std::mem::take(&mut is_text) {
             // What cannot be parsed names nothing.
-            let within = shlex::split(word).unwrap_or_default();
-            all.extend(
-                within
-                    .iter()
-                    .map(|word| word.trim_end_matches(';').to_owned()),
-            );
+            let within = shlex::split(word).unwrap_or_default().into_iter();
+            all.extend(within.map(|word| word.trim_end_matches(';').to_owned()));
             continue;
         }
-        is_text = is_shell && word.starts_with('-') && word.ends_with('c');
         let is_option = is_shell && word.starts_with('-');
+        is_text = is_option && word.ends_with('c');
         is_shell = is_option || matches!(base_name(word), "sh" | "ash" | "bash" | "dash" | "zsh");
         all.push(word.clone());
     }

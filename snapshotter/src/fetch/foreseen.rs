@@ -47,7 +47,8 @@ impl Need {
         }
     }
 
-    /// Of what every start needs, or this one as a rule: after whatever is read.
+    /// Of what every start needs, or a container's command names: after whatever
+    /// is read.
     pub(super) fn at_start(position: usize) -> Option<Self> {
         Self {
             read: Reverse(0),

@@ -8,15 +8,15 @@ use super::*;
 
 const CALLER: Option<Pid> = Pid::from_raw(7);
 
-/// containerd's images, and how often it was asked for them.
+/// containerd's images, how often it was asked for them, and its containers.
 #[derive(Debug, Default)]
-struct FakeImages {
+struct FakeMetadata {
     images: Mutex<Vec<NamedImage>>,
     asked: Mutex<Vec<String>>,
     broken: bool,
 }
 
-impl Metadata for FakeImages {
+impl Metadata for FakeMetadata {
     fn images<'a>(
         &'a self,
         caller: Option<Pid>,
@@ -49,13 +49,13 @@ impl Metadata for FakeImages {
 /// Two lazily mounted layers, one over the other, and containerd's images.
 struct Disputed {
     rig: Rig,
-    images: Arc<FakeImages>,
+    images: Arc<FakeMetadata>,
     below: String,
     top: String,
 }
 
 impl Disputed {
-    fn new(images: FakeImages) -> Self {
+    fn new(images: FakeMetadata) -> Self {
         let (below, top) = (layer(10), chain_id(layer(10), layer(20)));
         let (below, top) = (below.to_string(), top.to_string());
         let mut rig = Rig::new();
@@ -120,7 +120,7 @@ impl Disputed {
 
 #[test]
 fn what_all_images_mean_the_same_by_is_started_at_once() {
-    let disputed = Disputed::new(FakeImages::default());
+    let disputed = Disputed::new(FakeMetadata::default());
     disputed.image("r.io/app:1", [layer(1), layer(2)]);
     disputed.image("r.io/app:same", [layer(1), layer(2)]);
     disputed.settle("k8s.io/7/c", &Labels::new()).unwrap();
@@ -136,7 +136,7 @@ fn what_all_images_mean_the_same_by_is_started_at_once() {
 
 #[test]
 fn the_data_plane_is_told_what_a_container_runs() {
-    let disputed = Disputed::new(FakeImages::default());
+    let disputed = Disputed::new(FakeMetadata::default());
     let rig = &disputed.rig;
     rig.prepare("k8s.io/7/c", &disputed.top, Labels::new())
         .unwrap();
@@ -167,7 +167,7 @@ fn the_data_plane_is_told_what_a_container_runs() {
 
 #[test]
 fn what_another_image_means_something_else_by_is_found_out_first() {
-    let disputed = Disputed::new(FakeImages::default());
+    let disputed = Disputed::new(FakeMetadata::default());
     disputed.image("r.io/app:1", [layer(1), layer(2)]);
     disputed.image("r.io/other:1", [layer(3), layer(2)]);
     // The upper layer is in nobody's way.
@@ -185,7 +185,7 @@ fn what_another_image_means_something_else_by_is_found_out_first() {
 
 #[test]
 fn a_layer_that_is_anothers_is_refused_as_soon_as_somebody_means_the_other() {
-    let disputed = Disputed::new(FakeImages::default());
+    let disputed = Disputed::new(FakeMetadata::default());
     disputed.image("r.io/other:1", [layer(1), layer(3)]);
     // What contradicts at first is looked at again.
     disputed.finds(layer(2), layer(66), true);
@@ -201,7 +201,7 @@ fn a_layer_that_is_anothers_is_refused_as_soon_as_somebody_means_the_other() {
 
 #[test]
 fn who_cannot_know_in_time_is_told_what_to_do() {
-    let disputed = Disputed::new(FakeImages::default());
+    let disputed = Disputed::new(FakeMetadata::default());
     disputed.image("r.io/other:1", [layer(3), layer(2)]);
     let told = |why: &str| {
         let error = disputed.start().unwrap_err();
@@ -234,9 +234,9 @@ fn who_cannot_know_in_time_is_told_what_to_do() {
 
 #[test]
 fn without_an_answer_nothing_unknown_is_started() {
-    let disputed = Disputed::new(FakeImages {
+    let disputed = Disputed::new(FakeMetadata {
         broken: true,
-        ..FakeImages::default()
+        ..FakeMetadata::default()
     });
     let error = disputed.start().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unavailable);
