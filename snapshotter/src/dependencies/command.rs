@@ -9,7 +9,9 @@ const WORDS: usize = 64;
 /// Directories in which a command is looked up.
 const LOOKED_UP_IN: usize = 16;
 /// What every start of a Python interpreter imports, and has not in itself.
-const PYTHON: [&[u8]; 2] = [b"encodings", b"encodings.utf_8"];
+const PYTHON: [&[u8]; 3] = [b"encodings", b"encodings.utf_8", b"sitecustomize"];
+/// The character classes that it loads where no locale is set.
+const PYTHON_LOCALE: &[u8] = b"usr/lib/locale/C.utf8/LC_CTYPE";
 /// Options of it that the next word belongs to.
 const WITH_A_WORD: [&str; 2] = ["-W", "-X"];
 
@@ -32,6 +34,7 @@ pub(super) fn named(program: &Program) -> Vec<Named> {
             named.push(Named::File(candidates));
         }
         if base_name(word).starts_with("python") {
+            named.push(Named::File(vec![PYTHON_LOCALE.to_vec()]));
             named.push(Named::Modules(modules(&words[at + 1..])));
         }
     }
@@ -61,7 +64,7 @@ fn spelled_out(words: &[String]) -> Vec<String> {
 
 /// The modules that an interpreter imports that is given these words.
 fn modules(words: &[String]) -> Vec<Vec<u8>> {
-    let mut names: Vec<Vec<u8>> = PYTHON.map(<[u8]>::to_vec).to_vec();
+    let mut names: Vec<Vec<u8>> = PYTHON.map(<[u8]>::to_vec).into();
     let mut words = words.iter();
     while let Some(word) = words.next().filter(|word| word.starts_with('-')) {
         if WITH_A_WORD.contains(&word.as_str()) {
@@ -179,8 +182,8 @@ mod tests {
 
     #[test]
     fn an_interpreter_is_told_what_to_import() {
-        let of = |words: &[&str]| shown(words)[1].clone();
-        let always = "encodings encodings.utf_8";
+        let of = |words: &[&str]| shown(words)[2].clone();
+        let always = "encodings encodings.utf_8 sitecustomize";
         let code = "import a, b.c; from d import e\ndef f():\n  import g";
         assert_eq!(
             of(&["/usr/bin/python3.11", "-c", code]),

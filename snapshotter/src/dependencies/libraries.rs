@@ -20,6 +20,14 @@ const LIBRARIES: usize = 128;
 const DIRECTORIES: usize = 16;
 /// What the dynamic linker looks up libraries in.
 const LINKER_CACHE: &[u8] = b"etc/ld.so.cache";
+/// What a library reads as soon as it is used, whose constants have no path of
+/// it in one piece: how its name begins, and where the file may be.
+const CONFIGURED: [(&[u8], [&[u8]; 2]); 1] = [(
+    b"libcrypto.so.",
+    [b"usr/lib/ssl/openssl.cnf", b"etc/pki/tls/openssl.cnf"],
+)];
+/// The library that nearly every program is linked with.
+const C_LIBRARY: &[u8] = b"libc.so.6";
 const ORIGIN: [&[u8]; 2] = [b"$ORIGIN", b"${ORIGIN}"];
 
 /// What an ELF file names.
@@ -125,8 +133,33 @@ pub(super) fn places(trees: &Trees, file: &LazyFile, needed: &Needed) -> Vec<Pla
             .iter()
             .map(|directory| [directory, &b"/"[..], name].concat());
         places.extend(paths.find_map(|path| trees.locate(&path)));
+        let configured = CONFIGURED
+            .iter()
+            .find(|(library, _)| name.starts_with(library));
+        let files = configured
+            .map(|(_, files)| files.as_slice())
+            .unwrap_or_default();
+        places.extend(files.iter().find_map(|path| trees.locate(path)));
     }
     places
+}
+
+/// Where that is which loads nearly every program, each with all places where
+/// it may be: the dynamic linker, its cache, and the C library.
+pub(super) fn of_any_program() -> impl Iterator<Item = Vec<Vec<u8>>> {
+    let arch = std::env::consts::ARCH;
+    let linker = [
+        format!("lib64/ld-linux-{}.so.2", arch.replace('_', "-")),
+        format!("lib/ld-linux-{arch}.so.1"),
+        format!("lib/ld-musl-{arch}.so.1"),
+    ];
+    let c_library = standard().map(|directory| [&directory, &b"/"[..], C_LIBRARY].concat());
+    [
+        linker.map(String::into_bytes).to_vec(),
+        vec![LINKER_CACHE.to_vec()],
+        c_library.collect(),
+    ]
+    .into_iter()
 }
 
 /// Where the dynamic linkers of common distributions look.

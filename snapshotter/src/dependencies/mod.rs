@@ -1,7 +1,8 @@
 //! What the files of an image load when they are used: the libraries that a
 //! program or library was linked with, the interpreter of a script, the modules
-//! that a Python module imports. Read from the files themselves, as the loaders
-//! do, so that what a program will need can be fetched before it asks.
+//! that a Python module imports, the files that are named among a program's
+//! constants. Read from the files themselves, as the loaders do, so that what a
+//! program will need can be fetched before it asks.
 //!
 //! Everything here is a guess from bytes that an image brings along: wrong ones
 //! cost some bytes that nobody reads, and nothing else.
@@ -32,6 +33,9 @@ use trees::{Place, Trees};
 
 /// What containers' users and groups are found by.
 const USERS: [&[u8]; 2] = [b"etc/passwd", b"etc/group"];
+/// Files up to this size are fetched because a program has their path among its
+/// constants: it may read them, or only tell of them. Bytes.
+const NAMED_BY_PATH: u64 = 256 << 10;
 
 /// What is read of a file to find out what it is.
 const HEAD: u64 = 4 << 10;
@@ -62,10 +66,13 @@ impl ImageDependencies {
         }
     }
 
-    /// The files by which the users of a container are found. Reads the trees.
-    pub async fn users(&self) -> Vec<LazyFile> {
-        let files = USERS.map(|path| Named::File(vec![path.to_vec()]));
-        self.files_of(files.into(), Vec::new()).await
+    /// The files that nearly every container reads when it starts: by some its
+    /// users are found, by others programs are loaded. Reads the trees.
+    pub async fn of_any_start(&self) -> Vec<LazyFile> {
+        let users = USERS.map(|path| Named::File(vec![path.to_vec()]));
+        let loader = libraries::of_any_program().map(Named::File);
+        let files = users.into_iter().chain(loader);
+        self.files_of(files.collect(), Vec::new()).await
     }
 
     /// The files that a program's words name, in the order in which they do.
@@ -138,6 +145,28 @@ impl ImageDependencies {
         let directory = self.trees.directory_of(file)?;
         Some(self.modules.places(&self.trees, &directory, &names))
     }
+
+    /// What a program or library means by texts among its constants: files by
+    /// their paths, and Python modules if it is one itself.
+    async fn places_in(&self, file: &LazyFile, texts: Vec<Vec<u8>>) -> Vec<Place> {
+        let (paths, names): (Vec<_>, Vec<_>) =
+            texts.into_iter().partition(|text| text.starts_with(b"/"));
+        let paths = paths.iter().filter_map(|path| self.trees.locate(path));
+        let mut places: Vec<Place> = paths
+            .filter(|&place| {
+                let file = self.trees.file(place);
+                file.is_some_and(|file| file.size() <= NAMED_BY_PATH)
+            })
+            .collect();
+        if !names.is_empty() {
+            self.index().await;
+            let directory = self.trees.directory_of(file).unwrap_or_default();
+            if self.modules.is_import_path(&self.trees, &directory) {
+                places.extend(self.modules.places(&self.trees, &directory, &names));
+            }
+        }
+        places
+    }
 }
 
 /// The names in a Python module.
@@ -152,6 +181,17 @@ impl Dependencies for ImageDependencies {
             let places = self.known_places(file).await.unwrap_or_default();
             let files = places.iter().filter_map(|&place| self.trees.file(place));
             files.collect()
+        })
+    }
+
+    fn named_in<'f>(
+        &'f self,
+        file: &'f LazyFile,
+        texts: Vec<Vec<u8>>,
+    ) -> BoxFuture<'f, Vec<LazyFile>> {
+        Box::pin(async move {
+            let places = self.places_in(file, texts).await.into_iter();
+            places.filter_map(|place| self.trees.file(place)).collect()
         })
     }
 }

@@ -42,10 +42,20 @@ enum Kind {
 }
 
 impl Modules {
+    fn roots(&self, trees: &Trees) -> &[Vec<u8>] {
+        self.roots.get_or_init(|| roots(trees))
+    }
+
+    /// Whether modules of packages are in `directory`, or can be.
+    pub(super) fn is_import_path(&self, trees: &Trees, directory: &[u8]) -> bool {
+        let mut roots = self.roots(trees).iter();
+        roots.any(|root| directory.starts_with(root))
+    }
+
     /// The modules that these names are, used by one in `directory`, each once
     /// and in their order.
     pub(super) fn places(&self, trees: &Trees, directory: &[u8], names: &[Vec<u8>]) -> Vec<Place> {
-        let roots = self.roots.get_or_init(|| roots(trees));
+        let roots = self.roots(trees);
         let own = parent_if(directory, COMPILED);
         let mut near = Vec::new();
         let mut at = own;

@@ -175,6 +175,79 @@ async fn libraries_come_with_what_was_linked_with_them() {
     );
 }
 
+/// A program tells in its constants what it opens: these come with it, and so
+/// do the modules that an extension of Python's imports.
+#[tokio::test(start_paused = true)]
+async fn what_constants_name_comes_with_them() {
+    let with_constants = |texts: &[&str]| {
+        let mut file = linked(&["libcrypto.so.3"], "");
+        file.push(0);
+        for text in texts {
+            file.extend([text.as_bytes(), b"\0"].concat());
+        }
+        file
+    };
+    let program = with_constants(&[
+        "/etc/tool.conf",
+        "/etc/large.conf",
+        "/etc/none",
+        "pack.used",
+    ]);
+    let far = [program, vec![b'x'; 200 << 10]].concat();
+    let extension = with_constants(&["pack.used", "a dotted. text", "/etc/localtime"]);
+    let world = world(&[sample(&[
+        ("usr/bin/tool", far),
+        ("etc/tool.conf", b"a=1\n".to_vec()),
+        ("etc/large.conf", noise(5, 300 << 10)),
+        ("usr/lib/libcrypto.so.3", linked(&[], "")),
+        ("usr/lib/ssl/openssl.cnf", b"b=2\n".to_vec()),
+        (&format!("{SITE}/ext.cpython-311.so"), extension),
+        (&in_site("pack", "__init__"), module(&[])),
+        (&in_site("pack", "used"), module(&[])),
+        ("etc/localtime", noise(6, 100)),
+    ])]);
+    world.read_file(0, 0).await;
+    sleep(Duration::from_secs(2)).await;
+    assert_eq!(
+        present(&world, 0, &[1, 2, 3, 4, 6, 7]),
+        [true, false, true, true, false, false]
+    );
+    world.read_file(0, 5 * 2).await;
+    sleep(Duration::from_secs(2)).await;
+    assert_eq!(present(&world, 0, &[6, 7, 8]), [true, true, true]);
+}
+
+/// What nearly every start reads is found by its usual places.
+#[tokio::test(start_paused = true)]
+async fn what_any_start_reads_is_known() {
+    let arch = std::env::consts::ARCH;
+    let linker = match arch {
+        "x86_64" => "lib64/ld-linux-x86-64.so.2".to_owned(),
+        arch => format!("lib/ld-linux-{arch}.so.1"),
+    };
+    let world = World::new(
+        20,
+        &[sample(&[
+            ("etc/passwd", b"root\n".to_vec()),
+            ("etc/group", b"root\n".to_vec()),
+            (&linker, linked(&[], "")),
+            ("etc/ld.so.cache", noise(5, 3000)),
+            (
+                &format!("usr/lib/{arch}-linux-gnu/libc.so.6"),
+                linked(&[], ""),
+            ),
+            ("etc/shadow", b"root\n".to_vec()),
+        ])],
+    );
+    let known = ImageDependencies::new(&world.layers, &Memory::default());
+    LazyLayer::foresee_start(&known.of_any_start().await);
+    sleep(Duration::from_secs(2)).await;
+    assert_eq!(
+        present(&world, 0, &[0, 1, 2, 3, 4, 5]),
+        [true, true, true, true, true, false]
+    );
+}
+
 /// What a command names is looked up as it would be.
 #[tokio::test(start_paused = true)]
 async fn what_a_container_runs_comes_before_it_runs() {
@@ -207,7 +280,7 @@ async fn what_a_container_runs_comes_before_it_runs() {
         sleep(Duration::from_secs(2)).await;
     };
     let all: Vec<usize> = (0..12).collect();
-    LazyLayer::foresee_start(&known.users().await);
+    LazyLayer::foresee_start(&known.of_any_start().await);
     run(&["serve", "--all", "app.conf", "none"]).await;
     let there = |files: &[usize]| -> Vec<bool> {
         let there = |file| files.contains(file);

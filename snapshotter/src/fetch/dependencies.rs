@@ -2,7 +2,7 @@
 //! modules that a module imports, and theirs. What these are, somebody else
 //! says; here they are fetched before they are asked for.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -10,6 +10,7 @@ use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
 use sluice_layer::Unit;
 
+use super::elf;
 use super::foreseen::Need;
 use super::inflight::Claim;
 use super::layer::LazyLayer;
@@ -21,6 +22,9 @@ const ATTEMPTS: usize = 3;
 /// A program is fetched whole where that costs no more than so many times as
 /// much as a library may: it is certain to run, and most of its code does.
 const PROGRAM: u64 = 4;
+/// What a file names among its constants is read after what it was linked with,
+/// of which there is less.
+const CONSTANTS: usize = 1000;
 
 /// Knows what the files of an image load.
 pub trait Dependencies: std::fmt::Debug + Send + Sync + 'static {
@@ -28,6 +32,14 @@ pub trait Dependencies: std::fmt::Debug + Send + Sync + 'static {
     /// does. A guess, from whatever the file says. Looks into the file, whose
     /// bytes may have to come first.
     fn of<'f>(&'f self, file: &'f LazyFile) -> BoxFuture<'f, Vec<LazyFile>>;
+
+    /// The files that texts mean which are among the constants of a program or
+    /// library: absolute paths, and names with dots. A guess as well.
+    fn named_in<'f>(
+        &'f self,
+        file: &'f LazyFile,
+        texts: Vec<Vec<u8>>,
+    ) -> BoxFuture<'f, Vec<LazyFile>>;
 }
 
 /// A file of a layer.
@@ -115,6 +127,9 @@ pub(super) struct Followed {
     needs: Mutex<HashMap<ChunkId, Need>>,
     /// From how many steps away those that have come were looked into.
     seen: Mutex<HashMap<ChunkId, usize>>,
+    /// Programs and libraries that are needed: their first chunks, their last,
+    /// and when.
+    elf: Mutex<BTreeMap<ChunkId, (ChunkId, Need)>>,
 }
 
 impl Followed {
@@ -162,6 +177,7 @@ impl LazyLayer {
             *current = None;
             self.followed.needs.lock().clear();
             self.followed.seen.lock().clear();
+            self.followed.elf.lock().clear();
         }
     }
 
@@ -217,14 +233,57 @@ impl LazyLayer {
         };
         self.spawn(async move {
             let loaded = dependencies.of(&file).await;
-            for (position, file) in loaded.iter().enumerate() {
-                let Some(need) = need.of_named(position) else {
-                    return;
-                };
-                let small = file.layer.small_file();
-                file.layer.foresee_file(file, need, small);
-            }
+            Self::foresee_named(&loaded, need, 0);
         });
+    }
+
+    /// Of the program or library that begins with `first`, which is needed then,
+    /// a part has come.
+    pub(super) fn fetch_named(self: &Arc<Self>, first: ChunkId, need: Need, content: &[u8]) {
+        let Some(dependencies) = self.followed.dependencies.lock().clone() else {
+            return;
+        };
+        let texts = elf::texts(content);
+        if texts.is_empty() || need.of_named(CONSTANTS).is_none() {
+            return;
+        }
+        let file = LazyFile {
+            layer: Arc::clone(self),
+            first,
+        };
+        self.spawn(async move {
+            let named = dependencies.named_in(&file, texts).await;
+            Self::foresee_named(&named, need, CONSTANTS);
+        });
+    }
+
+    /// The file that begins with `first` is a program or library, and needed
+    /// then.
+    pub(super) fn note_elf(&self, first: ChunkId, need: Need) {
+        if self.has_dependencies() {
+            let last = *self.dir.chunks().file_of(first).end();
+            self.followed.elf.lock().insert(first, (last, need));
+        }
+    }
+
+    /// Where the program or library begins that the chunk is of, and when it is
+    /// needed; none if it is of none that is known.
+    pub(super) fn elf_of(&self, chunk: ChunkId) -> Option<(ChunkId, Need)> {
+        let elf = self.followed.elf.lock();
+        let (&first, &(last, need)) = elf.range(..=chunk).next_back()?;
+        (chunk <= last).then_some((first, need))
+    }
+
+    /// These files are needed after one that is needed then, from that position
+    /// among what it names.
+    fn foresee_named(files: &[LazyFile], need: Need, position: usize) {
+        for (file, position) in files.iter().zip(position..) {
+            let Some(need) = need.of_named(position) else {
+                return;
+            };
+            let small = file.layer.small_file();
+            file.layer.foresee_file(file, need, small);
+        }
     }
 
     /// A file is needed then, all of it if it has no more than `small` bytes.

@@ -2,7 +2,7 @@
 //! loader goes through tables, relocates data, and runs initializers. Only
 //! then is code read here and there.
 
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 
 /// The beginning, where tables are followed by the first code.
 const HEAD: u64 = 512 << 10;
@@ -11,6 +11,9 @@ const CONSTANTS: u64 = 256 << 10;
 const CONSTANTS_END: u64 = 128 << 10;
 /// More segments than linkers make.
 const SEGMENTS: usize = 64;
+/// Texts of one part of a file, and how long one is. Bytes.
+const TEXTS: usize = 256;
+const TEXT: RangeInclusive<usize> = 4..=200;
 
 /// How the files begin that are looked into: 64-bit, little-endian.
 pub const ELF_64_LITTLE: &[u8] = b"\x7fELF\x02\x01";
@@ -94,6 +97,41 @@ pub(super) fn loaded_first(head: &[u8]) -> Vec<Range<u64>> {
     ranges
 }
 
+/// Texts in a part of a file that may name other files: absolute paths, and
+/// names with dots in them. What a part begins or ends with may be cut, and is
+/// left out.
+pub(super) fn texts(part: &[u8]) -> Vec<Vec<u8>> {
+    let whole = part.split(|&byte| byte == 0).skip(1);
+    let mut texts: Vec<Vec<u8>> = Vec::new();
+    let mut before: Option<&[u8]> = None;
+    for text in whole {
+        // The last one is not followed by a NUL.
+        if let Some(text) = before.replace(text).filter(|text| may_name(text)) {
+            texts.push(text.to_vec());
+        }
+        if texts.len() == TEXTS {
+            break;
+        }
+    }
+    texts
+}
+
+fn may_name(text: &[u8]) -> bool {
+    if !TEXT.contains(&text.len()) {
+        return false;
+    }
+    if text[0] == b'/' {
+        return text.iter().all(u8::is_ascii_graphic) && !text.ends_with(b"/");
+    }
+    let is_name = |name: &[u8]| {
+        let begins = name
+            .first()
+            .is_some_and(|&b| b.is_ascii_alphabetic() || b == b'_');
+        begins && name.iter().all(|&b| b.is_ascii_alphanumeric() || b == b'_')
+    };
+    text.contains(&b'.') && text.split(|&byte| byte == b'.').all(is_name)
+}
+
 #[cfg(test)]
 pub(super) mod tests {
     use proptest::prelude::*;
@@ -144,7 +182,30 @@ pub(super) mod tests {
         assert!(loaded_first(&head[..40]).is_empty());
     }
 
+    #[test]
+    fn texts_are_paths_and_dotted_names_between_zeros() {
+        let found = |part: &[u8]| -> Vec<String> {
+            let text = |text: Vec<u8>| String::from_utf8(text).unwrap();
+            texts(part).into_iter().map(text).collect()
+        };
+        let part = b"/etc/cut\0/etc/one\0\0/etc/two words\0/etc/\0/et\0a.b.c_1\0a..b\0\
+            a.1\0name\0.a.b\0/usr/lib/\xff\0%s.txt\0/etc/end";
+        assert_eq!(found(part), ["/etc/one", "a.b.c_1"]);
+        assert!(found(b"/etc/one").is_empty());
+        let long = [&b"\0/"[..], &[b'a'; 200], b"\0"].concat();
+        assert!(found(&long).is_empty());
+        let many = [&b"\0"[..], &b"/etc/one\0".repeat(TEXTS * 2)].concat();
+        assert_eq!(found(&many).len(), TEXTS);
+    }
+
     proptest! {
+        #[test]
+        fn any_bytes_may_hold_texts(part in prop::collection::vec(any::<u8>(), 0..500)) {
+            for text in texts(&part) {
+                prop_assert!(TEXT.contains(&text.len()));
+            }
+        }
+
         #[test]
         fn whatever_the_file_says(
             segments in prop::collection::vec((any::<u32>(), any::<u64>(), any::<u64>()), 0..80),

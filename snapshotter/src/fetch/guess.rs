@@ -1,6 +1,7 @@
 //! What a layer fetches that nobody has asked for yet, because of what was read.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::sync::Arc;
 
 use sluice_layer::Unit;
@@ -26,10 +27,13 @@ const SMALL_FILE: u64 = 1 << 20;
 /// So is a larger one, to some bound, of so many times what a miss costs: of the
 /// parts of a library that are not, most are missed one after the other.
 const SMALL: u64 = 8;
-const LARGEST_SMALL_FILE: u64 = 8 << 20;
+const LARGEST_SMALL_FILE: u64 = 32 << 20;
 /// Where a miss costs less than this, bytes are what is dear.
 const DEAR_MISS: u64 = 512 << 10;
-/// Beyond that, guesses may be wrong once as often for each so many bytes that
+/// Beyond that, this part of what is fetched around a miss is fetched of whatever
+/// lies behind the file: with all of it, what is wrong is in the way.
+const ONWARDS: u64 = 2;
+/// And guesses may be wrong once as often for each so many bytes that
 /// a miss costs.
 const ONCE_MORE: u64 = 128 << 10;
 
@@ -73,7 +77,7 @@ impl LazyLayer {
         let around = around.min(longest);
         let (onwards, times) = match price {
             ..DEAR_MISS => (0, 1),
-            _ => (around, price / ONCE_MORE),
+            _ => (around / ONWARDS, price / ONCE_MORE),
         };
         (longest > 0).then(|| Budget {
             around,
@@ -111,35 +115,49 @@ impl LazyLayer {
     /// says of its file may tell what is read next.
     pub(super) fn look_into(&self, chunk: ChunkId, content: &[u8], awaited: bool) {
         let table = self.dir.chunks();
-        if table.kin(chunk).is_none() || !(awaited || self.reads.is_guessed(chunk)) {
+        if !(awaited || self.reads.is_guessed(chunk)) {
             return;
         }
-        let record = table.get(chunk);
-        let Some(me) = self.me.upgrade() else {
+        let begins = table.kin(chunk).is_some();
+        let elf = if begins { None } else { self.elf_of(chunk) };
+        let Some(me) = self.me.upgrade().filter(|_| begins || elf.is_some()) else {
             return;
         };
-        if self.budget().is_none() || self.reads.is_planned(chunk, &record) {
+        if self.budget().is_none() || self.reads.is_planned(chunk, &table.get(chunk)) {
             return;
         }
-        let need = self.need_of(chunk).filter(|_| !awaited);
-        if let Some(need) = need {
+        if let Some((first, need)) = elf {
+            return me.fetch_named(first, need, content);
+        }
+        let known = self.need_of(chunk).filter(|_| !awaited);
+        if let Some(need) = known {
             me.fetch_dependencies(chunk, need);
         }
         let ranges = elf::loaded_first(content);
         if ranges.is_empty() {
             return;
         }
-        let end = table.get(*table.file_of(chunk).end()).data_end();
-        let place = |at: u64| record.data_offset.saturating_add(at).min(end);
+        let need = known.unwrap_or_else(|| Need::now(self.engine.number_read()));
+        me.fetch_foreseen(&self.missing_within(chunk, &ranges), need);
+        if known.is_some() || awaited {
+            me.note_elf(chunk, need);
+            me.fetch_named(chunk, need, content);
+        }
+    }
+
+    /// What is missing of these ranges of the file that begins with `first`.
+    fn missing_within(&self, first: ChunkId, ranges: &[Range<u64>]) -> Vec<ChunkId> {
+        let table = self.dir.chunks();
+        let begin = table.get(first).data_offset;
+        let end = table.get(*table.file_of(first).end()).data_end();
+        let place = |at: u64| begin.saturating_add(at).min(end);
         let chunks: BTreeSet<ChunkId> = ranges
             .iter()
             .map(|range| (place(range.start), place(range.end)))
             .flat_map(|(from, to)| table.overlapping(from, to.saturating_sub(from)))
             .filter(|&chunk| self.is_missing(chunk))
             .collect();
-        let chunks: Vec<ChunkId> = chunks.into_iter().collect();
-        let need = need.unwrap_or_else(|| Need::now(self.engine.number_read()));
-        me.fetch_foreseen(&chunks, need);
+        chunks.into_iter().collect()
     }
 
     /// Whether a chunk is neither here nor on its way.

@@ -68,13 +68,6 @@ impl Node {
             .all(|layer| layer.dir().identity().prefetch_end.is_none())
         {
             self.0.starting.insert(image, &dependencies);
-            let (node, image) = (self.clone(), image.clone());
-            let known = Arc::clone(&dependencies);
-            tokio::spawn(async move {
-                if !node.has_profile(&image).await {
-                    LazyLayer::foresee_start(&known.users().await);
-                }
-            });
         }
         let dependencies: Arc<dyn Dependencies> = dependencies;
         for layer in &layers {
@@ -118,7 +111,8 @@ impl Node {
     /// Fetches what the layer will need as the first of these says, in this
     /// order: who built the image, or attached a profile to it, meant it; what
     /// was seen on this node may be one use of the image among several. That is
-    /// followed while the registry is asked for the other.
+    /// followed while the registry is asked for the other. Where nothing says
+    /// it, what every start needs.
     pub(super) async fn fetch_ahead(
         &self,
         layer: Arc<LazyLayer>,
@@ -135,6 +129,11 @@ impl Node {
         }
         let own = self.follow_own(&layer, image);
         let (attached, ()) = tokio::join!(self.attached(image), own);
+        if attached.is_none() && self.0.profiles.find(image).is_none() {
+            let dependencies =
+                ImageDependencies::new(std::slice::from_ref(&layer), &self.0.dependencies);
+            LazyLayer::foresee_start(&dependencies.of_any_start().await);
+        }
         let attached = attached.filter(|a| a.profile.layers().contains(&digest));
         if let Some(attached) = attached {
             let mut plan = None;
