@@ -115,19 +115,35 @@ fn modules_are_there_before_they_are_imported() -> Result<()> {
     Ok(())
 }
 
+/// The head of a program that has a text among its constants.
+fn program_that_names(text: &str) -> Vec<u8> {
+    const HEADER: usize = 64;
+    const SEGMENT: usize = 56;
+    let mut file = vec![0; HEADER + SEGMENT];
+    file[..6].copy_from_slice(b"\x7fELF\x02\x01");
+    // One segment, right behind the header, that is loaded.
+    (file[32], file[54], file[56]) = (HEADER as u8, SEGMENT as u8, 1);
+    file[HEADER] = 1;
+    file.extend([text.as_bytes(), b"\0"].concat());
+    file
+}
+
 /// What the words of a container's command name is fetched when it is started,
-/// whatever the program does with them.
+/// whatever the program does with them, and what that names in turn.
 #[test]
 fn what_a_container_runs_is_there_before_it_is_run() -> Result<()> {
     let node = Node::start(CONFIGURATION)?;
     let layout = node.scratch.dir("layout")?;
     let mut writer = LayoutWriter::new(&layout)?;
-    let files = [
-        ("etc/passwd", "root:x:0:0:root:/root:/bin/sh\n", true),
-        ("opt/bin/serve", "#!/usr/bin/interpreter -x\n", true),
-        ("usr/bin/interpreter", "no program\n", true),
-        ("srv/app/main.conf", "of the command\n", true),
-        ("opt/second/serve", "not the first in PATH\n", false),
+    let interpreter = program_that_names("/etc/interpreter.conf");
+    let files: [(&str, &[u8], bool); 7] = [
+        ("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n", true),
+        ("opt/bin/serve", b"#!/usr/bin/interpreter -x\n", true),
+        ("usr/bin/interpreter", &interpreter, true),
+        ("etc/interpreter.conf", b"among constants\n", true),
+        ("etc/other.conf", b"nowhere\n", false),
+        ("srv/app/main.conf", b"of the command\n", true),
+        ("opt/second/serve", b"not the first in PATH\n", false),
     ];
     writer.layer(Compression::None, |to| {
         let mut tar = Tarball::new(to);
@@ -138,7 +154,7 @@ fn what_a_container_runs_is_there_before_it_is_run() -> Result<()> {
                 .take(BETWEEN)
                 .read_to_end(&mut between)?;
             tar.file(&format!("srv/{at}/data"), &Meta::mode(0o644), &between)?;
-            tar.file(name, &Meta::mode(0o755), content.as_bytes())?;
+            tar.file(name, &Meta::mode(0o755), content)?;
         }
         tar.finish()
     })?;
@@ -165,10 +181,8 @@ fn what_a_container_runs_is_there_before_it_is_run() -> Result<()> {
         let data = node.layer_dir(mode, &layers[0].digest.hex()).join("data");
         let there = || -> Result<_> {
             let all = fs::read(&data)?;
-            Ok(files.map(|(_, content, _)| {
-                let content = content.as_bytes();
-                all.windows(content.len()).any(|window| window == content)
-            }))
+            let is_there = |content: &[u8]| all.windows(content.len()).any(|w| w == content);
+            Ok(files.map(|(_, content, _)| is_there(content)))
         };
         let expected = files.map(|(.., expected)| expected);
         wait_for("what the container runs", || {
