@@ -101,7 +101,8 @@ fn two_hundred_containers_of_one_image_fetch_each_byte_once() -> Result<()> {
         let reference = proxy.reference("many:1");
         containerd.lazy_pull(&reference, name)?;
         let parent = containerd.top_snapshot(&reference)?;
-        // What was asked for until now are tables of contents.
+        // What was asked for until now are tables of contents, and where
+        // anything is fetched ahead some of the data.
         proxy.forget();
         let client = runtime.block_on(Snapshots::connect(daemon))?;
         let runc = Runc::new(&scratch)?;
@@ -140,7 +141,11 @@ fn two_hundred_containers_of_one_image_fetch_each_byte_once() -> Result<()> {
             "{name}: {CONTAINERS} containers in {started:.1?}: {} requests, {fetched} bytes",
             proxy.seen().len()
         );
-        ensure!(fetched > all.len() as u64, "{fetched} bytes were fetched");
+        let least = match prefetch {
+            false => all.len(),
+            true => all.len() / 2,
+        };
+        ensure!(fetched > least as u64, "{fetched} bytes were fetched");
         all_at_once(|number| runc.remove(&containers[number]))?;
     }
     Ok(())
