@@ -9,7 +9,8 @@ use super::libraries::tests::{linked, with_interpreter};
 use super::python::tests::compiled;
 use super::{ImageDependencies, Memory};
 use crate::fetch::tests::simulated::World;
-use crate::fetch::{Dependencies, LazyLayer};
+use crate::fetch::{Dependencies, LazyLayer, Plan};
+use crate::layer_dir::ChunkId;
 use crate::sample::{Layout, Sample, SampleFile, noise};
 use crate::service::Program;
 
@@ -295,6 +296,30 @@ async fn what_a_container_runs_comes_before_it_runs() {
         present(&world, 0, &all),
         there(&[0, 1, 3, 4, 5, 7, 8, 9, 10, 11])
     );
+}
+
+/// A plan that does not name what runs was not made of it.
+#[tokio::test(start_paused = true)]
+async fn a_program_may_be_beside_the_plan() {
+    let files = sample(&[
+        ("etc/passwd", b"root\n".to_vec()),
+        ("bin/serve", linked(&[], "")),
+    ]);
+    let world = World::new(20, &[files]);
+    let layer = &world.layers[0];
+    let known = ImageDependencies::new(&world.layers, &Memory::default());
+    let program = Program {
+        words: vec!["/bin/serve".to_owned()],
+        path: String::new(),
+        directory: "/".to_owned(),
+    };
+    let runs = known.of_program(program).await.remove(0);
+    let passwd = known.of_any_start().await.remove(0);
+    assert!(!runs.is_beside_plan() && !passwd.is_beside_plan());
+    let order: Vec<ChunkId> = layer.dir().chunks().overlapping(0, 1).collect();
+    let _fetching = layer.prefetch(Plan::Order(order.into()));
+    sleep(Duration::from_millis(1)).await;
+    assert!(runs.is_beside_plan() && !passwd.is_beside_plan());
 }
 
 /// A program goes through what its last module imports before it goes on with

@@ -79,6 +79,12 @@ impl LazyFile {
         end - self.offset()
     }
 
+    /// Whether its layer is fetched by a plan that does not name it.
+    pub fn is_beside_plan(&self) -> bool {
+        let record = self.layer.dir.chunks().get(self.first);
+        self.layer.reads.has_plan() && !self.layer.reads.is_planned(self.first, &record)
+    }
+
     /// Bytes of it, which are fetched as a guess if need be; none if there are
     /// no such bytes, they cannot be had, or nothing is guessed.
     pub async fn read(&self, range: Range<u64>) -> Option<Vec<u8>> {

@@ -109,6 +109,11 @@ impl Reads {
         self.foreseen.contains(chunk)
     }
 
+    /// Whether there is or was a plan.
+    pub(super) fn has_plan(&self) -> bool {
+        self.planned.read().is_some()
+    }
+
     /// Whether the chunk is or was going to be fetched by plan.
     pub(super) fn is_planned(&self, chunk: ChunkId, record: &Record) -> bool {
         match &*self.planned.read() {

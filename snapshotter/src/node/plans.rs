@@ -11,7 +11,7 @@ use tokio::task::spawn_blocking;
 
 use super::Node;
 use crate::dependencies::ImageDependencies;
-use crate::fetch::{Dependencies, Handle, LazyLayer, Plan};
+use crate::fetch::{Dependencies, Handle, LazyFile, LazyLayer, Plan};
 use crate::layer_dir::{ChunkId, ChunkTable};
 use crate::profiles::{self, ImageId, Profiles};
 use crate::remote::AttachedProfile;
@@ -93,7 +93,8 @@ impl Node {
     }
 
     /// A container is about to run what `program` finds out: what that names is
-    /// fetched, and what it loads, unless something says what is read in fact.
+    /// fetched, and what it loads, unless something says what is read in fact,
+    /// and does not say it of another program.
     pub(super) async fn foresee_program(
         &self,
         layers: &[Digest],
@@ -103,8 +104,11 @@ impl Node {
         let Some((image, dependencies)) = starting else {
             return;
         };
-        if let (false, Some(program)) = tokio::join!(self.has_profile(&image), program) {
-            LazyLayer::foresee_start(&dependencies.of_program(program).await);
+        let (known, program) = tokio::join!(self.has_profile(&image), program);
+        let Some(program) = program else { return };
+        let files = dependencies.of_program(program).await;
+        if !known || files.first().is_some_and(LazyFile::is_beside_plan) {
+            LazyLayer::foresee_start(&files);
         }
     }
 
