@@ -407,7 +407,10 @@ fn layers_are_opened_before_containerd_asks() -> Result<()> {
     let said = text(&mut containerd.lazy_pull_command(&reference, SLUICE)?)?;
     ensure!(said.contains("3 layers lazy"), "{said}");
     assert_eq!(proxy.requests("/manifests/"), 1, "{:?}", proxy.seen());
-    assert_eq!(proxy.requests("/blobs/"), 1, "{:?}", proxy.seen());
+    // What the first had asked for may be told only now, and brought nothing.
+    let mut brought = proxy.seen();
+    brought.retain(|seen| seen.path.contains("/blobs/") && seen.bytes > 0);
+    assert_eq!(brought.len(), 1, "{brought:?}");
     let ran = text(&mut containerd.run_command(SLUICE, &reference, "one", &[]))?;
     ensure!(ran.contains("ldconfig"), "{ran}");
     containerd.forget_images()?;
