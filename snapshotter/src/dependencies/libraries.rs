@@ -133,13 +133,11 @@ pub(super) fn places(trees: &Trees, file: &LazyFile, needed: &Needed) -> Vec<Pla
             .iter()
             .map(|directory| [directory, &b"/"[..], name].concat());
         places.extend(paths.find_map(|path| trees.locate(&path)));
-        let configured = CONFIGURED
-            .iter()
-            .find(|(library, _)| name.starts_with(library));
-        let files = configured
-            .map(|(_, files)| files.as_slice())
-            .unwrap_or_default();
-        places.extend(files.iter().find_map(|path| trees.locate(path)));
+        for (library, files) in CONFIGURED {
+            if name.starts_with(library) {
+                places.extend(files.iter().find_map(|path| trees.locate(path)));
+            }
+        }
     }
     places
 }

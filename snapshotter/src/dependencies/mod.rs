@@ -75,6 +75,14 @@ impl ImageDependencies {
         self.files_of(files.collect(), Vec::new()).await
     }
 
+    /// The file that the first of a program's words names, if it names one:
+    /// found without going through the trees.
+    pub async fn first_of_program(&self, program: &Program) -> Option<LazyFile> {
+        let first = command::named(program).into_iter().next();
+        let files = self.files_of(Vec::from_iter(first), Vec::new()).await;
+        files.into_iter().next()
+    }
+
     /// The files that a program's words name, in the order in which they do.
     /// Reads the trees.
     pub async fn of_program(&self, program: Program) -> Vec<LazyFile> {

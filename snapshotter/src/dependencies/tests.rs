@@ -313,7 +313,7 @@ async fn a_program_may_be_beside_the_plan() {
         path: String::new(),
         directory: "/".to_owned(),
     };
-    let runs = known.of_program(program).await.remove(0);
+    let runs = known.first_of_program(&program).await.unwrap();
     let passwd = known.of_any_start().await.remove(0);
     assert!(!runs.is_beside_plan() && !passwd.is_beside_plan());
     let order: Vec<ChunkId> = layer.dir().chunks().overlapping(0, 1).collect();

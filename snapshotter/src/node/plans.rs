@@ -11,7 +11,7 @@ use tokio::task::spawn_blocking;
 
 use super::Node;
 use crate::dependencies::ImageDependencies;
-use crate::fetch::{Dependencies, Handle, LazyFile, LazyLayer, Plan};
+use crate::fetch::{Dependencies, Handle, LazyLayer, Plan};
 use crate::layer_dir::{ChunkId, ChunkTable};
 use crate::profiles::{self, ImageId, Profiles};
 use crate::remote::AttachedProfile;
@@ -106,9 +106,12 @@ impl Node {
         };
         let (known, program) = tokio::join!(self.has_profile(&image), program);
         let Some(program) = program else { return };
-        let files = dependencies.of_program(program).await;
-        if !known || files.first().is_some_and(LazyFile::is_beside_plan) {
-            LazyLayer::foresee_start(&files);
+        let first = match known {
+            true => dependencies.first_of_program(&program).await,
+            false => None,
+        };
+        if !known || first.is_some_and(|file| file.is_beside_plan()) {
+            LazyLayer::foresee_start(&dependencies.of_program(program).await);
         }
     }
 
@@ -133,7 +136,7 @@ impl Node {
         }
         let own = self.follow_own(&layer, image);
         let (attached, ()) = tokio::join!(self.attached(image), own);
-        if attached.is_none() && self.0.profiles.find(image).is_none() {
+        if !self.has_profile(image).await {
             let dependencies =
                 ImageDependencies::new(std::slice::from_ref(&layer), &self.0.dependencies);
             LazyLayer::foresee_start(&dependencies.of_any_start().await);
