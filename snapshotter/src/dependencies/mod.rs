@@ -66,13 +66,17 @@ impl ImageDependencies {
         }
     }
 
-    /// The files that nearly every container reads when it starts: by some its
-    /// users are found, by others programs are loaded. Reads the trees.
-    pub async fn of_any_start(&self) -> Vec<LazyFile> {
+    /// The files by which a container's user is found before it starts, and
+    /// which hardly any program reads. Reads the trees.
+    pub async fn of_any_user(&self) -> Vec<LazyFile> {
         let users = USERS.map(|path| Named::File(vec![path.to_vec()]));
+        self.files_of(users.into(), Vec::new()).await
+    }
+
+    /// The files that load nearly any program. Reads the trees.
+    pub async fn of_any_program(&self) -> Vec<LazyFile> {
         let loader = libraries::of_any_program().map(Named::File);
-        let files = users.into_iter().chain(loader);
-        self.files_of(files.collect(), Vec::new()).await
+        self.files_of(loader.collect(), Vec::new()).await
     }
 
     /// The file that the first of a program's words names, if it names one:

@@ -241,7 +241,8 @@ async fn what_any_start_reads_is_known() {
         ])],
     );
     let known = ImageDependencies::new(&world.layers, &Memory::default());
-    LazyLayer::foresee_start(&known.of_any_start().await);
+    LazyLayer::foresee_start(&known.of_any_user().await);
+    LazyLayer::foresee_start(&known.of_any_program().await);
     sleep(Duration::from_secs(2)).await;
     assert_eq!(
         present(&world, 0, &[0, 1, 2, 3, 4, 5]),
@@ -281,7 +282,8 @@ async fn what_a_container_runs_comes_before_it_runs() {
         sleep(Duration::from_secs(2)).await;
     };
     let all: Vec<usize> = (0..12).collect();
-    LazyLayer::foresee_start(&known.of_any_start().await);
+    LazyLayer::foresee_start(&known.of_any_user().await);
+    LazyLayer::foresee_start(&known.of_any_program().await);
     run(&["serve", "--all", "app.conf", "none"]).await;
     let there = |files: &[usize]| -> Vec<bool> {
         let there = |file| files.contains(file);
@@ -314,7 +316,7 @@ async fn a_program_may_be_beside_the_plan() {
         directory: "/".to_owned(),
     };
     let runs = known.first_of_program(&program).await.unwrap();
-    let passwd = known.of_any_start().await.remove(0);
+    let passwd = known.of_any_user().await.remove(0);
     assert!(!runs.is_beside_plan() && !passwd.is_beside_plan());
     let order: Vec<ChunkId> = layer.dir().chunks().overlapping(0, 1).collect();
     let _fetching = layer.prefetch(Plan::Order(order.into()));

@@ -138,8 +138,9 @@ async fn fetch(
             // Of one layer at least, what it carries is being read.
             select_all(layers.iter().map(|layer| Box::pin(layer.reads().pays()))).await;
             let engine = by.engine();
-            let (quiet, longest) = courtesy(by);
-            engine.give_way(quiet, longest, || false).await;
+            if let Some((quiet, longest)) = courtesy(by) {
+                engine.give_way(quiet, longest, || false).await;
+            }
             let len = link.piece().min(size - next);
             let permit = engine.admission().admit(Priority::Prefetch, len).await;
             let offset = next;

@@ -173,9 +173,8 @@ impl LazyLayer {
             };
             let Some((need, first)) = first else { return };
             let largest = self.link().piece().max(first.size);
-            let limit = self.link().outstanding() * SMALL_RANGES;
-            let pace = self.link().pace();
-            let turn = pace.turn(Due::Foreseen(need), largest, limit).await;
+            let due = Due::Foreseen(need);
+            let turn = self.link().turn(due, largest, SMALL_RANGES).await;
             let bytes = window(largest, first.size);
             let admission = self.engine().admission();
             let permit = admission.admit(Priority::Prefetch, bytes).await;

@@ -199,6 +199,12 @@ impl LazyLayer {
         self.in_flight.claim(unit, |unit| self.has_unit(unit))
     }
 
+    /// What runs is something else than what the layer's plan is of, if it has
+    /// one: it is not followed before some of it is read all the same.
+    pub fn doubt_plan(&self) {
+        self.reads.doubt_plan();
+    }
+
     /// Returns when `offset..offset + len` of `data` is present, but for what
     /// it returns.
     pub async fn fetch(self: &Arc<Self>, offset: u64, len: u64) -> Result<Unstored, FetchError> {

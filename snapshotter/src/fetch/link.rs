@@ -7,7 +7,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
-use super::pace::Pace;
+use super::pace::{Due, Pace, Turn};
 
 /// Before anything was measured: a registry not far away.
 const INITIAL_ROUND_TRIP: Duration = Duration::from_millis(10);
@@ -82,28 +82,26 @@ struct Sample {
 impl Link {
     /// An answer began `waited` after its request was sent.
     pub fn answered(&self, waited: Duration) {
-        let mut state = self.state.lock();
-        let now = Instant::now();
-        let since = *state.period.get_or_insert(now);
-        if now.duration_since(since) > ROUND_TRIP_MEMORY {
-            state.shortest = [None, state.shortest[0]];
-            state.period = Some(now);
-        }
-        // Longer waits are those of queues: the link's is the shortest.
-        let shortest = &mut state.shortest[0];
-        *shortest = Some(shortest.map_or(waited, |known| known.min(waited)));
+        self.measure(|state| state.answered(waited));
+    }
+
+    /// Notes what was measured, and has the pace follow it.
+    fn measure(&self, note: impl FnOnce(&mut State)) {
+        note(&mut self.state.lock());
+        self.pace.set_limit(self.outstanding());
     }
 
     /// A whole answer came that the engine did not ask for: `bytes` in `took`,
     /// from `waited` after the request was sent. Opening a connection may be
     /// among that, which later answers correct.
     pub fn delivered(&self, waited: Duration, bytes: u64, took: Duration) {
-        self.answered(waited);
         let now = Instant::now();
-        if let Some(since) = now.checked_sub(took) {
-            let mut state = self.state.lock();
-            state.finish_short(Sample { since, bytes }, now);
-        }
+        self.measure(|state| {
+            state.answered(waited);
+            if let Some(since) = now.checked_sub(took) {
+                state.finish_short(Sample { since, bytes }, now);
+            }
+        });
     }
 
     /// An answer's body is going to be received, until the guard is dropped.
@@ -181,13 +179,27 @@ impl Link {
             .max(LEAST_OUTSTANDING)
     }
 
-    /// Who may prefetch from this host next.
-    pub(super) fn pace(&self) -> &Pace {
-        &self.pace
+    /// Waits for the turn to prefetch about so many bytes from this host, with
+    /// `times` as many on their way as keep the link busy.
+    pub(super) async fn turn(&self, due: Due, bytes: u64, times: u64) -> Turn {
+        self.pace.set_limit(self.outstanding());
+        self.pace.turn(due, bytes, times).await
     }
 }
 
 impl State {
+    fn answered(&mut self, waited: Duration) {
+        let now = Instant::now();
+        let since = *self.period.get_or_insert(now);
+        if now.duration_since(since) > ROUND_TRIP_MEMORY {
+            self.shortest = [None, self.shortest[0]];
+            self.period = Some(now);
+        }
+        // Longer waits are those of queues: the link's is the shortest.
+        let shortest = &mut self.shortest[0];
+        *shortest = Some(shortest.map_or(waited, |known| known.min(waited)));
+    }
+
     fn round_trip(&self) -> Duration {
         let known = self.shortest.iter().flatten().min();
         known.copied().unwrap_or(INITIAL_ROUND_TRIP)
@@ -224,11 +236,23 @@ impl State {
         }
     }
 
-    fn finish_short(&mut self, sample: Sample, now: Instant) {
-        let passed = now.duration_since(sample.since);
-        if sample.bytes >= SHORT_BYTES && passed >= SHORT_SAMPLE {
-            self.finish_sample(sample, now);
+    fn finish_short(&mut self, mut sample: Sample, now: Instant) {
+        if sample.bytes < SHORT_BYTES {
+            return;
         }
+        if now.duration_since(sample.since) < SHORT_SAMPLE {
+            // The link is at least so fast, which says nothing more where it
+            // is known to be faster.
+            let least = sample.bytes as f64 / SHORT_SAMPLE.as_secs_f64();
+            let Some(since) = now.checked_sub(SHORT_SAMPLE) else {
+                return;
+            };
+            if least <= self.bandwidth() {
+                return;
+            }
+            sample.since = since;
+        }
+        self.finish_sample(sample, now);
     }
 
     fn finish_sample(&mut self, sample: Sample, now: Instant) {
@@ -254,7 +278,7 @@ impl Receiving {
     pub(super) fn pause(&mut self) {
         self.behind = true;
         if std::mem::take(&mut self.active) {
-            self.link.state.lock().stop();
+            self.link.measure(State::stop);
         }
     }
 
@@ -263,7 +287,8 @@ impl Receiving {
     /// bandwidth: at others they may have been in a buffer for long.
     pub(super) fn received(&mut self, bytes: u64, waited: bool) {
         let now = Instant::now();
-        let mut state = self.link.state.lock();
+        let link = Arc::clone(&self.link);
+        let mut state = link.state.lock();
         if !std::mem::replace(&mut self.active, true) {
             state.receiving += 1;
         }
@@ -284,14 +309,16 @@ impl Receiving {
         }
         let passed = now.duration_since(sample.since);
         // A reader that never waits is itself what limits the rate.
-        if passed >= SAMPLE * 4 || (passed >= SAMPLE && waited) {
-            state.finish_sample(sample, now);
-            sample = Sample {
-                since: now,
-                bytes: 0,
-            };
+        if passed < SAMPLE || (passed < SAMPLE * 4 && !waited) {
+            state.sample = Some(sample);
+            return;
         }
-        state.sample = Some(sample);
+        state.sample = Some(Sample {
+            since: now,
+            bytes: 0,
+        });
+        drop(state);
+        link.measure(|state| state.finish_sample(sample, now));
     }
 }
 

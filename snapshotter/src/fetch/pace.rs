@@ -25,6 +25,7 @@ pub(super) struct Pace(Arc<Mutex<Queue>>);
 #[derive(Debug, Default)]
 struct Queue {
     outstanding: u64,
+    /// What is to be outstanding, as far as is known now.
     limit: u64,
     arrivals: u64,
     /// In the order of need, and of arrival where that is the same.
@@ -34,6 +35,8 @@ struct Queue {
 #[derive(Debug)]
 struct Waiting {
     bytes: u64,
+    /// It asks while less than so many times the limit is outstanding.
+    times: u64,
     turn: oneshot::Sender<Turn>,
 }
 
@@ -46,17 +49,24 @@ pub(super) struct Turn {
 }
 
 impl Pace {
-    /// Waits until fewer than `limit` bytes are outstanding and nobody has
+    /// From now on, so many bytes are to be outstanding. Who waits need not
+    /// wait for an arrival to profit from a link that turns out to be faster.
+    pub(super) fn set_limit(&self, bytes: u64) {
+        self.0.lock().limit = bytes;
+        self.grant();
+    }
+
+    /// Waits until fewer than `times` the limit are outstanding and nobody has
     /// anything that is due earlier than `due`. `bytes` is what will be asked
     /// for, about.
-    pub(super) async fn turn(&self, due: Due, bytes: u64, limit: u64) -> Turn {
+    pub(super) async fn turn(&self, due: Due, bytes: u64, times: u64) -> Turn {
         let (turn, receiver) = oneshot::channel();
+        let waiting = Waiting { bytes, times, turn };
         {
             let mut queue = self.0.lock();
-            queue.limit = limit;
             queue.arrivals += 1;
             let key = (due, queue.arrivals);
-            queue.waiting.insert(key, Waiting { bytes, turn });
+            queue.waiting.insert(key, waiting);
         }
         self.grant();
         match receiver.await {
@@ -71,7 +81,11 @@ impl Pace {
         let mut returned = Vec::new();
         {
             let mut queue = self.0.lock();
-            while queue.outstanding < queue.limit {
+            while let Some(first) = queue.waiting.first_entry() {
+                let times = first.get().times;
+                if queue.outstanding >= queue.limit.saturating_mul(times) {
+                    break;
+                }
                 let Some((_, first)) = queue.waiting.pop_first() else {
                     break;
                 };
@@ -132,8 +146,9 @@ mod tests {
     #[tokio::test]
     async fn what_is_due_first_goes_first_and_the_rest_waits() {
         let pace = Pace::default();
+        pace.set_limit(100);
         let now = Instant::now();
-        let turn = |seconds| pace.turn(Due::At(now + Duration::from_secs(seconds)), 60, 100);
+        let turn = |seconds| pace.turn(Due::At(now + Duration::from_secs(seconds)), 60, 1);
         let mut first = turn(5).await;
         let second = turn(9).await;
         let mut late = Box::pin(turn(8));
@@ -154,5 +169,19 @@ mod tests {
         drop(late);
         drop(second);
         assert_eq!(pace.0.lock().outstanding, 0);
+    }
+
+    #[tokio::test]
+    async fn who_waits_goes_on_once_the_link_turns_out_to_be_faster() {
+        let pace = Pace::default();
+        pace.set_limit(100);
+        let due = || Due::At(Instant::now());
+        let _held = pace.turn(due(), 150, 1).await;
+        let mut waiting = Box::pin(pace.turn(due(), 60, 1));
+        assert!((&mut waiting).now_or_never().is_none());
+        pace.set_limit(200);
+        assert!((&mut waiting).now_or_never().is_some());
+        let mut twice = Box::pin(pace.turn(due(), 1, 2));
+        assert!((&mut twice).now_or_never().is_some(), "of 400, 150 or more");
     }
 }

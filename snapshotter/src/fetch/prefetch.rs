@@ -86,10 +86,10 @@ impl LazyLayer {
             let assumed = || Duration::from_secs_f64(asked as f64 / ASSUMED_NEED);
             let due = Due::At(started + at.unwrap_or_else(assumed));
             let largest = piece.max(first.size);
-            let limit = self.link().outstanding();
-            let mut turn = self.link().pace().turn(due, largest, limit).await;
-            let (quiet, longest) = courtesy(self);
-            self.engine().give_way(quiet, longest, || false).await;
+            let mut turn = self.link().turn(due, largest, 1).await;
+            if let Some((quiet, longest)) = courtesy(self) {
+                self.engine().give_way(quiet, longest, || false).await;
+            }
             let bytes = window(largest, first.size);
             let admission = self.engine().admission();
             let permit = admission.admit(Priority::Prefetch, bytes).await;

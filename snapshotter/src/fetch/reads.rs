@@ -73,6 +73,12 @@ impl Reads {
         self.within.notify_waiters();
     }
 
+    /// What is going to be read is something else: following the plan waits
+    /// until some of it is read all the same.
+    pub(super) fn doubt_plan(&self) {
+        self.beside.store(PATIENCE * 2, Ordering::Release);
+    }
+
     /// A chunk is fetched though nobody has asked for it.
     pub(super) fn guess(&self, chunk: ChunkId, record: &Record) {
         if !self.read.contains(chunk) && self.guessed.insert(chunk) {
@@ -114,8 +120,12 @@ impl Reads {
         self.planned.read().is_some()
     }
 
-    /// Whether the chunk is or was going to be fetched by plan.
+    /// Whether the chunk is or was going to be fetched by a plan that pays.
     pub(super) fn is_planned(&self, chunk: ChunkId, record: &Record) -> bool {
+        !self.is_resting() && self.is_within(chunk, record)
+    }
+
+    fn is_within(&self, chunk: ChunkId, record: &Record) -> bool {
         match &*self.planned.read() {
             None => false,
             Some(Planned::Before(end)) => record.unit.offset < *end,
@@ -143,7 +153,7 @@ impl Reads {
         if self.planned.read().is_none() {
             return Some(guessed || self.foreseen.contains(chunk));
         }
-        let within = self.is_planned(chunk, record);
+        let within = self.is_within(chunk, record);
         let step = |beside: u32| match within {
             true => Some(beside.saturating_sub(WORTH)),
             false => Some((beside + 1).min(PATIENCE * 2)),
@@ -162,11 +172,15 @@ impl Reads {
     pub(super) async fn pays(&self) {
         loop {
             let within = self.within.notified();
-            if self.beside.load(Ordering::Acquire) < PATIENCE {
+            if !self.is_resting() {
                 return;
             }
             within.await;
         }
+    }
+
+    fn is_resting(&self) -> bool {
+        self.beside.load(Ordering::Acquire) >= PATIENCE
     }
 
     /// Whether what is read is what was planned.

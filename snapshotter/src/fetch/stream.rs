@@ -37,17 +37,18 @@ pub(super) fn window(range: u64, largest: u64) -> u64 {
     range.min(WINDOW.max(largest.saturating_mul(2)))
 }
 
-/// How long a prefetch keeps quiet after a request for a reader, and how long
-/// it gives way at most. Where it is not what is read, the next such request is
-/// likely to follow soon.
-pub(super) fn courtesy(layer: &LazyLayer) -> (Duration, Duration) {
+/// How long a prefetch keeps quiet after a request for a reader, for the next
+/// one is likely to follow soon, and how long it gives way at most. None while
+/// what is read is what it fetches: then readers need all of it, and a pause
+/// leaves the link idle for a round trip.
+pub(super) fn courtesy(layer: &LazyLayer) -> Option<(Duration, Duration)> {
+    if layer.reads().fits() {
+        return None;
+    }
     let round_trip = layer.link().round_trip();
+    let quiet = round_trip.clamp(QUIET.0, QUIET.1);
     let (round_trips, shortest, longest) = GIVE_WAY;
-    let quiet = match layer.reads().fits() {
-        true => Duration::ZERO,
-        false => round_trip.clamp(QUIET.0, QUIET.1),
-    };
-    (quiet, (round_trip * round_trips).clamp(shortest, longest))
+    Some((quiet, (round_trip * round_trips).clamp(shortest, longest)))
 }
 
 /// An answer that is read unit by unit.
@@ -386,13 +387,13 @@ async fn attempt(
     while let Some((claim, _)) = pending.front() {
         let unit = claim.unit();
         let engine = layer.engine();
-        if terms.gives_way {
-            let (quiet, longest) = courtesy(layer);
-            if engine.is_jumped(quiet) {
-                arriving.pause();
-                let awaited = || pending.iter().any(|(claim, _)| claim.is_awaited());
-                engine.give_way(quiet, longest, awaited).await;
-            }
+        if terms.gives_way
+            && let Some((quiet, longest)) = courtesy(layer)
+            && engine.is_jumped(quiet)
+        {
+            arriving.pause();
+            let awaited = || pending.iter().any(|(claim, _)| claim.is_awaited());
+            engine.give_way(quiet, longest, awaited).await;
         }
         let before = arriving.position;
         let take = arriving.take(unit.offset, unit.offset + unit.size);

@@ -17,7 +17,7 @@ use crate::service::LayerRequest;
 /// To a registry from which an image is about to be pulled: its table of
 /// contents, what profiles are attached to it, and the first of what it reads
 /// are asked for at once.
-const CONNECTIONS: usize = 6;
+const CONNECTIONS: usize = 10;
 
 /// How long connections are waited for that are being opened, rather than that
 /// others are opened.

@@ -106,20 +106,26 @@ impl Node {
         };
         let (known, program) = tokio::join!(self.has_profile(&image), program);
         let Some(program) = program else { return };
-        let first = match known {
-            true => dependencies.first_of_program(&program).await,
-            false => None,
-        };
-        if !known || first.is_some_and(|file| file.is_beside_plan()) {
-            LazyLayer::foresee_start(&dependencies.of_program(program).await);
+        if known {
+            let first = dependencies.first_of_program(&program).await;
+            if !first.is_some_and(|file| file.is_beside_plan()) {
+                return;
+            }
+            for &digest in &image.layers {
+                if let Some(layer) = self.layer(digest).await {
+                    layer.doubt_plan();
+                }
+            }
+            LazyLayer::foresee_start(&dependencies.of_any_program().await);
         }
+        LazyLayer::foresee_start(&dependencies.of_program(program).await);
     }
 
     /// Fetches what the layer will need as the first of these says, in this
     /// order: who built the image, or attached a profile to it, meant it; what
     /// was seen on this node may be one use of the image among several. That is
     /// followed while the registry is asked for the other. Where nothing says
-    /// it, what every start needs.
+    /// it, what loads any program.
     pub(super) async fn fetch_ahead(
         &self,
         layer: Arc<LazyLayer>,
@@ -127,6 +133,11 @@ impl Node {
         built_in: Option<StartChunks>,
     ) {
         let digest = layer.digest();
+        let dependencies =
+            ImageDependencies::new(std::slice::from_ref(&layer), &self.0.dependencies);
+        // Whoever starts the container reads them, which may not be who started
+        // the one that was recorded.
+        LazyLayer::foresee_start(&dependencies.of_any_user().await);
         if let Some(end) = layer.dir().identity().prefetch_end {
             let plan = layer.prefetch(match built_in {
                 Some(chunks) => Plan::Order(read_before(layer.dir().chunks(), end, &chunks)),
@@ -137,9 +148,7 @@ impl Node {
         let own = self.follow_own(&layer, image);
         let (attached, ()) = tokio::join!(self.attached(image), own);
         if !self.has_profile(image).await {
-            let dependencies =
-                ImageDependencies::new(std::slice::from_ref(&layer), &self.0.dependencies);
-            LazyLayer::foresee_start(&dependencies.of_any_start().await);
+            LazyLayer::foresee_start(&dependencies.of_any_program().await);
         }
         let attached = attached.filter(|a| a.profile.layers().contains(&digest));
         if let Some(attached) = attached {
