@@ -209,6 +209,8 @@ fn to_chunks(
             reads.push(Read {
                 offset: chunk.file_offset,
                 len: chunk.size,
+                // The TOCs are there before the artifact is.
+                unit: None,
                 ..read.clone()
             });
             carried.push(Carried {

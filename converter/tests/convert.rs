@@ -407,6 +407,7 @@ async fn an_image_says_which_chunks_its_start_reads() {
             len,
             at: Duration::ZERO,
             starts: 1,
+            unit: None,
         };
         let reads = vec![read(4096, 1), read(12_287, 2)];
         let profile = Profile::new(1, vec![manifest.digest], reads).unwrap();

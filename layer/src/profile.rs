@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use sluice_oci::Digest;
 
-use crate::toc::names;
+use crate::toc::{Unit, names};
 
 pub use attachment::{
     ARTIFACT_TYPE, Attachment, CONTENT_TYPE, CONTENT_WINDOW_LOG, DOCUMENT_TYPE, Part,
@@ -57,6 +57,9 @@ pub struct Read {
     pub at: Duration,
     /// In how many of the profile's starts it was read, at least one.
     pub starts: u32,
+    /// Where in the layer's blob that was, if it is known: enough to ask for it
+    /// before the layer's TOC is there.
+    pub unit: Option<Unit>,
 }
 
 /// Why something is no profile.
@@ -147,6 +150,10 @@ impl Profile {
             }
             if !(1..=starts).contains(&read.starts) {
                 return wrong("was seen in no start, or in more than there were");
+            }
+            let unit_end = read.unit.map(|unit| unit.offset.checked_add(unit.size));
+            if unit_end.is_some_and(|end| end.is_none_or(|end| end > i64::MAX as u64)) {
+                return wrong("is in no range that a blob can have");
             }
             if read.at.as_millis() > u128::from(u32::MAX) {
                 return wrong("was first needed after more than 49 days");

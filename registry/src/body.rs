@@ -112,16 +112,30 @@ impl Body {
 
     /// All the bytes in one piece, if they are at most `limit`. A whole blob
     /// with wrong bytes is fetched once more if there is another host.
-    pub async fn collect(mut self, limit: usize) -> Result<Bytes, Error> {
-        match self.collect_once(limit).await {
+    pub async fn collect(self, limit: usize) -> Result<Bytes, Error> {
+        self.collect_telling(limit, |_| {}).await
+    }
+
+    /// The same, telling `arrived` how many bytes came each time that some do.
+    pub async fn collect_telling(
+        mut self,
+        limit: usize,
+        mut arrived: impl FnMut(u64),
+    ) -> Result<Bytes, Error> {
+        match self.collect_once(limit, &mut arrived).await {
             Err(error) if error.kind() == ErrorKind::DigestMismatch && self.senders.distrust() => {
-                self.blob.whole().await?.collect_once(limit).await
+                let mut again = self.blob.whole().await?;
+                again.collect_once(limit, &mut arrived).await
             }
             collected => collected,
         }
     }
 
-    async fn collect_once(&mut self, limit: usize) -> Result<Bytes, Error> {
+    async fn collect_once(
+        &mut self,
+        limit: usize,
+        arrived: &mut impl FnMut(u64),
+    ) -> Result<Bytes, Error> {
         if self.len > limit as u64 {
             return Err(self.blob.context().error(
                 ErrorKind::TooLarge,
@@ -130,6 +144,7 @@ impl Body {
         }
         let mut all = BytesMut::with_capacity(self.len as usize);
         while let Some(bytes) = self.next().await? {
+            arrived(bytes.len() as u64);
             all.extend_from_slice(&bytes);
         }
         Ok(all.freeze())

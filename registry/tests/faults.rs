@@ -523,7 +523,8 @@ async fn connections_are_there_before_they_are_needed() {
     const COUNT: usize = 6;
     let server = crowd(COUNT).await;
     let client = support::client();
-    client.connect_ahead(&image(&server), COUNT).await;
+    let round_trip = client.connect_ahead(&image(&server), COUNT).await;
+    assert!(round_trip.is_some());
     assert_eq!(server.log(), vec!["GET /v2/"; COUNT]);
     assert_eq!(server.connections(), COUNT);
     // Connections go back to where they are taken from by tasks of their own.
@@ -559,5 +560,6 @@ async fn connecting_ahead_tries_once_and_never_fails() {
     // One at whose address nobody listens.
     let gone = server(Vec::new()).await.host.clone();
     let gone = format!("{gone}/app:v1").parse().unwrap();
-    support::client().connect_ahead(&gone, COUNT).await;
+    let round_trip = support::client().connect_ahead(&gone, COUNT).await;
+    assert_eq!(round_trip, None);
 }

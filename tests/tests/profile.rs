@@ -4,6 +4,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
@@ -14,7 +15,7 @@ use sluice_tests::containerd::Containerd;
 use sluice_tests::daemon::{Daemon, Options};
 use sluice_tests::image;
 use sluice_tests::programs::sluice_command;
-use sluice_tests::proxy::{Fault, Proxy};
+use sluice_tests::proxy::{Fault, Proxy, Rule};
 use sluice_tests::registry::Registry;
 use sluice_tests::scratch::Scratch;
 
@@ -97,6 +98,12 @@ impl World {
         })
     }
 
+    fn restart(&mut self) -> Result<()> {
+        self.daemon.stop()?;
+        self.daemon.start_again()?;
+        self.containerd.wait_for_snapshotter(SNAPSHOTTER)
+    }
+
     fn export(&self) -> Result<(PathBuf, Profile)> {
         let path = self.scratch.path().join("profile.json");
         let export = ["profile", "export", &self.reference];
@@ -123,7 +130,7 @@ fn names(profile: &Profile, prefix: &str) -> bool {
 
 #[test]
 fn a_start_is_recorded_and_the_next_one_finds_its_bytes() -> Result<()> {
-    let world = World::new()?;
+    let mut world = World::new()?;
     let log = || format!("the daemon's log:\n{}", world.daemon.log());
     world.containerd.lazy_pull(&world.reference, SNAPSHOTTER)?;
     let written = world.start("first").with_context(log)?;
@@ -205,8 +212,9 @@ fn a_start_is_recorded_and_the_next_one_finds_its_bytes() -> Result<()> {
     );
     ensure!(number(&second, "/fetched/prefetch") > 0, "{second}");
     world.remove("second")?;
+    begun(&mut world, &manifest.layers[0].digest.to_string(), present)?;
     let (file, twice) = world.export()?;
-    ensure!(twice.starts() == 2 && twice.layers() == recorded.layers());
+    ensure!(twice.starts() == 3 && twice.layers() == recorded.layers());
 
     moved(&world, &file, &twice)?;
     built_in(&world, &file, &twice)?;
@@ -214,6 +222,47 @@ fn a_start_is_recorded_and_the_next_one_finds_its_bytes() -> Result<()> {
     std::fs::write(&kept, twice.to_json())?;
     recorded_on_request(&world)?;
     attached(world, &kept, twice.reads().len() as u64)
+}
+
+/// Far away, content is asked for before the table of contents is there, and
+/// none of it twice.
+fn begun(world: &mut World, layer: &str, chunks: u64) -> Result<()> {
+    // So that it does not know how near the registry was.
+    world.restart()?;
+    let far = Fault::Delay(Duration::from_millis(200));
+    world.proxy.schedule(Rule::new(far));
+    let held = Fault::Delay(Duration::from_secs(2));
+    world.proxy.schedule(Rule::new(held).on(layer).ranged());
+    world.proxy.forget();
+    let mut pull = world
+        .containerd
+        .lazy_pull_command(&world.reference, SNAPSHOTTER)?;
+    let mut pull = pull.spawn()?;
+    wait_for("requests for content", || {
+        Ok((world.proxy.asked(layer) > 1).then_some(()))
+    })?;
+    let answered = world.proxy.requests(layer);
+    ensure!(answered == 0, "{answered} were answered before");
+    world.proxy.heal();
+    ensure!(pull.wait()?.success(), "{}", world.daemon.log());
+    wait_for("the prefetch", || {
+        Ok((number(&world.layer()?, "/present_chunks") >= chunks).then_some(()))
+    })?;
+    let seen = world.proxy.seen();
+    let of_layer = seen.iter().filter(|seen| seen.path.contains(layer));
+    let ranges = of_layer.filter_map(|seen| seen.range.as_deref()?.strip_prefix("bytes="));
+    let ranges = ranges.filter_map(|range| range.split_once('-'));
+    let mut ranges = ranges
+        .map(|(start, end)| Ok((start.parse()?, end.parse()?)))
+        .collect::<Result<Vec<(u64, u64)>>>()?;
+    ranges.sort_unstable();
+    let apart = |pair: &[(u64, u64)]| pair[0].1 < pair[1].0;
+    ensure!(
+        ranges.len() > 1 && ranges.windows(2).all(apart),
+        "{ranges:?}"
+    );
+    world.start("third")?;
+    world.remove("third")
 }
 
 /// Merged, shown, forgotten and given back.
@@ -226,7 +275,7 @@ fn moved(world: &World, file: &Path, profile: &Profile) -> Result<()> {
     ensure!(parse(&merged)?.files() == profile.files());
     let shown = text(&mut world.ask(&["profile", "show", &world.reference])?)?;
     ensure!(
-        shown.contains("usr/bin/python3") && shown.contains("2 starts"),
+        shown.contains("usr/bin/python3") && shown.contains("3 starts"),
         "{shown}"
     );
     run(&mut world.ask(&["profile", "clear", &world.reference])?)?;
@@ -371,9 +420,7 @@ impl World {
         if self.export().is_ok() {
             run(&mut self.ask(&["profile", "clear", &self.reference])?)?;
         }
-        self.daemon.stop()?;
-        self.daemon.start_again()?;
-        self.containerd.wait_for_snapshotter(SNAPSHOTTER)?;
+        self.restart()?;
         self.proxy.forget();
         self.containerd.lazy_pull(&self.reference, SNAPSHOTTER)?;
         let log = || format!("the daemon's log:\n{}", self.daemon.log());

@@ -12,6 +12,8 @@ use serde::de::{Deserializer, Error as _, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use sluice_oci::Digest;
 
+use crate::toc::Unit;
+
 use super::{MAX_BYTES, MAX_LAYERS, MAX_READS, Profile, ProfileError, Read, clean};
 
 const VERSION: u64 = 1;
@@ -30,10 +32,16 @@ struct Document {
     layers: Bounded<Digest, MAX_LAYERS>,
     paths: Bounded<Path, MAX_READS>,
     reads: Bounded<Row, MAX_READS>,
+    /// One for each read, or none at all.
+    #[serde(default, skip_serializing_if = "Bounded::is_empty")]
+    units: Bounded<Place, MAX_READS>,
 }
 
 /// Layer, path, offset, length, milliseconds, starts.
 type Row = (u32, u32, u64, u64, u32, u32);
+
+/// Offset and size of a unit; of one that is not known, zeros.
+type Place = (u64, u64);
 
 /// A path in JSON, whose strings cannot hold every name that Linux takes.
 #[derive(Serialize, Deserialize)]
@@ -53,6 +61,18 @@ struct Encoded {
 #[derive(Serialize)]
 #[serde(transparent)]
 struct Bounded<T, const MAX: usize>(Vec<T>);
+
+impl<T, const MAX: usize> Bounded<T, MAX> {
+    fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl<T, const MAX: usize> Default for Bounded<T, MAX> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
+}
 
 impl<'de, T: Deserialize<'de>, const MAX: usize> Deserialize<'de> for Bounded<T, MAX> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -103,6 +123,16 @@ pub(super) fn parse(document: &[u8]) -> Result<Profile, ProfileError> {
         },
     });
     let paths = paths.collect::<Result<Vec<_>, _>>()?;
+    let units = document.units.0;
+    if !units.is_empty() && units.len() != document.reads.0.len() {
+        return Err(ProfileError::Json(
+            "it has not as many units as reads".to_owned(),
+        ));
+    }
+    let unit = |index: usize| {
+        let &(offset, size) = units.get(index)?;
+        (size > 0).then_some(Unit { offset, size })
+    };
     let rows = document.reads.0.into_iter().enumerate();
     let reads = rows.map(|(index, (layer, path, offset, len, at, starts))| {
         let path = paths.get(path as usize).ok_or(ProfileError::Read {
@@ -116,6 +146,7 @@ pub(super) fn parse(document: &[u8]) -> Result<Profile, ProfileError> {
             len,
             at: Duration::from_millis(at.into()),
             starts,
+            unit: unit(index),
         })
     });
     let reads = reads.collect::<Result<Vec<_>, _>>()?;
@@ -140,12 +171,18 @@ pub(super) fn write(profile: &Profile) -> String {
         (layer, path, read.offset, read.len, at, read.starts)
     });
     let rows = rows.collect();
+    let place = |unit: Option<Unit>| unit.map_or((0, 0), |unit| (unit.offset, unit.size));
+    let units = match profile.reads.iter().any(|read| read.unit.is_some()) {
+        true => profile.reads.iter().map(|read| place(read.unit)).collect(),
+        false => Vec::new(),
+    };
     let document = Document {
         version: VERSION,
         starts: profile.starts,
         layers: Bounded(profile.layers.clone()),
         paths: Bounded(paths),
         reads: Bounded(rows),
+        units: Bounded(units),
     };
     // Text, numbers and lists: there is nothing in it that JSON cannot hold.
     serde_json::to_string(&document).unwrap_or_default()

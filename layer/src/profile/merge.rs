@@ -3,6 +3,8 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use crate::toc::Unit;
+
 use super::{MAX_READS, MAX_STARTS, Profile, ProfileError, Read};
 
 /// What was read in less than one of so many starts is chance.
@@ -14,6 +16,7 @@ struct Seen {
     /// Position in its recording, which decides among equal times.
     position: usize,
     starts: u32,
+    unit: Option<Unit>,
 }
 
 pub(super) fn merge(profiles: &[Profile]) -> Result<Profile, ProfileError> {
@@ -30,6 +33,7 @@ pub(super) fn merge(profiles: &[Profile]) -> Result<Profile, ProfileError> {
                 at: read.at,
                 position,
                 starts: read.starts,
+                unit: read.unit,
             });
         }
     }
@@ -53,6 +57,8 @@ pub(super) fn merge(profiles: &[Profile]) -> Result<Profile, ProfileError> {
             len,
             at,
             starts: scaled(starts),
+            // The layers are the same, so all that say it say the same.
+            unit: seen.iter().find_map(|seen| seen.unit),
         };
         reads.push((position, read));
     }

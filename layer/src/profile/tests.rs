@@ -18,6 +18,7 @@ fn read(layer: usize, path: &str, offset: u64, at: u64) -> Read {
         len: 100,
         at: Duration::from_millis(at),
         starts: 1,
+        unit: None,
     }
 }
 
@@ -60,6 +61,41 @@ fn a_name_that_is_no_text_survives() {
     let document = profile.to_json();
     assert!(document.contains("{\"base64\":\"ZXRjL//+\"}"), "{document}");
     assert_eq!(Profile::parse(document.as_bytes()), Ok(profile));
+}
+
+#[test]
+fn where_a_read_lies_in_the_blob_is_told_where_it_is_known() {
+    let placed = |unit| Read {
+        unit,
+        ..read(0, "bin/sh", 0, 5)
+    };
+    let unit = Unit {
+        offset: 7,
+        size: 90,
+    };
+    let known = Read {
+        unit: Some(unit),
+        ..read(1, "lib", 0, 6)
+    };
+    let without = profile(vec![placed(None)]);
+    assert!(!without.to_json().contains("units"));
+    let with = profile(vec![placed(None), known.clone()]);
+    let document = with.to_json();
+    assert!(
+        document.ends_with(",\"units\":[[0,0],[7,90]]}"),
+        "{document}"
+    );
+    assert_eq!(Profile::parse(document.as_bytes()), Ok(with.clone()));
+    for (wrong, why) in [
+        ("[[7,90]]", "units"),
+        ("[[0,0],[9223372036854775807,1]]", "blob"),
+    ] {
+        let bad = document.replace("[[0,0],[7,90]]", wrong);
+        let error = Profile::parse(bad.as_bytes()).unwrap_err().to_string();
+        assert!(error.contains(why), "{error}");
+    }
+    let merged = Profile::merge(&[profile(vec![read(1, "lib", 0, 6)]), profile(vec![known])]);
+    assert_eq!(merged.unwrap().reads()[0].unit, Some(unit));
 }
 
 #[test]
@@ -183,14 +219,16 @@ fn reads() -> impl Strategy<Value = Vec<Read>> {
         prop::collection::vec(1..=255u8, 1..20)
             .prop_filter("a file's name", |name| clean(name).is_ok()),
     ];
-    let one = (0..2usize, path, 0..4u64, 1..3u64, 0..5u64);
-    let one = one.prop_map(|(layer, path, offset, len, at)| Read {
+    let unit = prop::option::of((0..9u64, 1..9u64));
+    let one = (0..2usize, path, 0..4u64, 1..3u64, 0..5u64, unit);
+    let one = one.prop_map(|(layer, path, offset, len, at, unit)| Read {
         layer,
         path: clean(&path).unwrap(),
         offset: offset << 12,
         len,
         at: Duration::from_millis(at),
         starts: 1,
+        unit: unit.map(|(offset, size)| Unit { offset, size }),
     });
     prop::collection::vec(one, 0..30)
 }

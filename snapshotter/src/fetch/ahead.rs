@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sluice_layer::Unit;
-use tokio::task::AbortHandle;
+use tokio::task::{AbortHandle, JoinHandle};
 
 use super::decode::Arrived;
 use super::layer::LazyLayer;
@@ -39,6 +39,12 @@ const PASSED_OVER: Duration = Duration::from_millis(100);
 /// Work that goes on by itself and ends when this is dropped.
 #[derive(Debug)]
 pub struct Handle(AbortHandle);
+
+impl Handle {
+    pub(super) fn of(task: &JoinHandle<()>) -> Self {
+        Self(task.abort_handle())
+    }
+}
 
 impl Drop for Handle {
     fn drop(&mut self) {
@@ -90,7 +96,7 @@ impl LazyLayer {
         let task = self.engine().runtime().spawn(async move {
             closed.run_until_cancelled(work).await;
         });
-        Handle(task.abort_handle())
+        Handle::of(&task)
     }
 
     /// Takes from other layers what they have, some units at a time while no
@@ -223,7 +229,7 @@ impl LazyLayer {
         self.engine().idle(LONGEST_PAUSE).await;
         let gap = self.link().worthwhile_gap();
         let mut arriving =
-            Arriving::request(self, run.start, run.end, Priority::Background).await?;
+            Arriving::of_layer(self, run.start, run.end, Priority::Background).await?;
         let mut decoding = Decoding::new(self, Priority::Background);
         let mut outcome = Ok(());
         let mut units = self.units(run.start, run.end).peekable();

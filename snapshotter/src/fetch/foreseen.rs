@@ -13,7 +13,7 @@ use super::Priority;
 use super::inflight::Claim;
 use super::layer::LazyLayer;
 use super::pace::Due;
-use super::prefetch::neighbours;
+use super::prefetch::{length, neighbours};
 use super::reuse::Asked;
 use super::stream::{Terms, window};
 use crate::layer_dir::ChunkId;
@@ -24,8 +24,8 @@ use crate::layer_dir::ChunkId;
 const STEPS: usize = 5;
 
 /// Ranges are short, and each costs a round trip: more of them are under way
-/// than of those of a plan, by this factor.
-const SMALL_RANGES: u64 = 2;
+/// than of those of a plan, in percent of what keeps the link busy.
+const SHARE: u64 = 200;
 
 /// When a file is needed, as files that were read say. A program loads what one
 /// file names before it goes on with the file that named that one: so what the
@@ -169,13 +169,18 @@ impl LazyLayer {
                 let mut queue = self.foreseen.0.lock();
                 let first = queue.first(self);
                 queue.running = first.is_some();
-                first
+                first.map(|(need, unit)| {
+                    let (piece, gap) = (self.link().piece(), self.link().parallel_gap());
+                    let near = neighbours(&queue.units, unit, piece, gap);
+                    (need, unit, length(&near, unit))
+                })
             };
-            let Some((need, first)) = first else { return };
-            let largest = self.link().piece().max(first.size);
+            let Some((need, first, range)) = first else {
+                return;
+            };
             let due = Due::Foreseen(need);
-            let turn = self.link().turn(due, largest, SMALL_RANGES).await;
-            let bytes = window(largest, first.size);
+            let turn = self.link().turn(due, range, SHARE).await;
+            let bytes = window(range, first.size);
             let admission = self.engine().admission();
             let permit = admission.admit(Priority::Prefetch, bytes).await;
             // Only now, so that a reader that came before did not wait for it.
@@ -186,6 +191,7 @@ impl LazyLayer {
                 turn: Some(turn),
                 // What is read is what was foreseen, or needs little.
                 gives_way: false,
+                begun: None,
             };
             if claims.is_empty() {
                 continue;

@@ -91,17 +91,13 @@ impl Link {
         self.pace.set_limit(self.outstanding());
     }
 
-    /// A whole answer came that the engine did not ask for: `bytes` in `took`,
-    /// from `waited` after the request was sent. Opening a connection may be
-    /// among that, which later answers correct.
-    pub fn delivered(&self, waited: Duration, bytes: u64, took: Duration) {
-        let now = Instant::now();
-        self.measure(|state| {
-            state.answered(waited);
-            if let Some(since) = now.checked_sub(took) {
-                state.finish_short(Sample { since, bytes }, now);
-            }
-        });
+    /// About so many bytes are asked for by somebody else than the engine. They
+    /// are measured as they come, and prefetches wait for them.
+    pub fn expect(self: &Arc<Self>, bytes: u64) -> Expected {
+        Expected {
+            turn: self.pace.take(bytes),
+            receiving: self.receive(),
+        }
     }
 
     /// An answer's body is going to be received, until the guard is dropped.
@@ -179,11 +175,11 @@ impl Link {
             .max(LEAST_OUTSTANDING)
     }
 
-    /// Waits for the turn to prefetch about so many bytes from this host, with
-    /// `times` as many on their way as keep the link busy.
-    pub(super) async fn turn(&self, due: Due, bytes: u64, times: u64) -> Turn {
+    /// Waits for the turn to prefetch about so many bytes from this host, while
+    /// less is on its way than `share` percent of what keeps the link busy.
+    pub(super) async fn turn(&self, due: Due, bytes: u64, share: u64) -> Turn {
         self.pace.set_limit(self.outstanding());
-        self.pace.turn(due, bytes, times).await
+        self.pace.turn(due, bytes, share).await
     }
 }
 
@@ -322,6 +318,21 @@ impl Receiving {
     }
 }
 
+/// See [`Link::expect`]. Dropping it, nothing more is expected.
+#[derive(Debug)]
+pub struct Expected {
+    turn: Turn,
+    receiving: Receiving,
+}
+
+impl Expected {
+    /// So many of the bytes have come.
+    pub fn arrived(&mut self, bytes: u64) {
+        self.turn.arrived(bytes);
+        self.receiving.received(bytes, true);
+    }
+}
+
 impl Drop for Receiving {
     fn drop(&mut self) {
         self.pause();
@@ -330,6 +341,8 @@ impl Drop for Receiving {
 
 #[cfg(test)]
 mod tests {
+    use futures_util::FutureExt as _;
+
     use super::*;
 
     async fn transfer(link: &Arc<Link>, round_trip: Duration, step: u64, steps: u32) {
@@ -382,15 +395,45 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_came_otherwise_tells_as_much() {
-        tokio::time::advance(Duration::from_secs(9)).await;
+    async fn what_comes_otherwise_is_measured_and_waited_for() {
         let ms = Duration::from_millis;
-        let link = Link::default();
-        link.delivered(ms(80), SHORT_BYTES - 1, ms(5));
+        let link = Arc::<Link>::default();
+        let mut little = link.expect(SHORT_BYTES - 1);
+        little.arrived(1);
+        tokio::time::advance(ms(5)).await;
+        little.arrived(SHORT_BYTES - 2);
+        drop(little);
         assert_eq!(link.figures().bandwidth, INITIAL_BANDWIDTH as u64);
-        link.delivered(ms(90), 500_000, ms(10));
-        assert_eq!(link.round_trip(), ms(80));
+        let mut other = link.expect(1_100_000);
+        let due = Due::At(Instant::now());
+        let mut turn = Box::pin(link.turn(due, 1, 100));
+        assert!((&mut turn).now_or_never().is_none());
+        other.arrived(100_000);
+        tokio::time::advance(ms(10)).await;
+        other.arrived(500_000);
+        assert!((&mut turn).now_or_never().is_none());
+        drop(other);
         assert_eq!(link.figures().bandwidth, 50_000_000);
+        assert!((&mut turn).now_or_never().is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_comes_at_once_says_how_fast_the_link_is_at_least() {
+        let link = Arc::<Link>::default();
+        let at_once = |bytes| {
+            let mut other = link.expect(bytes);
+            other.arrived(0);
+            other.arrived(bytes);
+        };
+        tokio::time::advance(Duration::from_secs(9)).await;
+        at_once(SHORT_BYTES);
+        assert!(link.bandwidth() > INITIAL_BANDWIDTH);
+        at_once(200_000);
+        at_once(400_000);
+        let known = link.bandwidth();
+        assert_eq!(known, 40e6);
+        at_once(100_000);
+        assert_eq!(link.bandwidth(), known);
     }
 
     #[tokio::test(start_paused = true)]

@@ -35,8 +35,8 @@ struct Queue {
 #[derive(Debug)]
 struct Waiting {
     bytes: u64,
-    /// It asks while less than so many times the limit is outstanding.
-    times: u64,
+    /// It asks while less than so many percent of the limit are outstanding.
+    share: u64,
     turn: oneshot::Sender<Turn>,
 }
 
@@ -56,12 +56,21 @@ impl Pace {
         self.grant();
     }
 
-    /// Waits until fewer than `times` the limit are outstanding and nobody has
-    /// anything that is due earlier than `due`. `bytes` is what will be asked
-    /// for, about.
-    pub(super) async fn turn(&self, due: Due, bytes: u64, times: u64) -> Turn {
+    /// A turn that is not waited for.
+    pub(super) fn take(&self, bytes: u64) -> Turn {
+        self.0.lock().outstanding += bytes;
+        Turn {
+            pace: self.clone(),
+            left: bytes,
+        }
+    }
+
+    /// Waits until fewer than `share` percent of the limit are outstanding and
+    /// nobody has anything that is due earlier than `due`. `bytes` is what will
+    /// be asked for, about.
+    pub(super) async fn turn(&self, due: Due, bytes: u64, share: u64) -> Turn {
         let (turn, receiver) = oneshot::channel();
-        let waiting = Waiting { bytes, times, turn };
+        let waiting = Waiting { bytes, share, turn };
         {
             let mut queue = self.0.lock();
             queue.arrivals += 1;
@@ -81,14 +90,13 @@ impl Pace {
         let mut returned = Vec::new();
         {
             let mut queue = self.0.lock();
-            while let Some(first) = queue.waiting.first_entry() {
-                let times = first.get().times;
-                if queue.outstanding >= queue.limit.saturating_mul(times) {
-                    break;
-                }
-                let Some((_, first)) = queue.waiting.pop_first() else {
-                    break;
-                };
+            let may = |queue: &Queue, first: &Waiting| {
+                queue.outstanding < queue.limit.saturating_mul(first.share) / 100
+            };
+            while let Some((_, first)) = queue.waiting.first_key_value()
+                && may(&queue, first)
+                && let Some((_, first)) = queue.waiting.pop_first()
+            {
                 if first.turn.is_closed() {
                     continue;
                 }
@@ -148,7 +156,7 @@ mod tests {
         let pace = Pace::default();
         pace.set_limit(100);
         let now = Instant::now();
-        let turn = |seconds| pace.turn(Due::At(now + Duration::from_secs(seconds)), 60, 1);
+        let turn = |seconds| pace.turn(Due::At(now + Duration::from_secs(seconds)), 60, 100);
         let mut first = turn(5).await;
         let second = turn(9).await;
         let mut late = Box::pin(turn(8));
@@ -176,12 +184,12 @@ mod tests {
         let pace = Pace::default();
         pace.set_limit(100);
         let due = || Due::At(Instant::now());
-        let _held = pace.turn(due(), 150, 1).await;
-        let mut waiting = Box::pin(pace.turn(due(), 60, 1));
+        let _held = pace.take(150);
+        let mut waiting = Box::pin(pace.turn(due(), 60, 100));
         assert!((&mut waiting).now_or_never().is_none());
         pace.set_limit(200);
         assert!((&mut waiting).now_or_never().is_some());
-        let mut twice = Box::pin(pace.turn(due(), 1, 2));
+        let mut twice = Box::pin(pace.turn(due(), 1, 200));
         assert!((&mut twice).now_or_never().is_some(), "of 400, 150 or more");
     }
 }

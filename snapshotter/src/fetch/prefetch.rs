@@ -30,9 +30,11 @@ pub enum Plan {
     Timed(Arc<[(ChunkId, Duration)]>),
 }
 
+/// As much is on its way as keeps the link busy, in percent.
+const SHARE: u64 = 100;
 /// Neighbours in the blob are fetched together, and so out of order, when they
 /// are needed within so many pieces.
-const LOOK_AHEAD: u64 = 2;
+pub(super) const LOOK_AHEAD: u64 = 2;
 /// The share of a range that may come before the unit that it is fetched for.
 const BEFORE_SHARE: u64 = 4;
 /// Where a plan names no times, it is taken to be needed at this rate, in bytes
@@ -85,12 +87,12 @@ impl LazyLayer {
             self.reads().pays().await;
             let assumed = || Duration::from_secs_f64(asked as f64 / ASSUMED_NEED);
             let due = Due::At(started + at.unwrap_or_else(assumed));
-            let largest = piece.max(first.size);
-            let mut turn = self.link().turn(due, largest, 1).await;
+            let range = queue.range(first, piece);
+            let mut turn = self.link().turn(due, range, SHARE).await;
             if let Some((quiet, longest)) = courtesy(self) {
                 self.engine().give_way(quiet, longest, || false).await;
             }
-            let bytes = window(largest, first.size);
+            let bytes = window(range, first.size);
             let admission = self.engine().admission();
             let permit = admission.admit(Priority::Prefetch, bytes).await;
             // Only now, so that a reader that came before did not wait for it.
@@ -105,6 +107,7 @@ impl LazyLayer {
                     permit: Some(permit),
                     turn: Some(turn),
                     gives_way: true,
+                    begun: None,
                 };
                 flights.spawn(async move { fetch_claimed(&layer, claims, terms).await });
             }
@@ -224,6 +227,12 @@ impl<'a> Queue<'a> {
         None
     }
 
+    /// How long a request for the unit is going to be, with what can share it.
+    fn range(&self, unit: Unit, piece: u64) -> u64 {
+        let near = neighbours(&self.soon, unit, piece, self.layer.link().parallel_gap());
+        length(&near, unit)
+    }
+
     fn remove(&mut self, unit: Unit) -> Option<Claim> {
         self.soon.remove(&unit.offset)?;
         self.bytes -= unit.size;
@@ -250,6 +259,13 @@ impl<'a> Queue<'a> {
         claims.sort_by_key(|claim| claim.unit().offset);
         claims
     }
+}
+
+/// From the first to the last of some units and one more.
+pub(super) fn length(units: &[Unit], more: Unit) -> u64 {
+    let all = units.iter().chain([&more]);
+    let ends = all.clone().map(|unit| unit.offset + unit.size);
+    ends.max().unwrap_or(0) - all.map(|unit| unit.offset).min().unwrap_or(0)
 }
 
 /// Of the units that are wanted soon, by their place in the blob, those that can

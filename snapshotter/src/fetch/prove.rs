@@ -333,7 +333,7 @@ impl LazyLayer {
         blame: &mut Blame,
     ) -> Result<(), SourceError> {
         self.engine().idle(LONGEST_PAUSE).await;
-        let mut arriving = Arriving::request(self, *at, end, Priority::Background).await?;
+        let mut arriving = Arriving::of_layer(self, *at, end, Priority::Background).await?;
         while *at < end {
             if !self.engine().is_idle() {
                 arriving.pause();

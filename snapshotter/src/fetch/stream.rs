@@ -16,7 +16,7 @@ use super::inflight::Claim;
 use super::layer::LazyLayer;
 use super::link::Receiving;
 use super::pace::Turn;
-use super::{Blame, FetchError, Permit, Priority, RangeBody, SourceError};
+use super::{Blame, Engine, FetchError, Permit, Priority, RangeBody, RangeSource, SourceError};
 
 /// A request holds at most this much of its range in memory, unless one unit
 /// is larger.
@@ -54,37 +54,76 @@ pub(super) fn courtesy(layer: &LazyLayer) -> Option<(Duration, Duration)> {
 /// An answer that is read unit by unit.
 pub(super) struct Arriving {
     body: Box<dyn RangeBody>,
-    receiving: Receiving,
+    /// None where somebody else receives it, and measures.
+    receiving: Option<Receiving>,
     buffered: Bytes,
     position: u64,
-    _under_way: Entered,
+    end: u64,
+    _under_way: Option<Entered>,
 }
 
 impl Arriving {
-    /// Asks for `start..end` of the layer's blob.
+    /// Asks for a range of a blob.
     pub(super) async fn request(
+        engine: &Engine,
+        source: &dyn RangeSource,
+        request: Request,
+    ) -> Result<Self, SourceError> {
+        let Request { start, end, .. } = request;
+        let under_way = engine.under_way().enter(request);
+        let link = engine.link(source.host());
+        let body = source.range(start, end - start).await?;
+        link.answered(request.age());
+        Ok(Self {
+            body,
+            receiving: Some(link.receive()),
+            buffered: Bytes::new(),
+            position: start,
+            end,
+            _under_way: Some(under_way),
+        })
+    }
+
+    /// Asks for `start..end` of the layer's blob.
+    pub(super) async fn of_layer(
         layer: &LazyLayer,
         start: u64,
         end: u64,
         priority: Priority,
     ) -> Result<Self, SourceError> {
-        let sent = Instant::now();
-        let under_way = layer.engine().under_way().enter(Request {
+        let request = Request {
             layer: layer.digest(),
             start,
             end,
             priority,
-            since: sent,
-        });
-        let body = layer.source().range(start, end - start).await?;
-        layer.link().answered(sent.elapsed());
-        Ok(Self {
+            since: Instant::now(),
+        };
+        Self::request(layer.engine(), layer.source(), request).await
+    }
+
+    /// The answer to a request for `start..end` that was sent before.
+    pub(super) fn begun(body: Box<dyn RangeBody>, start: u64, end: u64) -> Self {
+        Self {
             body,
-            receiving: layer.link().receive(),
+            receiving: None,
             buffered: Bytes::new(),
             position: start,
-            _under_way: under_way,
-        })
+            end,
+            _under_way: None,
+        }
+    }
+
+    fn covers(&self, start: u64, end: u64) -> bool {
+        self.position <= start && end <= self.end
+    }
+
+    /// The bytes that come next, however many these are.
+    pub(super) async fn next(&mut self) -> Result<Bytes, SourceError> {
+        if self.buffered.is_empty() {
+            self.more().await?;
+        }
+        self.position += self.buffered.len() as u64;
+        Ok(std::mem::take(&mut self.buffered))
     }
 
     /// What to call when the bytes are wrong.
@@ -100,7 +139,9 @@ impl Arriving {
         };
         match answer? {
             Some(bytes) => {
-                self.receiving.received(bytes.len() as u64, waited);
+                if let Some(receiving) = &mut self.receiving {
+                    receiving.received(bytes.len() as u64, waited);
+                }
                 self.buffered = bytes;
                 Ok(())
             }
@@ -110,7 +151,9 @@ impl Arriving {
 
     /// It will not be read for a while.
     pub(super) fn pause(&mut self) {
-        self.receiving.pause();
+        if let Some(receiving) = &mut self.receiving {
+            receiving.pause();
+        }
     }
 
     /// Whether everything up to `end` is here already.
@@ -282,6 +325,8 @@ pub(super) struct Terms {
     pub(super) turn: Option<Turn>,
     /// Whether it gives way to readers of anything else.
     pub(super) gives_way: bool,
+    /// For all of them, the answer to a request that was sent before.
+    pub(super) begun: Option<Arriving>,
 }
 
 impl Terms {
@@ -291,6 +336,7 @@ impl Terms {
             permit: None,
             turn: None,
             gives_way: false,
+            begun: None,
         }
     }
 }
@@ -377,11 +423,17 @@ async fn attempt(
     let (Some((first, _)), Some((last, _))) = (pending.front(), pending.back()) else {
         return Ok(());
     };
-    let end = last.unit().offset + last.unit().size;
+    let (start, end) = (first.unit().offset, last.unit().offset + last.unit().size);
     let deadline = layer.engine().config().deadline;
     let priority = terms.priority;
-    let request = Arriving::request(layer, first.unit().offset, end, priority);
-    let mut arriving = within(limit, deadline, request).await?;
+    let begun = terms.begun.take().filter(|begun| begun.covers(start, end));
+    let mut arriving = match begun {
+        Some(begun) => begun,
+        None => {
+            let request = Arriving::of_layer(layer, start, end, priority);
+            within(limit, deadline, request).await?
+        }
+    };
     let mut decoding = Decoding::new(layer, priority);
     let mut outcome = Ok(());
     while let Some((claim, _)) = pending.front() {

@@ -13,6 +13,7 @@ use parking_lot::Mutex;
 use tempfile::TempDir;
 use tokio::sync::watch;
 
+mod begun;
 mod content;
 mod disk;
 mod guesses;

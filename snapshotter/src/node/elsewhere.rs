@@ -78,6 +78,11 @@ impl Elsewhere {
         }
     }
 
+    /// Whether a layer of the one takes chunks from a layer of the other.
+    pub(super) fn allows(&self, one: &Reference, other: &Reference) -> bool {
+        self.sharing.allows(one, other)
+    }
+
     /// A layer is open from now on.
     pub(super) fn opened(&self, layer: &Arc<LazyLayer>) {
         let number = layer.dir().identity().number;

@@ -62,7 +62,12 @@ impl Node {
             return;
         }
         let (client, of) = (self.0.remote.client().clone(), reference.clone());
-        let connecting = tokio::spawn(async move { client.connect_ahead(&of, CONNECTIONS).await });
+        let link = self.0.engine.link(reference.host());
+        let connecting = tokio::spawn(async move {
+            if let Some(round_trip) = client.connect_ahead(&of, CONNECTIONS).await {
+                link.answered(round_trip);
+            }
+        });
         let mut all = self.0.connecting.lock();
         all.insert(reference.host().to_owned(), connecting);
     }

@@ -68,8 +68,14 @@ impl Node {
         let open = match place.take() {
             Some(open) => place.insert(open),
             None => {
-                let made = self.make_and_load(reference, digest, known).await;
-                place.insert(made.map_err(not_lazy)?)
+                let made = self.make_and_load(reference, digest, known);
+                let begun = self.begin_fetch(reference, image, digest, known);
+                let (made, begun) = tokio::join!(made, begun);
+                let made = made.map_err(not_lazy)?;
+                if let Some(begun) = begun {
+                    made.layer.take_begun(begun);
+                }
+                place.insert(made)
             }
         };
         let identity = open.layer.dir().identity();

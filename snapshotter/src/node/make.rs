@@ -14,7 +14,7 @@ use super::release::delete;
 use super::{Node, compile};
 use crate::fetch::LazyLayer;
 use crate::layer_dir::{self, LayerDir};
-use crate::remote::{FetchedToc, Known, StoredToc};
+use crate::remote::{FetchedToc, Known, StoredToc, asked_for_toc};
 
 impl Node {
     /// Makes the layer's directory and opens it.
@@ -77,11 +77,16 @@ impl Node {
         digest: Digest,
         known: &Known,
     ) -> Result<StoredToc, compile::Error> {
-        let fetch = || self.0.remote.fetch_toc(reference, digest, known);
-        let fetched = fetch().await?;
-        let arrival = fetched.arrival();
         let link = self.0.engine.link(reference.host());
-        link.delivered(arrival.waited, arrival.bytes, arrival.took);
+        let mut expected = link.expect(asked_for_toc(known));
+        let remote = &self.0.remote;
+        let fetched = remote
+            .fetch_toc(reference, digest, known, &mut |bytes| {
+                expected.arrived(bytes);
+            })
+            .await?;
+        drop(expected);
+        link.answered(fetched.waited());
         let senders = fetched.senders();
         match self.make_of(fetched, reference, digest).await {
             Err(compile::Error::Toc(error)) => {
@@ -90,7 +95,10 @@ impl Node {
                 if elsewhere || !distrust(&senders) {
                     return Err(error.into());
                 }
-                self.make_of(fetch().await?, reference, digest).await
+                let again = remote
+                    .fetch_toc(reference, digest, known, &mut |_| {})
+                    .await?;
+                self.make_of(again, reference, digest).await
             }
             made => made,
         }

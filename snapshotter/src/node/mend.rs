@@ -26,7 +26,12 @@ impl Node {
         let fetched = self
             .0
             .remote
-            .fetch_toc(&identity.reference, digest, &Known::trusted(identity.trust))
+            .fetch_toc(
+                &identity.reference,
+                digest,
+                &Known::trusted(identity.trust),
+                &mut |_| {},
+            )
             .await
             .map_err(|error| error.to_string())?;
         let place = self

@@ -6,15 +6,15 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use sluice_layer::{Profile, StartChunks};
-use sluice_oci::Digest;
+use sluice_oci::{Digest, Reference};
 use tokio::task::spawn_blocking;
 
-use super::Node;
+use super::{Node, source};
 use crate::dependencies::ImageDependencies;
-use crate::fetch::{Dependencies, Handle, LazyLayer, Plan};
+use crate::fetch::{Begun, Dependencies, Handle, LazyLayer, Plan};
 use crate::layer_dir::{ChunkId, ChunkTable};
 use crate::profiles::{self, ImageId, Profiles};
-use crate::remote::AttachedProfile;
+use crate::remote::{AttachedProfile, Known};
 use crate::service::Program;
 
 /// Who says what a start will need.
@@ -163,6 +163,50 @@ impl Node {
             }
             self.follows(digest, ProfileSource::Attached, plan).await;
         }
+    }
+
+    /// Asks for the first of what was seen on this node that the image needs of
+    /// the layer, before there is a table of contents that says where it is.
+    /// None where nothing is known of that, or other layers may have it, or the
+    /// image says itself what is needed.
+    pub(super) async fn begin_fetch(
+        &self,
+        reference: &Reference,
+        image: &ImageId,
+        digest: Digest,
+        known: &Known,
+    ) -> Option<Begun> {
+        if !self.0.config.prefetch || known.start_chunks().is_some() {
+            return None;
+        }
+        let found = self.0.profiles.find(image)?;
+        if !found.image.layers.contains(&digest) || self.shares(reference, image) {
+            return None;
+        }
+        let store: Arc<Profiles> = Arc::clone(&self.0.profiles);
+        let wanted = spawn_blocking(move || {
+            // Why it cannot be read is told when it is followed.
+            let profile = store.load(&found).ok()?;
+            let reads = profile.reads_of(digest);
+            Some(
+                reads
+                    .filter_map(|read| Some((read.unit?, read.at)))
+                    .collect(),
+            )
+        });
+        let wanted: Vec<_> = wanted.await.ok()??;
+        let source = source(&self.0.remote, reference, digest);
+        Some(self.0.engine.begin(digest, Arc::new(source), wanted))
+    }
+
+    /// Whether layers of other images may have what the image needs.
+    fn shares(&self, reference: &Reference, image: &ImageId) -> bool {
+        self.open_layers().iter().any(|layer| {
+            let identity = layer.dir().identity();
+            self.0.elsewhere.allows(reference, &identity.reference)
+                && !image.layers.contains(&identity.digest)
+                && layer.dir().present().count() > 0
+        })
     }
 
     /// Fetches what was seen on this node that the image needs of the layer.

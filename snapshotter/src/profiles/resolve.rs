@@ -41,6 +41,7 @@ pub fn reads(
                     len: u64::from(record.size),
                     at: chunks[index].1,
                     starts: 1,
+                    unit: Some(record.unit),
                 });
             }
         }

@@ -386,6 +386,7 @@ mod tests {
             len: 1,
             at: Duration::from_millis(at as u64),
             starts: 1,
+            unit: None,
         });
         Profile::new(1, image.layers.clone(), reads.collect()).unwrap()
     }

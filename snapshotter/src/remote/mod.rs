@@ -16,7 +16,7 @@ use sluice_registry::{Client, ErrorKind};
 pub use attached::AttachedProfile;
 pub use budget::{Taken, TocBudget};
 pub use images::{ImageLayer, Images};
-pub use toc::{Arrival, FetchedToc, StoredToc};
+pub use toc::{Arrived, FetchedToc, StoredToc, asked_for_toc};
 
 /// Why a layer's TOC is not at hand.
 #[derive(Debug, thiserror::Error)]

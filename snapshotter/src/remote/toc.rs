@@ -28,11 +28,14 @@ pub struct FetchedToc {
     trust: TocTrust,
     blob_size: u64,
     senders: Vec<Senders>,
-    /// How the first of its parts came.
-    arrival: Arrival,
+    /// How long the first of its parts was waited for.
+    waited: Duration,
     /// The memory that it is in.
     memory: Arc<Taken>,
 }
+
+/// Is told how many bytes came.
+pub type Arrived<'a> = &'a mut (dyn FnMut(u64) + Send);
 
 /// A TOC as the blob stores it.
 #[derive(Debug)]
@@ -47,20 +50,10 @@ impl AsRef<[u8]> for StoredToc {
     }
 }
 
-/// How an answer arrived.
-#[derive(Debug, Clone, Copy)]
-pub struct Arrival {
-    /// From the request to the first of it.
-    pub waited: Duration,
-    /// From there to the end.
-    pub took: Duration,
-    /// How much it was.
-    pub bytes: u64,
-}
-
 /// A part of a blob as it arrived.
 struct Part {
-    arrival: Arrival,
+    /// From the request to the first of the answer.
+    waited: Duration,
     offset: u64,
     blob_size: Option<u64>,
     bytes: Bytes,
@@ -70,19 +63,21 @@ struct Part {
 impl Remote {
     /// Fetches the layer's TOC: with one request when the annotations say
     /// where it is or the guess was long enough, and otherwise with two. What
-    /// they say may be wrong: see [`Error::is_misplaced`].
+    /// they say may be wrong: see [`Error::is_misplaced`]. `arrived` is told how
+    /// many bytes came each time that some of the first request's do.
     pub async fn fetch_toc(
         &self,
         reference: &Reference,
         digest: Digest,
         known: &Known,
+        arrived: Arrived<'_>,
     ) -> Result<FetchedToc, Error> {
         let trust = known.trust().ok_or(Error::NoTrust)?;
         let blob = self.client().blob(reference, digest);
         let annotations = &known.annotations;
         match annotations.toc_location().or(annotations.toc_hint()) {
-            Some(location) => self.at(&blob, location, trust, known.size).await,
-            None => self.in_tail(&blob, trust, known, false).await,
+            Some(location) => self.at(&blob, location, trust, known.size, arrived).await,
+            None => self.in_tail(&blob, trust, known, arrived, false).await,
         }
     }
 
@@ -92,6 +87,7 @@ impl Remote {
         location: TocLocation,
         trust: TocTrust,
         size: Option<u64>,
+        arrived: Arrived<'_>,
     ) -> Result<FetchedToc, Error> {
         location.check(&self.limits)?;
         let memory = self.budget.arrive(location.compressed_size).await?;
@@ -100,9 +96,9 @@ impl Remote {
             len: location.compressed_size,
         };
         let limit = location.compressed_size as usize;
-        let part = self.part(blob, range, limit).await?;
+        let part = self.part(blob, range, limit, arrived).await?;
         Ok(FetchedToc {
-            arrival: part.arrival,
+            waited: part.waited,
             senders: vec![part.senders],
             compressed: part.bytes,
             location,
@@ -113,19 +109,21 @@ impl Remote {
     }
 
     /// A part of the blob, within the time that it may take.
-    async fn part(&self, blob: &Blob, range: ByteRange, limit: usize) -> Result<Part, Error> {
+    async fn part(
+        &self,
+        blob: &Blob,
+        range: ByteRange,
+        limit: usize,
+        arrived: Arrived<'_>,
+    ) -> Result<Part, Error> {
         self.in_time(async {
             let sent = Instant::now();
             let body = blob.range(range).await?;
             let waited = sent.elapsed();
             let (offset, blob_size, senders) = (body.offset, body.blob_size, body.senders());
-            let bytes = body.collect(limit).await?;
+            let bytes = body.collect_telling(limit, arrived).await?;
             Ok(Part {
-                arrival: Arrival {
-                    waited,
-                    took: sent.elapsed() - waited,
-                    bytes: bytes.len() as u64,
-                },
+                waited,
                 offset,
                 blob_size,
                 senders,
@@ -140,11 +138,12 @@ impl Remote {
         blob: &Blob,
         trust: TocTrust,
         known: &Known,
+        arrived: Arrived<'_>,
         again: bool,
     ) -> Result<FetchedToc, Error> {
         let guess = guess(&known.annotations, known.size);
         let part = self
-            .part(blob, ByteRange::Suffix(guess), guess as usize)
+            .part(blob, ByteRange::Suffix(guess), guess as usize, arrived)
             .await?;
         let tail = part.bytes;
         let blob_size = part.blob_size.unwrap_or(part.offset + tail.len() as u64);
@@ -155,7 +154,7 @@ impl Remote {
         let location = match locate_toc(&tail, blob_size) {
             // Another host may have the right end.
             Err(_) if !again && senders[0].distrust() => {
-                return Box::pin(self.in_tail(blob, trust, known, true)).await;
+                return Box::pin(self.in_tail(blob, trust, known, &mut |_| {}, true)).await;
             }
             location => location?,
         };
@@ -171,7 +170,7 @@ impl Remote {
                     len: wanted.end.min(start).saturating_sub(wanted.start),
                 };
                 let limit = location.compressed_size as usize;
-                let part = self.part(blob, range, limit).await?;
+                let part = self.part(blob, range, limit, &mut |_| {}).await?;
                 senders.push(part.senders);
                 let mut whole = BytesMut::with_capacity(limit);
                 whole.extend_from_slice(&part.bytes);
@@ -186,9 +185,18 @@ impl Remote {
             trust,
             blob_size,
             senders,
-            arrival: part.arrival,
+            waited: part.waited,
             memory: Arc::new(memory),
         })
+    }
+}
+
+/// How many bytes are asked for first to fetch a TOC.
+pub fn asked_for_toc(known: &Known) -> u64 {
+    let annotations = &known.annotations;
+    match annotations.toc_location().or(annotations.toc_hint()) {
+        Some(location) => location.compressed_size,
+        None => guess(annotations, known.size),
     }
 }
 
@@ -208,9 +216,9 @@ impl FetchedToc {
         self.blob_size
     }
 
-    /// How it arrived.
-    pub fn arrival(&self) -> Arrival {
-        self.arrival
+    /// How long it took from the request to the first of the answer.
+    pub fn waited(&self) -> Duration {
+        self.waited
     }
 
     /// The hosts that sent it.

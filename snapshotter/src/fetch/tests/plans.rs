@@ -64,3 +64,19 @@ fn a_new_plan_is_what_counts_from_then_on() {
     read(&reads, 120..150);
     assert!(reads.fits() && pays(&reads));
 }
+
+#[test]
+fn a_plan_of_something_else_rests_until_it_is_read() {
+    let reads = Reads::new(CHUNKS);
+    let planned = |position| reads.is_planned(ChunkId::at(position), &record(position));
+    reads.plan(Planned::Before(100));
+    reads.doubt_plan();
+    assert!(!pays(&reads) && !reads.fits());
+    // Nobody else leaves to it what it does not bring.
+    assert!(!planned(0) && reads.has_plan());
+    // Any program reads some of it.
+    read(&reads, 0..15);
+    assert!(!pays(&reads));
+    read(&reads, 15..20);
+    assert!(pays(&reads) && planned(0));
+}

@@ -346,6 +346,20 @@ async fn a_plan_keeps_the_link_busy_in_its_order() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn readers_ahead_of_a_plan_that_fits_do_not_stop_it() {
+    let world = World::new(100, &[small_files(301)]);
+    let files: Vec<usize> = scattered(301).take(250).collect();
+    let order = world.order(0, files.iter().copied());
+    let _handle = world.layers[0].prefetch(Plan::Order(order));
+    for &file in files.iter().rev().take(10) {
+        world.read_file(0, file).await;
+    }
+    // A second, in which as much came as the link carries.
+    let present = world.layers[0].dir().present().count();
+    assert!(present > 100, "{present}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn readers_wait_for_what_is_on_its_way_and_jump_what_is_not() {
     let world = World::new(20, &[small_files(301)]);
     let _handle = world.layers[0].prefetch(Plan::Order(world.order(0, 0..300)));
