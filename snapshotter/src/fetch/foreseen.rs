@@ -180,7 +180,8 @@ impl LazyLayer {
             };
             let due = Due::Foreseen(need);
             let turn = self.link().turn(due, range, SHARE).await;
-            let bytes = window(range, first.size);
+            // Something else may be first by then.
+            let bytes = window(self.link().piece().max(first.size), first.size);
             let admission = self.engine().admission();
             let permit = admission.admit(Priority::Prefetch, bytes).await;
             // Only now, so that a reader that came before did not wait for it.

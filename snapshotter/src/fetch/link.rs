@@ -64,6 +64,8 @@ pub struct Link {
 struct State {
     /// The shortest waits for an answer in this and in the former period.
     shortest: [Option<Duration>; 2],
+    /// The round trip, where none was measured.
+    supposed: Option<Duration>,
     period: Option<Instant>,
     /// Bytes a second.
     samples: VecDeque<f64>,
@@ -83,6 +85,11 @@ impl Link {
     /// An answer began `waited` after its request was sent.
     pub fn answered(&self, waited: Duration) {
         self.measure(|state| state.answered(waited));
+    }
+
+    /// About how long a round trip takes, for as long as nothing was measured.
+    pub fn suppose(&self, round_trip: Duration) {
+        self.measure(|state| state.supposed = Some(round_trip));
     }
 
     /// Notes what was measured, and has the pace follow it.
@@ -198,7 +205,8 @@ impl State {
 
     fn round_trip(&self) -> Duration {
         let known = self.shortest.iter().flatten().min();
-        known.copied().unwrap_or(INITIAL_ROUND_TRIP)
+        let known = known.copied().or(self.supposed);
+        known.unwrap_or(INITIAL_ROUND_TRIP)
     }
 
     /// The second best of the last samples: a transfer that had to wait for
@@ -439,6 +447,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn the_round_trip_is_the_shortest_of_late() {
         let link = Arc::<Link>::default();
+        link.suppose(Duration::from_millis(5));
+        assert_eq!(link.round_trip(), Duration::from_millis(5));
         for wait in [80, 20, 500, 60] {
             link.answered(Duration::from_millis(wait));
         }

@@ -72,7 +72,7 @@ impl LazyLayer {
         let started = Instant::now();
         let mut asked = 0u64;
         loop {
-            let piece = self.link().piece();
+            let (piece, gap) = (self.link().piece(), self.link().parallel_gap());
             queue.fill(piece * LOOK_AHEAD);
             let new = std::mem::take(&mut queue.new);
             let more = !new.is_empty();
@@ -87,7 +87,7 @@ impl LazyLayer {
             self.reads().pays().await;
             let assumed = || Duration::from_secs_f64(asked as f64 / ASSUMED_NEED);
             let due = Due::At(started + at.unwrap_or_else(assumed));
-            let range = queue.range(first, piece);
+            let range = queue.range(first, piece, gap);
             let mut turn = self.link().turn(due, range, SHARE).await;
             if let Some((quiet, longest)) = courtesy(self) {
                 self.engine().give_way(quiet, longest, || false).await;
@@ -96,7 +96,7 @@ impl LazyLayer {
             let admission = self.engine().admission();
             let permit = admission.admit(Priority::Prefetch, bytes).await;
             // Only now, so that a reader that came before did not wait for it.
-            let claims = queue.take(piece);
+            let claims = queue.take(piece, gap);
             if let (Some(first), Some(last)) = (claims.first(), claims.last()) {
                 let range = last.unit().offset + last.unit().size - first.unit().offset;
                 turn.resize(range);
@@ -228,9 +228,8 @@ impl<'a> Queue<'a> {
     }
 
     /// How long a request for the unit is going to be, with what can share it.
-    fn range(&self, unit: Unit, piece: u64) -> u64 {
-        let near = neighbours(&self.soon, unit, piece, self.layer.link().parallel_gap());
-        length(&near, unit)
+    fn range(&self, unit: Unit, piece: u64, gap: u64) -> u64 {
+        length(&neighbours(&self.soon, unit, piece, gap), unit)
     }
 
     fn remove(&mut self, unit: Unit) -> Option<Claim> {
@@ -240,20 +239,16 @@ impl<'a> Queue<'a> {
     }
 
     /// Claims the first unit in sight and what can share its request, sorted.
-    /// Nothing where all in sight has come by other ways.
-    fn take(&mut self, piece: u64) -> Vec<Claim> {
-        let mut claims = Vec::new();
-        while claims.is_empty() {
-            let Some((unit, _)) = self.first() else {
-                return claims;
-            };
-            claims.extend(self.remove(unit));
-        }
-        let Some(seed) = claims.first().map(Claim::unit) else {
-            return claims;
+    /// Nothing where it has come by other ways meanwhile: then the next one is
+    /// first, for whose length nobody has waited.
+    fn take(&mut self, piece: u64, gap: u64) -> Vec<Claim> {
+        let first = self.first();
+        let Some(seed) = first.and_then(|(unit, _)| self.remove(unit)) else {
+            return Vec::new();
         };
-        let gap = self.layer.link().parallel_gap();
-        for unit in neighbours(&self.soon, seed, piece, gap) {
+        let near = neighbours(&self.soon, seed.unit(), piece, gap);
+        let mut claims = vec![seed];
+        for unit in near {
             claims.extend(self.remove(unit));
         }
         claims.sort_by_key(|claim| claim.unit().offset);

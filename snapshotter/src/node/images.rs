@@ -65,7 +65,7 @@ impl Node {
         let link = self.0.engine.link(reference.host());
         let connecting = tokio::spawn(async move {
             if let Some(round_trip) = client.connect_ahead(&of, CONNECTIONS).await {
-                link.answered(round_trip);
+                link.suppose(round_trip);
             }
         });
         let mut all = self.0.connecting.lock();
