@@ -322,8 +322,8 @@ async fn a_program_may_be_beside_the_plan() {
     let _fetching = layer.prefetch(Plan::Order(order.into()));
     sleep(Duration::from_millis(1)).await;
     assert!(runs.is_beside_plan() && !passwd.is_beside_plan());
-    layer.doubt_plan();
-    assert!(runs.is_beside_plan() && passwd.is_beside_plan());
+    layer.judge_plan(false);
+    assert!(runs.is_beside_plan() && !passwd.is_beside_plan());
 }
 
 /// A program goes through what its last module imports before it goes on with

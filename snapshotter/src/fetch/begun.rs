@@ -18,7 +18,7 @@ use super::activity::Request;
 use super::ahead::Handle;
 use super::inflight::Claim;
 use super::layer::LazyLayer;
-use super::pace::{Due, Turn};
+use super::pace::{Due, Share, Turn};
 use super::prefetch::{LOOK_AHEAD, length, neighbours};
 use super::stream::{Arriving, Terms, fetch_claimed};
 use super::{Blame, Engine, Permit, Priority, RangeBody, RangeSource, SourceError};
@@ -26,10 +26,6 @@ use super::{Blame, Engine, Permit, Priority, RangeBody, RangeSource, SourceError
 /// So much of a layer is begun with at most: it stays in memory until the layer
 /// is open.
 const MOST: u64 = 8 << 20;
-/// The table of contents comes first: what is asked for while it is on its way
-/// is what arrives in one round trip, less than keeps the link busy, in percent.
-const SHARE: u64 = 66;
-
 /// A table of contents that takes longer gives back the memory, which others
 /// may need.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -145,7 +141,7 @@ impl Engine {
                 return;
             }
             let due = Due::At(started + at);
-            let turn = link.turn(due, end - start, SHARE).await;
+            let turn = link.turn(due, end - start, Share::BeforeTable).await;
             let admission = self.admission();
             let permit = admission.admit(Priority::Prefetch, end - start).await;
             let request = Request {

@@ -82,7 +82,7 @@ impl LazyFile {
     /// Whether its layer is fetched by a plan that does not name it.
     pub fn is_beside_plan(&self) -> bool {
         let record = self.layer.dir.chunks().get(self.first);
-        self.layer.reads.has_plan() && !self.layer.reads.is_planned(self.first, &record)
+        self.layer.reads.has_plan() && !self.layer.reads.is_within(self.first, &record)
     }
 
     /// Bytes of it, which are fetched as a guess if need be; none if there are

@@ -12,7 +12,7 @@ use sluice_layer::Unit;
 use super::Priority;
 use super::inflight::Claim;
 use super::layer::LazyLayer;
-use super::pace::Due;
+use super::pace::{Due, Share};
 use super::prefetch::{length, neighbours};
 use super::reuse::Asked;
 use super::stream::{Terms, window};
@@ -22,10 +22,6 @@ use crate::layer_dir::ChunkId;
 /// loads, and what that does. Each step is a round trip that a reader need not
 /// wait for; with each, more of what is found is never read.
 const STEPS: usize = 5;
-
-/// Ranges are short, and each costs a round trip: more of them are under way
-/// than of those of a plan, in percent of what keeps the link busy.
-const SHARE: u64 = 200;
 
 /// When a file is needed, as files that were read say. A program loads what one
 /// file names before it goes on with the file that named that one: so what the
@@ -179,7 +175,7 @@ impl LazyLayer {
                 return;
             };
             let due = Due::Foreseen(need);
-            let turn = self.link().turn(due, range, SHARE).await;
+            let turn = self.link().turn(due, range, Share::Foreseen).await;
             // Something else may be first by then.
             let bytes = window(self.link().piece().max(first.size), first.size);
             let admission = self.engine().admission();

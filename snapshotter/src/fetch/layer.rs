@@ -199,10 +199,11 @@ impl LazyLayer {
         self.in_flight.claim(unit, |unit| self.has_unit(unit))
     }
 
-    /// What runs is something else than what the layer's plan is of, if it has
-    /// one: it is not followed before some of it is read all the same.
-    pub fn doubt_plan(&self) {
-        self.reads.doubt_plan();
+    /// What is about to run is what the layer's plan is of, if it has one, or
+    /// something else: then it is not followed before some of it is read all the
+    /// same.
+    pub fn judge_plan(&self, fits: bool) {
+        self.reads.judge_plan(fits);
     }
 
     /// Returns when `offset..offset + len` of `data` is present, but for what

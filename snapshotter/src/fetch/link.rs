@@ -7,7 +7,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
-use super::pace::{Due, Pace, Turn};
+use super::pace::{Due, Pace, Share, Turn};
 
 /// Before anything was measured: a registry not far away.
 const INITIAL_ROUND_TRIP: Duration = Duration::from_millis(10);
@@ -43,6 +43,8 @@ const WINDOW: Duration = Duration::from_millis(500);
 /// and schedulers vary by.
 const SLACK: Duration = Duration::from_millis(10);
 const LEAST_OUTSTANDING: u64 = 128 << 10;
+/// A larger table of contents is waited for no longer, in bytes.
+const LARGEST_TABLE: u64 = 1 << 30;
 
 /// What is known of a link.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -98,11 +100,12 @@ impl Link {
         self.pace.set_limit(self.outstanding());
     }
 
-    /// About so many bytes are asked for by somebody else than the engine. They
-    /// are measured as they come, and prefetches wait for them.
-    pub fn expect(self: &Arc<Self>, bytes: u64) -> Expected {
-        Expected {
-            turn: self.pace.take(bytes),
+    /// A table of contents of about so many bytes is asked for. They are measured
+    /// as they come, and come before the content of layers that are not open.
+    pub fn expect_table(self: &Arc<Self>, bytes: u64) -> ExpectedTable {
+        ExpectedTable {
+            // What an image says of it is not checked yet.
+            turn: self.pace.table(bytes.min(LARGEST_TABLE)),
             receiving: self.receive(),
         }
     }
@@ -182,9 +185,8 @@ impl Link {
             .max(LEAST_OUTSTANDING)
     }
 
-    /// Waits for the turn to prefetch about so many bytes from this host, while
-    /// less is on its way than `share` percent of what keeps the link busy.
-    pub(super) async fn turn(&self, due: Due, bytes: u64, share: u64) -> Turn {
+    /// Waits for the turn to prefetch about so many bytes from this host.
+    pub(super) async fn turn(&self, due: Due, bytes: u64, share: Share) -> Turn {
         self.pace.set_limit(self.outstanding());
         self.pace.turn(due, bytes, share).await
     }
@@ -326,14 +328,14 @@ impl Receiving {
     }
 }
 
-/// See [`Link::expect`]. Dropping it, nothing more is expected.
+/// See [`Link::expect_table`]. Dropping it, nothing more is expected.
 #[derive(Debug)]
-pub struct Expected {
+pub struct ExpectedTable {
     turn: Turn,
     receiving: Receiving,
 }
 
-impl Expected {
+impl ExpectedTable {
     /// So many of the bytes have come.
     pub fn arrived(&mut self, bytes: u64) {
         self.turn.arrived(bytes);
@@ -406,15 +408,15 @@ mod tests {
     async fn what_comes_otherwise_is_measured_and_waited_for() {
         let ms = Duration::from_millis;
         let link = Arc::<Link>::default();
-        let mut little = link.expect(SHORT_BYTES - 1);
+        let mut little = link.expect_table(SHORT_BYTES - 1);
         little.arrived(1);
         tokio::time::advance(ms(5)).await;
         little.arrived(SHORT_BYTES - 2);
         drop(little);
         assert_eq!(link.figures().bandwidth, INITIAL_BANDWIDTH as u64);
-        let mut other = link.expect(1_100_000);
+        let mut other = link.expect_table(1_100_000);
         let due = Due::At(Instant::now());
-        let mut turn = Box::pin(link.turn(due, 1, 100));
+        let mut turn = Box::pin(link.turn(due, 1, Share::BeforeTable));
         assert!((&mut turn).now_or_never().is_none());
         other.arrived(100_000);
         tokio::time::advance(ms(10)).await;
@@ -429,7 +431,7 @@ mod tests {
     async fn what_comes_at_once_says_how_fast_the_link_is_at_least() {
         let link = Arc::<Link>::default();
         let at_once = |bytes| {
-            let mut other = link.expect(bytes);
+            let mut other = link.expect_table(bytes);
             other.arrived(0);
             other.arrived(bytes);
         };

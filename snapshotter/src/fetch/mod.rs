@@ -49,7 +49,7 @@ pub use dependencies::{Dependencies, LazyFile};
 pub use elf::{ELF_64_LITTLE, Segment, segments};
 pub use engine::{Config, Engine};
 pub use layer::{LazyLayer, PathOf};
-pub use link::{Expected, Link, LinkFigures};
+pub use link::{ExpectedTable, Link, LinkFigures};
 pub use prefetch::Plan;
 pub use prove::ProveError;
 pub use reuse::{ChunkFinder, Found};

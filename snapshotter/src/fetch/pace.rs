@@ -17,6 +17,29 @@ pub(super) enum Due {
     At(Instant),
 }
 
+/// How much may be outstanding where somebody asks for more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Share {
+    /// Before a layer's table of contents is here, which comes first: what
+    /// arrives in one round trip, with the tables that are on their way.
+    BeforeTable,
+    /// What keeps the link busy.
+    Plan,
+    /// Twice as much: ranges are short, and each costs a round trip.
+    Foreseen,
+}
+
+impl Share {
+    /// Of what keeps the link busy.
+    fn percent(self) -> u64 {
+        match self {
+            Self::BeforeTable => 66,
+            Self::Plan => 100,
+            Self::Foreseen => 200,
+        }
+    }
+}
+
 /// What prefetches, of any layer, have asked one host for and do not have yet,
 /// and who asks next. Clones are the same.
 #[derive(Debug, Clone, Default)]
@@ -25,6 +48,9 @@ pub(super) struct Pace(Arc<Mutex<Queue>>);
 #[derive(Debug, Default)]
 struct Queue {
     outstanding: u64,
+    /// Of tables of contents. A host that does not deliver one keeps nobody
+    /// from anything else.
+    tables: u64,
     /// What is to be outstanding, as far as is known now.
     limit: u64,
     arrivals: u64,
@@ -35,8 +61,7 @@ struct Queue {
 #[derive(Debug)]
 struct Waiting {
     bytes: u64,
-    /// It asks while less than so many percent of the limit are outstanding.
-    share: u64,
+    share: Share,
     turn: oneshot::Sender<Turn>,
 }
 
@@ -46,6 +71,7 @@ struct Waiting {
 pub(super) struct Turn {
     pace: Pace,
     left: u64,
+    of_table: bool,
 }
 
 impl Pace {
@@ -56,19 +82,20 @@ impl Pace {
         self.grant();
     }
 
-    /// A turn that is not waited for.
-    pub(super) fn take(&self, bytes: u64) -> Turn {
-        self.0.lock().outstanding += bytes;
+    /// The turn of a table of contents, which waits for nobody.
+    pub(super) fn table(&self, bytes: u64) -> Turn {
+        self.0.lock().tables += bytes;
         Turn {
             pace: self.clone(),
             left: bytes,
+            of_table: true,
         }
     }
 
-    /// Waits until fewer than `share` percent of the limit are outstanding and
-    /// nobody has anything that is due earlier than `due`. `bytes` is what will
-    /// be asked for, about.
-    pub(super) async fn turn(&self, due: Due, bytes: u64, share: u64) -> Turn {
+    /// Waits until less than `share` is outstanding and nobody who may ask has
+    /// anything that is due earlier than `due`. `bytes` is what will be asked
+    /// for, about.
+    pub(super) async fn turn(&self, due: Due, bytes: u64, share: Share) -> Turn {
         let (turn, receiver) = oneshot::channel();
         let waiting = Waiting { bytes, share, turn };
         {
@@ -90,13 +117,7 @@ impl Pace {
         let mut returned = Vec::new();
         {
             let mut queue = self.0.lock();
-            let may = |queue: &Queue, first: &Waiting| {
-                queue.outstanding < queue.limit.saturating_mul(first.share) / 100
-            };
-            while let Some((_, first)) = queue.waiting.first_key_value()
-                && may(&queue, first)
-                && let Some((_, first)) = queue.waiting.pop_first()
-            {
+            while let Some(first) = queue.next() {
                 if first.turn.is_closed() {
                     continue;
                 }
@@ -104,6 +125,7 @@ impl Pace {
                 let turn = Turn {
                     pace: self.clone(),
                     left: first.bytes,
+                    of_table: false,
                 };
                 if let Err(turn) = first.turn.send(turn) {
                     returned.push(turn);
@@ -112,10 +134,22 @@ impl Pace {
         }
         drop(returned);
     }
+}
 
-    fn arrived(&self, bytes: u64) {
-        self.0.lock().outstanding -= bytes;
-        self.grant();
+impl Queue {
+    /// Takes out who may ask next.
+    fn next(&mut self) -> Option<Waiting> {
+        let may = |share: Share| {
+            let tables = match share {
+                Share::BeforeTable => self.tables,
+                Share::Plan | Share::Foreseen => 0,
+            };
+            let limit = self.limit.saturating_mul(share.percent()) / 100;
+            self.outstanding + tables < limit
+        };
+        let mut waiting = self.waiting.iter();
+        let (&key, _) = waiting.find(|(_, waiting)| may(waiting.share))?;
+        self.waiting.remove(&key)
     }
 }
 
@@ -133,13 +167,20 @@ impl Turn {
     pub(super) fn arrived(&mut self, bytes: u64) {
         let bytes = bytes.min(self.left);
         self.left -= bytes;
-        self.pace.arrived(bytes);
+        {
+            let mut queue = self.pace.0.lock();
+            match self.of_table {
+                true => queue.tables -= bytes,
+                false => queue.outstanding -= bytes,
+            }
+        }
+        self.pace.grant();
     }
 }
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        self.pace.arrived(self.left);
+        self.arrived(self.left);
     }
 }
 
@@ -156,7 +197,8 @@ mod tests {
         let pace = Pace::default();
         pace.set_limit(100);
         let now = Instant::now();
-        let turn = |seconds| pace.turn(Due::At(now + Duration::from_secs(seconds)), 60, 100);
+        let turn =
+            |seconds| pace.turn(Due::At(now + Duration::from_secs(seconds)), 60, Share::Plan);
         let mut first = turn(5).await;
         let second = turn(9).await;
         let mut late = Box::pin(turn(8));
@@ -184,12 +226,31 @@ mod tests {
         let pace = Pace::default();
         pace.set_limit(100);
         let due = || Due::At(Instant::now());
-        let _held = pace.take(150);
-        let mut waiting = Box::pin(pace.turn(due(), 60, 100));
+        let _held = pace.turn(due(), 150, Share::Plan).await;
+        let mut waiting = Box::pin(pace.turn(due(), 60, Share::Plan));
         assert!((&mut waiting).now_or_never().is_none());
         pace.set_limit(200);
         assert!((&mut waiting).now_or_never().is_some());
-        let mut twice = Box::pin(pace.turn(due(), 1, 200));
-        assert!((&mut twice).now_or_never().is_some(), "of 400, 150 or more");
+        let mut foreseen = Box::pin(pace.turn(due(), 1, Share::Foreseen));
+        assert!((&mut foreseen).now_or_never().is_some(), "less than 400");
+    }
+
+    #[tokio::test]
+    async fn a_table_of_contents_keeps_only_those_that_come_before_it() {
+        let pace = Pace::default();
+        pace.set_limit(100);
+        let due = Instant::now();
+        let mut table = pace.table(90);
+        let mut before = Box::pin(pace.turn(Due::At(due), 10, Share::BeforeTable));
+        assert!((&mut before).now_or_never().is_none());
+        let later = Due::At(due + Duration::from_secs(1));
+        let plan = pace.turn(later, 30, Share::Plan).now_or_never();
+        assert!(plan.is_some(), "whatever waits before it");
+        table.arrived(40);
+        assert!((&mut before).now_or_never().is_none(), "80 of 66");
+        drop(plan);
+        assert!((&mut before).now_or_never().is_some());
+        drop((table, before));
+        assert_eq!(pace.0.lock().tables, 0);
     }
 }

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use super::ahead::Handle;
 use super::inflight::Claim;
 use super::layer::LazyLayer;
-use super::pace::Due;
+use super::pace::{Due, Share};
 use super::reads::Planned;
 use super::stream::{Terms, courtesy, fetch_claimed, window};
 use super::{Priority, SourceError};
@@ -30,8 +30,6 @@ pub enum Plan {
     Timed(Arc<[(ChunkId, Duration)]>),
 }
 
-/// As much is on its way as keeps the link busy, in percent.
-const SHARE: u64 = 100;
 /// Neighbours in the blob are fetched together, and so out of order, when they
 /// are needed within so many pieces.
 pub(super) const LOOK_AHEAD: u64 = 2;
@@ -88,7 +86,7 @@ impl LazyLayer {
             let assumed = || Duration::from_secs_f64(asked as f64 / ASSUMED_NEED);
             let due = Due::At(started + at.unwrap_or_else(assumed));
             let range = queue.range(first, piece, gap);
-            let mut turn = self.link().turn(due, range, SHARE).await;
+            let mut turn = self.link().turn(due, range, Share::Plan).await;
             if let Some((quiet, longest)) = courtesy(self) {
                 self.engine().give_way(quiet, longest, || false).await;
             }

@@ -73,10 +73,12 @@ impl Reads {
         self.within.notify_waiters();
     }
 
-    /// What is going to be read is something else: following the plan waits
-    /// until some of it is read all the same.
-    pub(super) fn doubt_plan(&self) {
-        self.beside.store(PATIENCE * 2, Ordering::Release);
+    /// What is going to be read is what the plan is of, or it is something else:
+    /// then following it waits until some of it is read all the same.
+    pub(super) fn judge_plan(&self, fits: bool) {
+        let beside = if fits { 0 } else { PATIENCE * 2 };
+        self.beside.store(beside, Ordering::Release);
+        self.within.notify_waiters();
     }
 
     /// A chunk is fetched though nobody has asked for it.
@@ -125,7 +127,8 @@ impl Reads {
         !self.is_resting() && self.is_within(chunk, record)
     }
 
-    fn is_within(&self, chunk: ChunkId, record: &Record) -> bool {
+    /// Whether the chunk is in the plan.
+    pub(super) fn is_within(&self, chunk: ChunkId, record: &Record) -> bool {
         match &*self.planned.read() {
             None => false,
             Some(Planned::Before(end)) => record.unit.offset < *end,

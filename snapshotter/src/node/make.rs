@@ -78,7 +78,7 @@ impl Node {
         known: &Known,
     ) -> Result<StoredToc, compile::Error> {
         let link = self.0.engine.link(reference.host());
-        let mut expected = link.expect(asked_for_toc(known));
+        let mut expected = link.expect_table(asked_for_toc(known));
         let remote = &self.0.remote;
         let fetched = remote
             .fetch_toc(reference, digest, known, &mut |bytes| {

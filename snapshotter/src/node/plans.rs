@@ -107,14 +107,17 @@ impl Node {
         let (known, program) = tokio::join!(self.has_profile(&image), program);
         let Some(program) = program else { return };
         if known {
-            let first = dependencies.first_of_program(&program).await;
-            if !first.is_some_and(|file| file.is_beside_plan()) {
+            let Some(first) = dependencies.first_of_program(&program).await else {
                 return;
-            }
+            };
+            let fits = !first.is_beside_plan();
             for &digest in &image.layers {
                 if let Some(layer) = self.layer(digest).await {
-                    layer.doubt_plan();
+                    layer.judge_plan(fits);
                 }
+            }
+            if fits {
+                return;
             }
             LazyLayer::foresee_start(&dependencies.of_any_program().await);
         }

@@ -135,7 +135,7 @@ async fn the_table_of_contents_comes_first() {
     s.source.gate.send_replace(0);
     let apart = [0, 2, 4, 6, 8, 10];
     let link = s.engine.link("r.example");
-    let mut toc = link.expect(1 << 20);
+    let mut toc = link.expect_table(1 << 20);
     let _begun = s.begin(s.wanted(&apart));
     tokio::time::sleep(Duration::from_millis(10)).await;
     assert_eq!(s.asked(), 0);

@@ -70,7 +70,7 @@ fn a_plan_of_something_else_rests_until_it_is_read() {
     let reads = Reads::new(CHUNKS);
     let planned = |position| reads.is_planned(ChunkId::at(position), &record(position));
     reads.plan(Planned::Before(100));
-    reads.doubt_plan();
+    reads.judge_plan(false);
     assert!(!pays(&reads) && !reads.fits());
     // Nobody else leaves to it what it does not bring.
     assert!(!planned(0) && reads.has_plan());
@@ -79,4 +79,9 @@ fn a_plan_of_something_else_rests_until_it_is_read() {
     assert!(!pays(&reads));
     read(&reads, 15..20);
     assert!(pays(&reads) && planned(0));
+    // Or something is started that it is of.
+    reads.judge_plan(false);
+    assert!(!pays(&reads));
+    reads.judge_plan(true);
+    assert!(pays(&reads) && reads.fits());
 }
