@@ -11,7 +11,7 @@ const BANDWIDTH: f64 = 12.5e6;
 /// Bytes that cross the link in one go: in four milliseconds, since timers know
 /// no less than one.
 const PACKET: u64 = 50_000;
-const CHUNK: usize = 20_000;
+pub(super) const CHUNK: usize = 20_000;
 
 /// A link that all answers share, packet by packet.
 #[derive(Clone)]
@@ -222,7 +222,7 @@ impl World {
     }
 
     /// Compressed bytes of all units.
-    fn all_bytes(&self, layer: usize) -> u64 {
+    pub(super) fn all_bytes(&self, layer: usize) -> u64 {
         let table = self.layers[layer].dir().chunks();
         table.units_from(0).map(|unit| unit.size).sum()
     }
@@ -288,7 +288,7 @@ impl World {
 }
 
 /// Small files, one chunk each.
-fn small_files(count: usize) -> Sample {
+pub(super) fn small_files(count: usize) -> Sample {
     let layout = Layout {
         chunk: CHUNK,
         ..Layout::default()
@@ -296,7 +296,7 @@ fn small_files(count: usize) -> Sample {
     Sample::new(files(count, CHUNK), &layout)
 }
 
-fn one_file(size: usize, chunk: usize) -> Sample {
+pub(super) fn one_file(size: usize, chunk: usize) -> Sample {
     let file = SampleFile {
         name: "large".to_owned(),
         content: noise(5, size),
@@ -309,7 +309,7 @@ fn one_file(size: usize, chunk: usize) -> Sample {
 }
 
 /// Every number below `count` once, far from the one before.
-fn scattered(count: usize) -> impl Iterator<Item = usize> + Clone {
+pub(super) fn scattered(count: usize) -> impl Iterator<Item = usize> + Clone {
     (0..count).map(move |index| index * 7919 % count)
 }
 
@@ -471,92 +471,6 @@ async fn a_sequential_reader_keeps_the_link_busy() {
         assert!(world.asked().len() < 40, "{seen}");
         assert_eq!(world.bytes(), world.all_bytes(0), "each byte once");
     }
-}
-
-#[tokio::test(start_paused = true)]
-async fn neighbours_of_small_files_are_fetched_while_they_are_read() {
-    let world = World::new(20, &[small_files(600)]);
-    // A program's libraries: most of one directory, little of the next.
-    let dense = (0..300).filter(|file| file % 4 != 1);
-    for file in dense.clone() {
-        world.read_file(0, file).await;
-    }
-    let requests = world.asked().len();
-    assert!(requests <= dense.count() * 2 / 5, "{requests} requests");
-    for file in (300..600).step_by(20) {
-        world.read_file(0, file).await;
-    }
-    let read = (225 + 15) * CHUNK as u64;
-    let limit = (read * 2 + (2 << 20)) * 11 / 10;
-    assert!(world.bytes() <= limit, "{} > {limit}", world.bytes());
-}
-
-#[tokio::test(start_paused = true)]
-async fn where_a_miss_is_dear_what_lies_behind_is_fetched() {
-    let files = (0..600).map(|index| SampleFile {
-        name: format!("{:02}/{index}", index / 10),
-        content: noise(index as u64, CHUNK),
-    });
-    let layout = Layout {
-        chunk: CHUNK,
-        ..Layout::default()
-    };
-    let sample = Sample::new(files.collect(), &layout);
-    // A program that reads one file in most of its directories.
-    let start = async |round_trip| {
-        let world = World::new(round_trip, std::slice::from_ref(&sample));
-        for directory in (0..60).filter(|directory| directory % 4 != 1) {
-            world.read_file(0, directory * 10).await;
-        }
-        assert!(world.bytes() <= world.all_bytes(0), "each byte once");
-        (world.asked().len(), world.bytes())
-    };
-    let (near, few) = start(20).await;
-    let (far, many) = start(100).await;
-    let read = 45 * CHUNK as u64;
-    assert!(few <= (read * 2 + (2 << 20)) * 11 / 10, "{few} bytes");
-    assert!(far * 2 < near, "{far} requests, {near} at 20 ms");
-    assert!(many > few, "{many} bytes, {few} at 20 ms");
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_file_read_here_and_there_is_fetched_in_growing_parts() {
-    let chunk = 32 << 10;
-    let sample = one_file(256 * chunk, chunk);
-    let faults = async |count: usize| {
-        let world = World::new(20, std::slice::from_ref(&sample));
-        for index in scattered(256).take(count) {
-            world.read(0, (index * chunk) as u64, 4096).await;
-        }
-        (world.asked().len(), world.bytes())
-    };
-    // All of it is read in the end.
-    let (requests, _) = faults(256).await;
-    assert!(requests < 100, "{requests} requests");
-    // Little of it is.
-    let (_, bytes) = faults(16).await;
-    let read = 16 * chunk as u64;
-    assert!(bytes < (read * 2 + (2 << 20)) * 11 / 10, "{bytes}");
-}
-
-#[tokio::test(start_paused = true)]
-async fn regression_a_few_chunks_in_a_row_do_not_fetch_the_whole_file() {
-    let chunk = 64 << 10;
-    let world = World::new(20, &[one_file(500 * chunk, chunk)]);
-    // As page faults of a mapped library: some pages here and there use up
-    // what may be guessed, and then some in a row look like a sequence.
-    for place in (25..500).step_by(25) {
-        world.read(0, (place * chunk) as u64, 4096).await;
-    }
-    for place in (0..500).step_by(50) {
-        for step in 5..9 {
-            world.read(0, ((place + step) * chunk) as u64, 4096).await;
-        }
-    }
-    // The common guesses, and as much again as was read in a row.
-    let read = (19 + 40) * chunk as u64;
-    let limit = (read * 3 + (2 << 20)) * 11 / 10;
-    assert!(world.bytes() <= limit, "{} > {limit}", world.bytes());
 }
 
 #[tokio::test(start_paused = true)]
