@@ -57,8 +57,8 @@ pub(super) fn merge(profiles: &[Profile]) -> Result<Profile, ProfileError> {
             len,
             at,
             starts: scaled(starts),
-            // The layers are the same, so all that say it say the same.
-            unit: seen.iter().find_map(|seen| seen.unit),
+            // The layers are the same, so all that are honest say the same.
+            unit: seen.iter().filter_map(|seen| seen.unit).min(),
         };
         reads.push((position, read));
     }
