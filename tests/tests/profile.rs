@@ -255,11 +255,17 @@ fn begun(world: &mut World, layer: &str, chunks: u64) -> Result<()> {
     let mut ranges = ranges
         .map(|(start, end)| Ok((start.parse()?, end.parse()?)))
         .collect::<Result<Vec<(u64, u64)>>>()?;
+    // Small gaps may hold what is on its way.
+    let asked: u64 = ranges.iter().map(|(start, end)| end - start + 1).sum();
     ranges.sort_unstable();
-    let apart = |pair: &[(u64, u64)]| pair[0].1 < pair[1].0;
+    let (mut distinct, mut reached) = (0, 0);
+    for (start, end) in &ranges {
+        distinct += (end + 1).saturating_sub(reached.max(*start));
+        reached = reached.max(end + 1);
+    }
     ensure!(
-        ranges.len() > 1 && ranges.windows(2).all(apart),
-        "{ranges:?}"
+        ranges.len() > 1 && asked * 10 <= distinct * 11,
+        "{asked} bytes, {distinct} of them distinct: {ranges:?}"
     );
     world.start("third")?;
     world.remove("third")

@@ -202,11 +202,12 @@ impl<'a> Queue<'a> {
         }
     }
 
-    /// Takes out of sight what has come by other ways.
+    /// Takes out of sight what has come by other ways, or comes: it would come
+    /// once more between what shares a request.
     fn pass_over(&mut self) {
         let (layer, bytes) = (self.layer, &mut self.bytes);
         self.soon.retain(|_, &mut unit| {
-            let missing = !layer.has_unit(unit);
+            let missing = !layer.has_unit(unit) && !layer.in_flight.contains(unit);
             if !missing {
                 *bytes -= unit.size;
             }

@@ -144,3 +144,23 @@ async fn the_table_of_contents_comes_first() {
     // As much as arrives in a round trip, and not all.
     assert!((2..apart.len()).contains(&s.asked()), "{}", s.asked());
 }
+
+#[tokio::test]
+async fn regression_a_plan_does_not_ask_for_what_is_on_its_way() {
+    let s = setup();
+    s.source.gate.send_replace(0);
+    let begun = s.begin(s.wanted(&[5]));
+    until(|| s.asked() == 1).await;
+    s.layer.take_begun(begun);
+    let table = s.layer.dir().chunks();
+    let around = [4, 5, 6].map(|file| table.overlapping(s.starts[file], 60_000));
+    let order: Vec<_> = around.into_iter().flatten().collect();
+    let _handle = s.layer.prefetch(Plan::Order(order.into()));
+    until(|| s.asked() == 3).await;
+    s.source.gate.send_replace(u64::MAX);
+    for file in [4, 5, 6] {
+        s.read(file).await.unwrap();
+    }
+    let expected = [5, 4, 6].map(|file| s.range(file));
+    assert_eq!(s.source.take_requests(), expected);
+}
