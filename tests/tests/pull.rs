@@ -394,7 +394,7 @@ fn layers_are_opened_before_containerd_asks() -> Result<()> {
     })?;
     assert_eq!(snapshots(&containerd, SLUICE)?, 0);
     wait_for("the connections", || {
-        Ok((connected_ahead(&proxy) == 6).then_some(()))
+        Ok((connected_ahead(&proxy) == 10).then_some(()))
     })?;
     // The client's: the daemon was given it.
     assert_eq!(proxy.requests("/manifests/"), 1, "{:?}", proxy.seen());
