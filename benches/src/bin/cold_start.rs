@@ -409,10 +409,11 @@ fn line(figure: &Figure) -> String {
     let start = &figure.start;
     let of_lazy = figure.of_lazy.map(|of| format!(", {of:.2} of lazy"));
     let waited = figure.waited.map(|s| format!(", {s:.2} s waited"));
+    let processors = std::thread::available_parallelism().map_or(1.0, |n| n.get() as f64);
     format!(
         "{:<11} {:<9} {:>4} Mbit/s {:>3} ms: pull {:>6.2}  mount {:>6.2}  first instruction {:>6.2}  \
          ready {:>6.2} s ({:.2}-{:.2}), {:.2} of {:.2} s{}{}; {:>6.1} MB, {:>4} requests; \
-         daemon {:.2} s, {:.0} MiB",
+         processors {:.2} s ({:.0} %), daemon {:.2} s, {:.0} MiB",
         figure.workload,
         figure.way,
         figure.shape.mbit,
@@ -429,6 +430,8 @@ fn line(figure: &Figure) -> String {
         waited.unwrap_or_default(),
         start.bytes as f64 / 1e6,
         start.requests,
+        start.busy,
+        100.0 * start.busy / start.phases.ready / processors,
         start.daemon_cpu,
         start.daemon_peak_kib as f64 / 1024.0
     )

@@ -63,6 +63,9 @@ pub struct Start {
     pub requests: usize,
     /// Seconds of processor time that the daemon took.
     pub daemon_cpu: f64,
+    /// Those that the whole machine took until the program was ready: with
+    /// registry and link, containerd, and the program itself.
+    pub busy: f64,
     /// The daemon's resident memory at its highest since the pull began, in
     /// KiB.
     pub daemon_peak_kib: u64,
@@ -278,9 +281,12 @@ impl Node {
             .containerd
             .run_command(snapshotter, reference, &id, program);
         // A program that says nothing is ready with its end.
-        let first = || (clock.elapsed(), self.link.bytes(), self.link.transfers());
+        let first = || {
+            let (elapsed, busy) = (clock.elapsed(), busy_seconds());
+            (elapsed, busy, self.link.bytes(), self.link.transfers())
+        };
         let (first, _, rest) = at_first_output(&mut command, first)?;
-        let (ready, bytes, transfers) = first;
+        let (ready, busy, bytes, transfers) = first;
         ensure!(
             rest.status.success(),
             "{program:?} in {reference} ended with {}: {}\n{}",
@@ -309,6 +315,7 @@ impl Node {
             bytes,
             requests: transfers.len(),
             daemon_cpu: 0.0,
+            busy: busy? - clock.busy,
             daemon_peak_kib: 0,
             prepared: at("/snapshot/prepare")?,
             transfers,
@@ -326,6 +333,8 @@ pub const UNSHAPED: Shape = Shape {
 struct Clock {
     instant: Instant,
     since_epoch: std::time::Duration,
+    /// Processor time that had been taken by then.
+    busy: f64,
 }
 
 const DAY: f64 = 86_400.0;
@@ -333,6 +342,7 @@ const DAY: f64 = 86_400.0;
 impl Clock {
     fn start() -> Result<Self> {
         Ok(Self {
+            busy: busy_seconds()?,
             instant: Instant::now(),
             since_epoch: SystemTime::now().duration_since(UNIX_EPOCH)?,
         })
@@ -373,4 +383,18 @@ pub fn processor_seconds(process: u32) -> Result<f64> {
         .collect();
     let ticks: f64 = fields[11].parse::<f64>()? + fields[12].parse::<f64>()?;
     Ok(ticks / 100.0)
+}
+
+/// Processor time since the machine was booted in which it was not idle.
+fn busy_seconds() -> Result<f64> {
+    let stat = std::fs::read_to_string("/proc/stat")?;
+    // Of all processors, in ticks of 10 ms: "cpu", user, nice, system, idle,
+    // waiting for disks, interrupts of two kinds, what the hypervisor took.
+    let all = stat.lines().next().unwrap_or_default();
+    let ticks = all.split_whitespace().skip(1).take(8).map(str::parse);
+    let ticks: Vec<f64> = ticks.collect::<Result<_, _>>()?;
+    let [_, _, _, idle, waiting, ..] = ticks[..] else {
+        bail!("no processor times in '{all}'");
+    };
+    Ok((ticks.iter().sum::<f64>() - idle - waiting) / 100.0)
 }
