@@ -1,9 +1,11 @@
 //! Decoding a unit of a blob and verifying the chunks in it.
 
+use std::cell::RefCell;
 use std::io::{self, BufRead, Read};
 use std::ops::{Deref, Range};
 
 use sluice_oci::Digest;
+use zstd::bulk::Decompressor;
 
 use crate::Format;
 use crate::toc::ZSTD_WINDOW_LOG;
@@ -373,7 +375,15 @@ fn unzstd_at_once(compressed: &[u8], limit: u64) -> Option<(Vec<u8>, usize)> {
         .filter(|size| *size <= limit)?;
     let end = zstd::zstd_safe::find_frame_compressed_size(compressed).ok()?;
     let size = usize::try_from(size).ok()?;
-    let bytes = zstd::bulk::decompress(compressed.get(..end)?, size).ok()?;
+    let frame = compressed.get(..end)?;
+    // Making one takes a fifth of the time of what it does for a unit.
+    thread_local!(static CONTEXT: RefCell<Option<Decompressor<'static>>> = const { RefCell::new(None) });
+    let bytes = CONTEXT.with_borrow_mut(|context| {
+        if context.is_none() {
+            *context = Decompressor::new().ok();
+        }
+        context.as_mut()?.decompress(frame, size).ok()
+    })?;
     Some((bytes, end))
 }
 
