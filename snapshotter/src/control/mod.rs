@@ -116,7 +116,7 @@ impl Control {
     }
 
     /// The profile that was last used of those of an image.
-    pub fn profile(&self, image: &str) -> Result<(Stored, Profile), ControlError> {
+    pub fn profile(&self, image: &str) -> Result<(Stored, Arc<Profile>), ControlError> {
         let stored = self.stored(image)?;
         let loaded = self.node.profiles().load(&stored);
         let profile = loaded.map_err(|error| ControlError::Failed(error.to_string()))?;

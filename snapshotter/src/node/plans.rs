@@ -1,5 +1,6 @@
 //! What is fetched of a layer before it is read.
 
+use std::borrow::Borrow;
 use std::collections::HashMap;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -237,15 +238,15 @@ impl Node {
         }
     }
 
-    async fn plan(
+    async fn plan<P: Borrow<Profile>>(
         &self,
         layer: &Arc<LazyLayer>,
-        profile: impl FnOnce() -> Result<Profile, String> + Send + 'static,
+        profile: impl FnOnce() -> Result<P, String> + Send + 'static,
     ) -> Option<Handle> {
         let digest = layer.digest();
         let of = Arc::clone(layer);
         let order = spawn_blocking(move || {
-            profiles::chunks(of.dir(), &profile()?).map_err(|error| error.to_string())
+            profiles::chunks(of.dir(), profile()?.borrow()).map_err(|error| error.to_string())
         });
         match order.await {
             Ok(Ok(order)) => layer.prefetch(Plan::Timed(order.into())),

@@ -9,6 +9,7 @@
 use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use parking_lot::Mutex;
@@ -22,6 +23,9 @@ const TEMPORARY: &str = ".tmp-";
 /// follow an image whose use changes.
 const RECORDINGS: usize = 4;
 const VERSION: u32 = 1;
+/// A profile of up to so many reads, some megabytes in memory, is remembered
+/// until another is asked for: each layer of an image that starts asks twice.
+const REMEMBERED: usize = 1 << 14;
 
 /// Whose profile it is.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -86,6 +90,8 @@ pub struct Profiles {
     most: usize,
     /// Those least recently used first.
     stored: Mutex<Vec<Stored>>,
+    /// What was loaded last, and the name of its file. Locked only while that is.
+    latest: Mutex<Option<(String, Arc<Profile>)>>,
 }
 
 impl Profiles {
@@ -96,6 +102,7 @@ impl Profiles {
         let profiles = Self {
             most: most.max(1),
             stored: Mutex::default(),
+            latest: Mutex::default(),
             dir,
         };
         let mut stored = profiles.stored.lock();
@@ -149,11 +156,18 @@ impl Profiles {
 
     /// What a stored profile says, merged from its recordings. Counts as a
     /// use.
-    pub fn load(&self, found: &Stored) -> Result<Profile, ProfileError> {
+    pub fn load(&self, found: &Stored) -> Result<Arc<Profile>, ProfileError> {
         let mut stored = self.stored.lock();
         let path = self.dir.join(&found.name);
         let file = File::open(&path).map_err(failed(&path))?;
-        let (_, recordings) = read(&path)?;
+        let mut latest = self.latest.lock();
+        let known = latest.as_ref().filter(|(name, _)| *name == found.name);
+        let profile = match known {
+            Some((_, profile)) => Arc::clone(profile),
+            None => Arc::new(merged(&path, &read(&path)?.1)?),
+        };
+        let small = profile.reads().len() <= REMEMBERED;
+        *latest = small.then(|| (found.name.clone(), Arc::clone(&profile)));
         let now = SystemTime::now();
         // Only for the order in which profiles are removed.
         if file.set_modified(now).is_ok()
@@ -163,7 +177,15 @@ impl Profiles {
             used.used = now;
             stored.push(used);
         }
-        merged(&path, &recordings)
+        Ok(profile)
+    }
+
+    /// What a file holds is changed.
+    fn forget(&self, name: &str) {
+        let mut latest = self.latest.lock();
+        if latest.as_ref().is_some_and(|(known, _)| known == name) {
+            *latest = None;
+        }
     }
 
     /// Adds a recording to the image's profile. One that missed part of what
@@ -228,6 +250,7 @@ impl Profiles {
             text.push('\n');
         }
         let name = name_of(image);
+        self.forget(&name);
         let draft = self.dir.join(format!("{TEMPORARY}{name}"));
         let path = self.dir.join(&name);
         let save = || {
@@ -265,6 +288,7 @@ impl Profiles {
     }
 
     fn delete(&self, name: &str) -> Result<(), ProfileError> {
+        self.forget(name);
         let path = self.dir.join(name);
         match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed(&path)(error)),
@@ -363,7 +387,6 @@ fn failed(path: &Path) -> impl FnOnce(io::Error) -> ProfileError {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
     use std::time::Duration;
 
     use sluice_layer::profile::Read;
@@ -412,6 +435,41 @@ mod tests {
         let again = open();
         assert_eq!(again.find(&one).unwrap().recordings, 4);
         assert_eq!(files(&again, &one), ["a", "b"]);
+    }
+
+    #[test]
+    fn what_was_loaded_last_is_remembered_as_long_as_it_is_true() {
+        let dir = tempfile::tempdir().unwrap();
+        let profiles = Profiles::open(dir.path().to_owned(), 2);
+        let (one, two) = (image(1), image(2));
+        profiles.put(&one, recording(&one, &["a"])).unwrap();
+        profiles.put(&two, recording(&two, &["b"])).unwrap();
+        let load = |image: &ImageId| profiles.load(&profiles.find(image).unwrap());
+        let first = load(&one).unwrap();
+        assert!(Arc::ptr_eq(&first, &load(&one).unwrap()));
+        assert_eq!(files(&profiles, &two), ["b"]);
+        let again = load(&one).unwrap();
+        assert!(!Arc::ptr_eq(&first, &again));
+        // Loading it counts as a use, remembered or not.
+        load(&one).unwrap();
+        assert_eq!(profiles.list().last().unwrap().image, one);
+        profiles.put(&one, recording(&one, &["c"])).unwrap();
+        assert_eq!(files(&profiles, &one), ["c"]);
+        let found = profiles.find(&one).unwrap();
+        profiles.remove(&found).unwrap();
+        assert!(profiles.load(&found).is_err());
+    }
+
+    #[test]
+    fn a_profile_too_large_to_remember_is_read_each_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let profiles = Profiles::open(dir.path().to_owned(), 2);
+        let one = image(1);
+        let paths: Vec<String> = (0..=REMEMBERED).map(|at| at.to_string()).collect();
+        let paths: Vec<&str> = paths.iter().map(String::as_str).collect();
+        profiles.put(&one, recording(&one, &paths)).unwrap();
+        let load = || profiles.load(&profiles.find(&one).unwrap()).unwrap();
+        assert!(!Arc::ptr_eq(&load(), &load()));
     }
 
     #[test]

@@ -22,7 +22,7 @@ fn image(layers: &[&Sample]) -> ImageUse {
     }
 }
 
-fn stored(node: &Node, image: &ImageUse) -> Profile {
+fn stored(node: &Node, image: &ImageUse) -> Arc<Profile> {
     let found = node.profiles().find(&ImageId {
         layers: image.layers.clone(),
         ..ImageId::default()
