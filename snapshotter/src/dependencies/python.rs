@@ -1,6 +1,7 @@
 //! The names that a Python module uses outside of its functions, among them
 //! those of the modules that it imports, in the order in which it does.
 
+use std::ops::Range;
 use std::rc::Rc;
 
 /// Modules larger than this are not looked into. Bytes.
@@ -11,10 +12,16 @@ const NAMES: usize = 4096;
 const DEPTH: usize = 64;
 /// Bytes before the code of a compiled module, since Python 3.7.
 const HEADER: usize = 16;
-/// A compiled module's first number from Python 3.11 on, and in 3.8: what code
-/// begins with has changed in both.
-const SINCE_3_11: u16 = 3450;
+/// A compiled module's first number from these versions of Python on: what code
+/// begins with has changed in 3.8 and 3.11, how far a jump goes in 3.10 and 3.11,
+/// and the numbers of instructions in 3.13.
 const SINCE_3_8: u16 = 3400;
+const SINCE_3_10: u16 = 3430;
+const SINCE_3_11: u16 = 3450;
+const SINCE_3_13: u16 = 3550;
+
+/// What is true for whoever checks types, and false when the module runs.
+const TYPE_CHECKING: &[u8] = b"TYPE_CHECKING";
 
 /// Values that may be referred to. A module of a megabyte has half as many.
 const SEEN: usize = 1 << 16;
@@ -25,7 +32,8 @@ pub(super) fn may_be_module(head: &[u8]) -> bool {
 }
 
 /// The names in a module, compiled or not: with dots where it imports from a
-/// package, without those that stand for its own.
+/// package, without those that stand for its own, and without what it imports
+/// only for whoever checks types.
 pub(super) fn imports(module: &[u8]) -> Vec<Vec<u8>> {
     match may_be_module(module) {
         true => Marshal::names_of(module),
@@ -47,6 +55,7 @@ struct Marshal<'m> {
 
 #[derive(Clone)]
 enum Value<'m> {
+    /// Or bytes, as instructions are.
     Text(&'m [u8]),
     Texts(Rc<[&'m [u8]]>),
     Other,
@@ -55,7 +64,7 @@ enum Value<'m> {
 /// Only what is not understood, or the end.
 enum Stop<'m> {
     Odd,
-    Names(Rc<[&'m [u8]]>),
+    Names(&'m [u8], Rc<[&'m [u8]]>),
 }
 
 impl<'m> Marshal<'m> {
@@ -71,9 +80,11 @@ impl<'m> Marshal<'m> {
             seen: Vec::new(),
         };
         match marshal.value(0) {
-            Err(Stop::Names(names)) => {
-                let names = names.iter().take(NAMES);
-                names.map(|name| name.to_vec()).collect()
+            Err(Stop::Names(instructions, names)) => {
+                let names = &names[..names.len().min(NAMES)];
+                let unused = only_for_types(version, instructions, names);
+                let used = names.iter().zip(unused).filter(|(_, unused)| !unused);
+                used.map(|(name, _)| name.to_vec()).collect()
             }
             _ => Vec::new(),
         }
@@ -128,8 +139,7 @@ impl<'m> Marshal<'m> {
                 self.take(real)?;
                 self.byte()?
             }
-            b's' => self.length()?,
-            b'u' | b't' | b'a' | b'A' => {
+            b's' | b'u' | b't' | b'a' | b'A' => {
                 let len = self.length()?;
                 return Ok(Value::Text(self.take(len)?));
             }
@@ -182,12 +192,14 @@ impl<'m> Marshal<'m> {
         const NUMBER: usize = 4;
         self.take(self.numbers * NUMBER)?;
         // Instructions, then constants: the code of functions is among them.
-        self.value(depth + 1)?;
+        let instructions = self.value(depth + 1)?;
         self.value(depth + 1)?;
         let names = self.value(depth + 1)?;
         if depth == 0 {
-            return Err(match names {
-                Value::Texts(names) => Stop::Names(names),
+            return Err(match (instructions, names) {
+                (Value::Text(instructions), Value::Texts(names)) => {
+                    Stop::Names(instructions, names)
+                }
                 _ => Stop::Odd,
             });
         }
@@ -205,7 +217,84 @@ impl<'m> Marshal<'m> {
     }
 }
 
-/// Of the statements `import` and `from` that are in no function or class.
+/// Numbers of instructions in Python 3.7 to 3.12.
+mod instruction {
+    pub(super) const CACHE: u8 = 0;
+    pub(super) const LOAD_NAME: u8 = 101;
+    pub(super) const LOAD_ATTR: u8 = 106;
+    pub(super) const IMPORT_NAME: u8 = 108;
+    pub(super) const IMPORT_FROM: u8 = 109;
+    pub(super) const POP_JUMP_IF_FALSE: u8 = 114;
+    pub(super) const EXTENDED_ARG: u8 = 144;
+}
+
+/// Which of a module's names it imports only in `if TYPE_CHECKING:`. None where
+/// the version's instructions are not known.
+fn only_for_types(version: u16, code: &[u8], names: &[&[u8]]) -> Vec<bool> {
+    let mut imported = vec![(false, false); names.len()];
+    if version < SINCE_3_13 && names.contains(&TYPE_CHECKING) {
+        let mut passed_over = 0..0;
+        // Whether that was loaded last.
+        let mut loaded = false;
+        for (next, number, argument) in instructions(code) {
+            let is_name = |argument: usize| names.get(argument) == Some(&TYPE_CHECKING);
+            match number {
+                instruction::CACHE => continue,
+                instruction::POP_JUMP_IF_FALSE if loaded => {
+                    passed_over = jumped_over(version, next, argument);
+                }
+                instruction::IMPORT_NAME | instruction::IMPORT_FROM => {
+                    if let Some((for_types, to_run)) = imported.get_mut(argument) {
+                        match passed_over.contains(&next) {
+                            true => *for_types = true,
+                            false => *to_run = true,
+                        }
+                    }
+                }
+                _ => {}
+            }
+            loaded = match number {
+                instruction::LOAD_NAME => is_name(argument),
+                // Since 3.12 the lowest bit says whether it is called.
+                instruction::LOAD_ATTR => is_name(argument) || is_name(argument >> 1),
+                _ => false,
+            };
+        }
+    }
+    let imported = imported.into_iter();
+    imported
+        .map(|(for_types, to_run)| for_types && !to_run)
+        .collect()
+}
+
+/// Where the next one begins, the number, and the argument of each instruction.
+fn instructions(code: &[u8]) -> impl Iterator<Item = (usize, u8, usize)> + '_ {
+    let mut high = 0;
+    let each = code.chunks_exact(2).enumerate();
+    each.filter_map(move |(at, instruction)| {
+        let argument = high << 8 | usize::from(instruction[1]);
+        if instruction[0] == instruction::EXTENDED_ARG {
+            high = argument & 0x00ff_ffff;
+            return None;
+        }
+        high = 0;
+        Some(((at + 1) * 2, instruction[0], argument))
+    })
+}
+
+/// The instructions between one that jumps, with `next` behind it, and where it
+/// jumps to: by where the next one begins after each.
+fn jumped_over(version: u16, next: usize, argument: usize) -> Range<usize> {
+    let to = match version {
+        ..SINCE_3_10 => argument,
+        SINCE_3_10..SINCE_3_11 => argument * 2,
+        _ => next + argument * 2,
+    };
+    next + 1..to + 1
+}
+
+/// Of the statements `import` and `from` that are in no function or class, nor
+/// for whoever checks types.
 fn source_imports(text: &[u8]) -> Vec<Vec<u8>> {
     let mut names = Vec::new();
     let mut inside = false;
@@ -228,9 +317,14 @@ fn source_imports(text: &[u8]) -> Vec<Vec<u8>> {
             .first()
             .is_some_and(|byte| !byte.is_ascii_whitespace() && *byte != b'#')
         {
-            inside = ["def ", "class ", "async "]
-                .iter()
-                .any(|k| code.starts_with(k.as_bytes()));
+            const PASSED_OVER: [&str; 5] = [
+                "def ",
+                "class ",
+                "async ",
+                "if TYPE_CHECKING:",
+                "if typing.TYPE_CHECKING:",
+            ];
+            inside = PASSED_OVER.iter().any(|k| code.starts_with(k.as_bytes()));
         }
         if inside {
             continue;
@@ -283,7 +377,7 @@ pub(super) mod tests {
         [&[b')', items.len() as u8], &items.concat()[..]].concat()
     }
 
-    fn code(version: u16, consts: &[Vec<u8>], names: &[&str]) -> Vec<u8> {
+    fn code(version: u16, code: &[u8], consts: &[Vec<u8>], names: &[&str]) -> Vec<u8> {
         let numbers = if (SINCE_3_8..SINCE_3_11).contains(&version) {
             6
         } else {
@@ -291,7 +385,9 @@ pub(super) mod tests {
         };
         let mut bytes = vec![0xe3];
         bytes.extend(vec![7; numbers * 4]);
-        bytes.extend(b"s\x03\0\0\0xyz");
+        bytes.push(b's');
+        bytes.extend((code.len() as u32).to_le_bytes());
+        bytes.extend(code);
         bytes.extend(tuple(consts));
         bytes.extend(tuple(
             &names.iter().map(|name| text(name)).collect::<Vec<_>>(),
@@ -310,7 +406,12 @@ pub(super) mod tests {
 
     /// A compiled module that uses these names.
     pub(in crate::dependencies) fn compiled(version: u16, names: &[&str]) -> Vec<u8> {
-        let function = code(version, &[b"N".to_vec()], &["imported_later"]);
+        compiled_of(version, b"xyz", names)
+    }
+
+    /// The same of these instructions.
+    fn compiled_of(version: u16, instructions: &[u8], names: &[&str]) -> Vec<u8> {
+        let function = code(version, b"xyz", &[b"N".to_vec()], &["imported_later"]);
         let consts = [
             b"i\x2a\0\0\0".to_vec(),
             tuple(&[text("api")]),
@@ -321,8 +422,51 @@ pub(super) mod tests {
         ];
         let mut bytes = version.to_le_bytes().to_vec();
         bytes.extend(b"\r\n\0\0\0\0timesize");
-        bytes.extend(code(version, &consts, names));
+        bytes.extend(code(version, instructions, &consts, names));
         bytes
+    }
+
+    /// `if <load>TYPE_CHECKING: import a; import b` and then `import b, c`, where
+    /// the jump has this argument.
+    fn for_types(version: u16, load: &[u8], argument: u8) -> Vec<Vec<u8>> {
+        let names = ["typing", "TYPE_CHECKING", "a", "b", "c"];
+        let import = |name| [100, 0, 100, 1, 108, name, 90, name];
+        let jump = [114, argument];
+        let block = [import(2), import(3)].concat();
+        let rest = [import(3), import(4)].concat();
+        let code = [&import(0)[..], load, &jump, &block, &rest].concat();
+        imports(&compiled_of(version, &code, &names))
+    }
+
+    #[test]
+    fn what_only_those_who_check_types_import_is_left_out() {
+        let name = [101, 1];
+        let attribute = [101, 0, 106, 1];
+        // In 3.11 with caches, in 3.12 with a bit more in its argument.
+        let cached = [101, 0, 106, 1, 0, 0, 0, 0, 0, 0, 0, 0];
+        let shifted = [101, 0, 106, 2, 0, 0];
+        let cases: [(u16, &[u8], u8); 8] = [
+            (3394, &name, 12 + 16),
+            (3413, &attribute, 14 + 16),
+            (3425, &name, 12 + 16),
+            (3439, &name, (12 + 16) / 2),
+            (3495, &name, 8),
+            (3495, &cached, 8),
+            (3531, &name, 8),
+            (3531, &shifted, 8),
+        ];
+        for (version, load, argument) in cases {
+            let names = for_types(version, load, argument);
+            let expected = ["typing", "TYPE_CHECKING", "b", "c"].map(|n| n.as_bytes().to_vec());
+            assert_eq!(names, expected, "{version} {load:?}");
+        }
+        // Whatever the instructions mean there; another condition; a jump that
+        // goes nowhere.
+        assert_eq!(for_types(3571, &name, 8).len(), 5);
+        assert_eq!(for_types(3495, &[101, 0], 8).len(), 5);
+        assert_eq!(for_types(3425, &name, 0).len(), 5);
+        let far = [101, 1, 144, 200, 144, 200, 144, 200];
+        assert_eq!(for_types(3495, &far, 8).len(), 2);
     }
 
     #[test]
@@ -347,6 +491,12 @@ import os, sys as system  # more
 from .near import (one,
     two as three,  # four
 )
+if TYPE_CHECKING:
+    from types import only
+else:
+    import instead
+if typing.TYPE_CHECKING:
+    import only
 try:
     import fast
 except ImportError:
@@ -366,7 +516,9 @@ import_this = 3
             .iter()
             .map(|n| std::str::from_utf8(n).unwrap())
             .collect();
-        let expected = ["os", "sys", "near", "one", "two", "fast", "a.b", "c"];
+        let expected = [
+            "os", "sys", "near", "one", "two", "instead", "fast", "a.b", "c",
+        ];
         assert_eq!(names, expected);
     }
 
@@ -381,7 +533,8 @@ import_this = 3
             imports(&module);
             module.splice(0..0, *b"\xa7\x0d\x0d\x0a\0\0\0\0timesize");
             imports(&module);
-            let mut module = compiled(version, &["a", "b"]);
+            let code = [101, 0, 114, byte, 144, byte, 108, 1];
+            let mut module = compiled_of(version, &code, &["TYPE_CHECKING", "b"]);
             let at = at % module.len();
             module[at] = byte;
             prop_assert!(imports(&module).len() <= NAMES);
