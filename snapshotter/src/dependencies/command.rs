@@ -12,6 +12,9 @@ const LOOKED_UP_IN: usize = 16;
 const PYTHON: [&[u8]; 3] = [b"encodings", b"encodings.utf_8", b"sitecustomize"];
 /// The character classes that it loads where no locale is set.
 const PYTHON_LOCALE: &[u8] = b"usr/lib/locale/C.utf8/LC_CTYPE";
+/// What a shell's text has before and behind words.
+const BEFORE: [char; 6] = ['$', '(', '{', '`', '<', '>'];
+const BEHIND: [char; 6] = [')', '}', '`', ';', '&', '|'];
 /// Options of it that the next word belongs to.
 const WITH_A_WORD: [&str; 2] = ["-W", "-X"];
 
@@ -49,8 +52,11 @@ fn spelled_out(words: &[String]) -> Vec<String> {
     for word in words {
         if std::mem::take(&mut is_text) {
             // What cannot be parsed names nothing.
-            let within = shlex::split(word).unwrap_or_default().into_iter();
-            all.extend(within.map(|word| word.trim_end_matches(';').to_owned()));
+            let within = shlex::split(word).unwrap_or_default();
+            let within = within
+                .iter()
+                .map(|word| word.trim_start_matches(BEFORE).trim_end_matches(BEHIND));
+            all.extend(within.map(str::to_owned));
             continue;
         }
         let is_option = is_shell && word.starts_with('-');
@@ -85,8 +91,12 @@ fn modules(words: &[String]) -> Vec<Vec<u8>> {
 }
 
 /// Where a word may be: looked up as a command, or a file where the command
-/// runs.
+/// runs. Of an option or variable, what it is set to, if that is a path.
 fn candidates(program: &Program, word: &str) -> Vec<Vec<u8>> {
+    let word = match word.split_once('=') {
+        Some((_, value)) if value.starts_with('/') => value,
+        _ => word,
+    };
     if word.is_empty() || word.starts_with('-') {
         return Vec::new();
     }
@@ -137,12 +147,16 @@ mod tests {
             "--all",
             "sub/more",
             "/opt/absolute",
+            "--config=/etc/app.conf",
+            "LEVEL=2",
             "",
         ]));
         let expected = [
             vec!["/sbin/serve", "/bin/serve", "/srv/serve"],
             vec!["/srv/sub/more"],
             vec!["/opt/absolute"],
+            vec!["/etc/app.conf"],
+            vec!["/sbin/LEVEL=2", "/bin/LEVEL=2", "/srv/LEVEL=2"],
         ];
         let files = |paths: &Vec<&str>| {
             Named::File(paths.iter().map(|path| path.as_bytes().to_vec()).collect())
@@ -155,7 +169,7 @@ mod tests {
         let found = shown(&[
             "/bin/sh",
             "-ec",
-            "cd '/a b' && exec serve one; two",
+            "cd '/a b' && exec serve one; (two $(three '(') </four >/five &)",
             "-x",
             "rest",
         ]);
@@ -163,11 +177,13 @@ mod tests {
             "/bin/sh",
             "/srv/cd",
             "/a b",
-            "/srv/&&",
             "/srv/exec",
             "/srv/serve",
             "/srv/one",
             "/srv/two",
+            "/srv/three",
+            "/four",
+            "/five",
             "/srv/rest",
         ];
         assert_eq!(found, expected);
