@@ -176,18 +176,21 @@ async fn libraries_come_with_what_was_linked_with_them() {
     );
 }
 
+/// A library linked with others, and these texts among its constants.
+fn with_constants(libraries: &[&str], texts: &[&str]) -> Vec<u8> {
+    let mut file = linked(libraries, "");
+    file.push(0);
+    for text in texts {
+        file.extend([text.as_bytes(), b"\0"].concat());
+    }
+    file
+}
+
 /// A program tells in its constants what it opens: these come with it, and so
 /// do the modules that an extension of Python's imports.
 #[tokio::test(start_paused = true)]
 async fn what_constants_name_comes_with_them() {
-    let with_constants = |texts: &[&str]| {
-        let mut file = linked(&["libcrypto.so.3"], "");
-        file.push(0);
-        for text in texts {
-            file.extend([text.as_bytes(), b"\0"].concat());
-        }
-        file
-    };
+    let with_constants = |texts: &[&str]| with_constants(&["libcrypto.so.3"], texts);
     let program = with_constants(&[
         "/etc/tool.conf",
         "/etc/large.conf",
@@ -235,9 +238,11 @@ async fn what_any_start_reads_is_known() {
             ("etc/ld.so.cache", noise(5, 3000)),
             (
                 &format!("usr/lib/{arch}-linux-gnu/libc.so.6"),
-                linked(&[], ""),
+                with_constants(&["libother.so.1"], &["/etc/localtime"]),
             ),
             ("etc/shadow", b"root\n".to_vec()),
+            ("usr/lib/libother.so.1", linked(&[], "")),
+            ("etc/localtime", noise(6, 100)),
         ])],
     );
     let known = ImageDependencies::new(&world.layers, &Memory::default());
@@ -245,9 +250,13 @@ async fn what_any_start_reads_is_known() {
     LazyLayer::foresee_start(&known.of_any_program().await);
     sleep(Duration::from_secs(2)).await;
     assert_eq!(
-        present(&world, 0, &[0, 1, 2, 3, 4, 5]),
-        [true, true, true, true, true, false]
+        present(&world, 0, &[0, 1, 2, 3, 4, 5, 6, 7]),
+        [true, true, true, true, true, false, false, false]
     );
+    // What has come before it is known what files load is looked into then.
+    world.layers[0].set_dependencies(Arc::new(known));
+    sleep(Duration::from_secs(2)).await;
+    assert_eq!(present(&world, 0, &[5, 6, 7]), [false, true, true]);
 }
 
 /// What a command names is looked up as it would be.

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
 use sluice_layer::Unit;
+use tokio::task::spawn_blocking;
 
 use super::elf;
 use super::foreseen::Need;
@@ -17,6 +18,8 @@ use super::layer::LazyLayer;
 use super::reuse::Asked;
 use crate::layer_dir::ChunkId;
 
+/// Of a chunk that has come earlier, so much is looked into. Bytes.
+const LARGEST_PART: u32 = 4 << 20;
 /// Attempts to read what is fetched and may be gone again.
 const ATTEMPTS: usize = 3;
 /// A program is fetched whole where that costs no more than so many times as
@@ -168,9 +171,47 @@ impl LazyLayer {
         self.followed.dependencies.lock().is_some()
     }
 
-    /// From now on, what is read of it is followed to what `dependencies` say.
-    pub fn set_dependencies(&self, dependencies: Arc<dyn Dependencies>) {
+    /// From now on, what is read of it is followed to what `dependencies` say,
+    /// and what has come already because it will be needed.
+    pub fn set_dependencies(self: &Arc<Self>, dependencies: Arc<dyn Dependencies>) {
         *self.followed.dependencies.lock() = Some(dependencies);
+        let needs = self.followed.needs.lock().clone();
+        let layer = Arc::clone(self);
+        self.spawn(async move {
+            let look = move || {
+                for (first, need) in needs {
+                    layer.look_again(first, need);
+                }
+            };
+            let _ = spawn_blocking(look).await;
+        });
+    }
+
+    /// Looks into what is here of a file that is needed then.
+    fn look_again(self: &Arc<Self>, first: ChunkId, need: Need) {
+        let (table, present) = (self.dir.chunks(), self.dir.present());
+        let mut content = Vec::new();
+        let last = *table.file_of(first).end();
+        let after = table.after(first).take_while(|&chunk| chunk <= last);
+        for chunk in std::iter::once(first).chain(after) {
+            let record = table.get(chunk);
+            content.resize(record.size.min(LARGEST_PART) as usize, 0);
+            let here = present.contains(chunk);
+            let here = here && self.dir.read_at(&mut content, record.data_offset).is_ok();
+            if chunk == first {
+                if !here {
+                    return;
+                }
+                self.fetch_dependencies(first, need);
+                if !self.fetch_loaded(first, need, &content) {
+                    return;
+                }
+                self.note_elf(first, need);
+            }
+            if here {
+                self.fetch_named(first, need, &content);
+            }
+        }
     }
 
     /// The end of that, unless others have taken their place.

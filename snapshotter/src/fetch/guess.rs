@@ -24,10 +24,12 @@ const LEAST_AROUND: u64 = 32 << 10;
 const MOST_AROUND: u64 = 16 << 20;
 /// A file up to this size, uncompressed, is read whole as a rule.
 const SMALL_FILE: u64 = 1 << 20;
-/// So is a larger one, to some bound, of so many times what a miss costs: of the
-/// parts of a library that are not, most are missed one after the other.
-const SMALL: u64 = 8;
-const LARGEST_SMALL_FILE: u64 = 32 << 20;
+/// So is a larger one, to some bound, of so many times what a miss costs, and of
+/// more where that is dear: of the parts of a library that are not, most are
+/// missed one after the other.
+const SMALL: u64 = 4;
+const SMALL_WHERE_DEAR: u64 = 8;
+const LARGEST_SMALL_FILE: u64 = 64 << 20;
 /// Where a miss costs less than this, bytes are what is dear.
 const DEAR_MISS: u64 = 512 << 10;
 /// Beyond that, this part of what is fetched around a miss is fetched of whatever
@@ -61,7 +63,12 @@ impl LazyLayer {
 
     /// A file up to this size is fetched whole.
     pub(super) fn small_file(&self) -> u64 {
-        (self.link.price_of_miss() * SMALL).clamp(SMALL_FILE, LARGEST_SMALL_FILE)
+        let price = self.link.price_of_miss();
+        let times = match price {
+            ..DEAR_MISS => SMALL,
+            _ => SMALL_WHERE_DEAR,
+        };
+        (price * times).clamp(SMALL_FILE, LARGEST_SMALL_FILE)
     }
 
     /// Whether anything may be fetched on a guess: not where read-ahead is off.
@@ -133,16 +140,22 @@ impl LazyLayer {
         if let Some(need) = known {
             me.fetch_dependencies(chunk, need);
         }
-        let ranges = elf::loaded_first(content);
-        if ranges.is_empty() {
-            return;
-        }
         let need = known.unwrap_or_else(|| Need::now(self.engine.number_read()));
-        me.fetch_foreseen(&self.missing_within(chunk, &ranges), need);
-        if known.is_some() || awaited {
+        if me.fetch_loaded(chunk, need, content) && (known.is_some() || awaited) {
             me.note_elf(chunk, need);
             me.fetch_named(chunk, need, content);
         }
+    }
+
+    /// A file that begins so is needed then: if it is a program or library, so
+    /// is what of it is read when it is loaded. Whether it is one.
+    pub(super) fn fetch_loaded(self: &Arc<Self>, first: ChunkId, need: Need, head: &[u8]) -> bool {
+        let ranges = elf::loaded_first(head);
+        if ranges.is_empty() {
+            return false;
+        }
+        self.fetch_foreseen(&self.missing_within(first, &ranges), need);
+        true
     }
 
     /// What is missing of these ranges of the file that begins with `first`.
