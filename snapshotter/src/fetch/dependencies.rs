@@ -172,14 +172,19 @@ impl LazyLayer {
     }
 
     /// From now on, what is read of it is followed to what `dependencies` say,
-    /// and what has come already because it will be needed.
+    /// and what has come already because every start needs it.
     pub fn set_dependencies(self: &Arc<Self>, dependencies: Arc<dyn Dependencies>) {
         *self.followed.dependencies.lock() = Some(dependencies);
-        let needs = self.followed.needs.lock().clone();
+        // Not what these load: the start of another image may have left it.
+        let at_start: Vec<(ChunkId, Need)> = {
+            let needs = self.followed.needs.lock();
+            let at_start = needs.iter().filter(|(_, need)| need.is_at_start());
+            at_start.map(|(&first, &need)| (first, need)).collect()
+        };
         let layer = Arc::clone(self);
         self.spawn(async move {
             let look = move || {
-                for (first, need) in needs {
+                for (first, need) in at_start {
                     layer.look_again(first, need);
                 }
             };

@@ -53,6 +53,11 @@ impl Need {
         .of_named(position)
     }
 
+    /// Whether that is of what a start needs itself, not of what that loads.
+    pub(super) fn is_at_start(&self) -> bool {
+        self.read == Reverse(0) && self.steps() == 1
+    }
+
     /// Of what is like a file that is read: after all that it names.
     fn guessed(number: u64) -> Self {
         Self {
