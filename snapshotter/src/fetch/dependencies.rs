@@ -204,10 +204,7 @@ impl LazyLayer {
             let here = present.contains(chunk);
             let here = here && self.dir.read_at(&mut content, record.data_offset).is_ok();
             if chunk == first {
-                if !here {
-                    return;
-                }
-                if !self.fetch_loaded(first, need, &content) {
+                if !here || !self.fetch_loaded(first, need, &content) {
                     return;
                 }
                 self.fetch_dependencies(first, need);
