@@ -231,39 +231,40 @@ mod instruction {
 /// Which of a module's names it imports only in `if TYPE_CHECKING:`. None where
 /// the version's instructions are not known.
 fn only_for_types(version: u16, code: &[u8], names: &[&[u8]]) -> Vec<bool> {
-    let mut imported = vec![(false, false); names.len()];
-    if version < SINCE_3_13 && names.contains(&TYPE_CHECKING) {
-        let mut passed_over = 0..0;
-        // Whether that was loaded last.
-        let mut loaded = false;
-        for (next, number, argument) in instructions(code) {
-            let is_name = |argument: usize| names.get(argument) == Some(&TYPE_CHECKING);
-            match number {
-                instruction::CACHE => continue,
-                instruction::POP_JUMP_IF_FALSE if loaded => {
-                    passed_over = jumped_over(version, next, argument);
-                }
-                instruction::IMPORT_NAME | instruction::IMPORT_FROM => {
-                    if let Some((for_types, to_run)) = imported.get_mut(argument) {
-                        match passed_over.contains(&next) {
-                            true => *for_types = true,
-                            false => *to_run = true,
-                        }
-                    }
-                }
-                _ => {}
-            }
-            loaded = match number {
-                instruction::LOAD_NAME => is_name(argument),
-                // Since 3.12 the lowest bit says whether it is called.
-                instruction::LOAD_ATTR => is_name(argument) || is_name(argument >> 1),
-                _ => false,
-            };
-        }
+    let (mut for_types, mut to_run) = (vec![false; names.len()], vec![false; names.len()]);
+    if version >= SINCE_3_13 || !names.contains(&TYPE_CHECKING) {
+        return for_types;
     }
-    let imported = imported.into_iter();
-    imported
-        .map(|(for_types, to_run)| for_types && !to_run)
+    let is_name = |argument: usize| names.get(argument) == Some(&TYPE_CHECKING);
+    let mut passed_over = 0..0;
+    // Whether that was loaded last.
+    let mut loaded = false;
+    for (next, number, argument) in instructions(code) {
+        match number {
+            instruction::CACHE => continue,
+            instruction::POP_JUMP_IF_FALSE if loaded => {
+                passed_over = jumped_over(version, next, argument);
+            }
+            instruction::IMPORT_NAME | instruction::IMPORT_FROM => {
+                let imported = match passed_over.contains(&next) {
+                    true => &mut for_types,
+                    false => &mut to_run,
+                };
+                if let Some(imported) = imported.get_mut(argument) {
+                    *imported = true;
+                }
+            }
+            _ => {}
+        }
+        loaded = match number {
+            instruction::LOAD_NAME => is_name(argument),
+            // Since 3.12 the lowest bit says whether it is called.
+            instruction::LOAD_ATTR => is_name(argument) || is_name(argument >> 1),
+            _ => false,
+        };
+    }
+    let both = for_types.into_iter().zip(to_run);
+    both.map(|(for_types, to_run)| for_types && !to_run)
         .collect()
 }
 
