@@ -75,6 +75,9 @@ struct Figure {
     /// when everything is on the node.
     needed_bytes: u64,
     local: f64,
+    /// Seconds of a pull and a start for which nothing has to be fetched, and
+    /// over no link: what is beyond `local` is no matter of the link.
+    pulled_again: f64,
     /// Seconds to ready over the limit.
     ratio: f64,
     /// Seconds to ready over those of the lazy start without a profile.
@@ -98,6 +101,7 @@ struct Prepared {
     tables: Tables,
     built_in_tables: Option<Tables>,
     need: Need,
+    pulled_again: f64,
     profile: PathBuf,
 }
 
@@ -156,10 +160,11 @@ impl Rig<'_> {
     ) -> Result<()> {
         let prepared = self.prepare(workload, ways.contains(&Way::BuiltIn))?;
         eprintln!(
-            "{}: needs {:.1} MB, {:.2} s when local",
+            "{}: needs {:.1} MB, {:.2} s when local, {:.2} s pulled again",
             workload.name,
             prepared.need.bytes as f64 / 1e6,
-            prepared.need.local
+            prepared.need.local,
+            prepared.pulled_again
         );
         for &way in ways {
             self.attach(way, &prepared)?;
@@ -216,6 +221,7 @@ impl Rig<'_> {
                 bytes: tables.needed_bytes(&own)?,
                 local: self.local(&ordinary, workload.program)?,
             },
+            pulled_again: self.pulled_again(&lazy, workload.program)?,
             workload: *workload,
             ordinary,
             lazy,
@@ -224,6 +230,18 @@ impl Rig<'_> {
             built_in_tables,
             profile,
         })
+    }
+
+    /// Seconds from a pull to a ready program, when everything that it reads is
+    /// on the node.
+    fn pulled_again(&mut self, lazy: &str, program: &[&str]) -> Result<f64> {
+        self.node.forget()?;
+        self.node.set_profile(lazy, None)?;
+        self.node.pull_and_start(lazy, SLUICE, program, UNSHAPED)?;
+        let again = |_| self.node.pull_and_start_again(lazy, SLUICE, program);
+        let rounds = 0..self.arguments.rounds.max(3);
+        let mut again: Vec<f64> = rounds.map(again).collect::<Result<_>>()?;
+        Ok(median(&mut again))
     }
 
     /// Seconds that a program takes when everything is on the node.
@@ -337,6 +355,7 @@ impl Rig<'_> {
             limit,
             needed_bytes: need.bytes,
             local: need.local,
+            pulled_again: prepared.pulled_again,
             ratio: start.phases.ready / limit,
             of_lazy: lazy.map(|lazy| start.phases.ready / lazy.start.phases.ready),
             range,

@@ -235,15 +235,7 @@ impl Node {
             self.restart(snapshotter)?;
         }
         let reference = self.reference(image);
-        let mut pull = match snapshotter {
-            "overlayfs" => {
-                let mut pull = self.containerd.ctr();
-                pull.args(["images", "pull", "--plain-http", "--snapshotter"])
-                    .args([snapshotter, &reference]);
-                pull
-            }
-            _ => self.containerd.lazy_pull_command(&reference, snapshotter)?,
-        };
+        let mut pull = self.pull_command(&reference, snapshotter)?;
         let daemon = self.daemon(snapshotter);
         // What was written before must not slow down what is measured.
         rustix::fs::sync();
@@ -266,6 +258,32 @@ impl Node {
         let clock = Clock::start()?;
         let start = self.run(&self.reference(image), snapshotter, program, &clock)?;
         Ok(start.phases.ready)
+    }
+
+    /// The same, after it was pulled once more.
+    pub fn pull_and_start_again(
+        &self,
+        image: &str,
+        snapshotter: &str,
+        program: &[&str],
+    ) -> Result<f64> {
+        let reference = self.reference(image);
+        let mut pull = self.pull_command(&reference, snapshotter)?;
+        rustix::fs::sync();
+        let clock = Clock::start()?;
+        run(&mut pull)?;
+        let start = self.run(&reference, snapshotter, program, &clock)?;
+        Ok(start.phases.ready)
+    }
+
+    fn pull_command(&self, reference: &str, snapshotter: &str) -> Result<Command> {
+        if snapshotter != "overlayfs" {
+            return self.containerd.lazy_pull_command(reference, snapshotter);
+        }
+        let mut pull = self.containerd.ctr();
+        pull.args(["images", "pull", "--plain-http", "--snapshotter"])
+            .args([snapshotter, reference]);
+        Ok(pull)
     }
 
     fn run(
