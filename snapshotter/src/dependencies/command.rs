@@ -36,12 +36,19 @@ pub(super) fn named(program: &Program) -> Vec<Named> {
         if !candidates.is_empty() {
             named.push(Named::File(candidates));
         }
-        if base_name(word).starts_with("python") {
+        if is_python(word.as_bytes()) {
             named.push(Named::File(vec![PYTHON_LOCALE.to_vec()]));
             named.push(Named::Modules(modules(&words[at + 1..])));
         }
     }
     named
+}
+
+/// Whether the program is Python, or runs it, as far as its words tell.
+pub(super) fn runs_python(program: &Program) -> bool {
+    let words = spelled_out(&program.words);
+    let mut words = words.iter();
+    words.any(|word| is_python(word.as_bytes()) || word.ends_with(".py"))
 }
 
 /// The words, and in the place of a shell's text those that are in it.
@@ -112,6 +119,12 @@ fn candidates(program: &Program, word: &str) -> Vec<Vec<u8>> {
         paths.push(within(&program.directory));
     }
     paths
+}
+
+/// Whether a program of that name or path is a Python interpreter.
+pub(super) fn is_python(program: &[u8]) -> bool {
+    let name = program.rsplit(|&byte| byte == b'/').next();
+    name.is_some_and(|name| name.starts_with(b"python"))
 }
 
 fn base_name(word: &str) -> &str {
@@ -211,6 +224,14 @@ mod tests {
         );
         assert_eq!(of(&["python", "file.py", "-c", "import a"]), always);
         assert_eq!(of(&["python", "-c"]), always);
+        for words in [&["sh", "-c", "exec python3 x"][..], &["/app/main.py"]] {
+            assert!(runs_python(&program(words)), "{words:?}");
+        }
+        assert!(!runs_python(&program(&[
+            "node",
+            "/app/main.pyx",
+            "a/python/b"
+        ])));
         // Told by a shell, after others.
         let nested = shown(&["sh", "-c", "env A=1 python3 -c 'import a' && b"]);
         assert!(nested.contains(&format!("{always} a")), "{nested:?}");

@@ -28,6 +28,8 @@ const CONFIGURED: [(&[u8], [&[u8]; 2]); 1] = [(
 )];
 /// The library that nearly every program is linked with.
 const C_LIBRARY: &[u8] = b"libc.so.6";
+/// How the name begins of the library that is a Python interpreter.
+const PYTHON: &[u8] = b"libpython";
 const ORIGIN: [&[u8]; 2] = [b"$ORIGIN", b"${ORIGIN}"];
 
 /// What an ELF file names.
@@ -40,6 +42,12 @@ pub(super) struct Needed {
 }
 
 impl Needed {
+    /// Whether a Python interpreter is among them.
+    pub(super) fn have_python(&self) -> bool {
+        let mut names = self.names.iter();
+        names.any(|name| name.starts_with(PYTHON))
+    }
+
     /// Whether something is looked for relative to the file itself.
     pub(super) fn are_beside(&self) -> bool {
         let mut directories = self.directories.iter();

@@ -16,6 +16,7 @@ mod trees;
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
@@ -46,6 +47,9 @@ pub struct ImageDependencies {
     trees: Arc<Trees>,
     /// Whether it is known in which directories files are.
     indexed: OnceCell<()>,
+    /// Whether Python runs, as far as is known. To look for its modules means to
+    /// go through the trees, which other programs need not wait for.
+    is_python: AtomicBool,
     modules: Arc<Modules>,
     /// What was found out, by the layer and where a file's content begins.
     known: Mutex<HashMap<Key, Arc<[Place]>>>,
@@ -61,6 +65,7 @@ impl ImageDependencies {
         Self {
             trees: Arc::new(Trees::open(layers, Budget::new(memory.clone()))),
             indexed: OnceCell::new(),
+            is_python: AtomicBool::new(false),
             modules: Arc::default(),
             known: Mutex::default(),
         }
@@ -91,7 +96,8 @@ impl ImageDependencies {
     /// Reads the trees.
     pub async fn of_program(&self, program: Program) -> Vec<LazyFile> {
         let named = command::named(&program);
-        if named.iter().any(|named| matches!(named, Named::Modules(_))) {
+        if command::runs_python(&program) {
+            self.runs(true);
             self.index().await;
         }
         self.files_of(named, program.directory.into_bytes()).await
@@ -137,17 +143,28 @@ impl ImageDependencies {
         self.indexed.get_or_init(index).await;
     }
 
+    /// Something was read that only Python reads, or not.
+    fn runs(&self, python: bool) {
+        self.is_python.fetch_or(python, Ordering::Relaxed);
+    }
+
     async fn places(&self, file: &LazyFile) -> Option<Vec<Place>> {
         let head = file.read(0..HEAD).await?;
         if let Some(interpreter) = libraries::interpreter(&head) {
+            self.runs(command::is_python(&interpreter));
             return Some(self.trees.locate(&interpreter).into_iter().collect());
         }
         if head.starts_with(ELF_64_LITTLE) {
             let libraries = libraries::of(file, &head).await?;
+            self.runs(libraries.have_python());
             if libraries.are_beside() {
                 self.index().await;
             }
             return Some(libraries::places(&self.trees, file, &libraries));
+        }
+        self.runs(python::may_be_module(&head));
+        if !self.is_python.load(Ordering::Relaxed) {
+            return None;
         }
         self.index().await;
         if !python::may_be_module(&head) && !self.trees.is_source(file) {
@@ -170,7 +187,7 @@ impl ImageDependencies {
                 file.is_some_and(|file| file.size() <= NAMED_BY_PATH)
             })
             .collect();
-        if !names.is_empty() {
+        if !names.is_empty() && self.is_python.load(Ordering::Relaxed) {
             self.index().await;
             let directory = self.trees.directory_of(file).unwrap_or_default();
             if self.modules.is_import_path(&self.trees, &directory) {

@@ -121,29 +121,39 @@ async fn modules_come_with_the_one_that_imports_them() {
     assert!(asked.len() <= 1, "only what the last one names: {asked:?}");
 }
 
+/// But only once something tells that Python runs: any text may be one.
 #[tokio::test(start_paused = true)]
 async fn sources_count_where_nothing_is_compiled() {
     let text = |text: &str| text.as_bytes().to_vec();
-    let world = world(&[sample(&[
-        (
-            "app/main.py",
-            text("import part.one\ndef f():\n    import two\n"),
-        ),
-        ("app/part/__init__.py", text("'''nothing'''\n")),
-        (
-            "app/part/one.py",
-            text("from . import (three,\n    four as five)\n"),
-        ),
-        ("app/part/three.py", text("\n")),
-        ("app/part/four.py", text("\n")),
-        ("app/two/__init__.py", text("\n")),
-    ])]);
-    world.read_file(0, 0).await;
-    sleep(Duration::from_secs(2)).await;
-    assert_eq!(
-        present(&world, 0, &[1, 2, 3, 4, 5]),
-        [true, true, true, true, false]
-    );
+    for (starter, is_python) in [
+        (text("#!/usr/bin/env python3.12\n"), true),
+        (linked(&["libpython3.12.so.1.0"], ""), true),
+        (text("#!/bin/sh\n"), false),
+        (linked(&["libc.so.6"], ""), false),
+    ] {
+        let world = world(&[sample(&[
+            ("usr/bin/starter", starter),
+            (
+                "app/main.py",
+                text("import part.one\ndef f():\n    import two\n"),
+            ),
+            ("app/part/__init__.py", text("'''nothing'''\n")),
+            (
+                "app/part/one.py",
+                text("from . import (three,\n    four as five)\n"),
+            ),
+            ("app/part/three.py", text("\n")),
+            ("app/part/four.py", text("\n")),
+            ("app/two/__init__.py", text("\n")),
+        ])]);
+        world.read_file(0, 0).await;
+        sleep(Duration::from_secs(1)).await;
+        world.read_file(0, 2).await;
+        sleep(Duration::from_secs(2)).await;
+        let mut imported = [is_python; 5];
+        imported[4] = false;
+        assert_eq!(present(&world, 0, &[2, 3, 4, 5, 6]), imported);
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -209,6 +219,7 @@ async fn what_constants_name_comes_with_them() {
         (&in_site("pack", "__init__"), module(&[])),
         (&in_site("pack", "used"), module(&[])),
         ("etc/localtime", noise(6, 100)),
+        (&in_lib("site"), module(&[])),
     ])]);
     world.read_file(0, 0).await;
     sleep(Duration::from_secs(2)).await;
@@ -216,6 +227,9 @@ async fn what_constants_name_comes_with_them() {
         present(&world, 0, &[1, 2, 3, 4, 6, 7]),
         [true, false, true, true, false, false]
     );
+    // A module tells that Python runs.
+    world.read_file(0, 9 * 2).await;
+    sleep(Duration::from_secs(1)).await;
     world.read_file(0, 5 * 2).await;
     sleep(Duration::from_secs(2)).await;
     assert_eq!(present(&world, 0, &[6, 7, 8]), [true, true, true]);
