@@ -143,7 +143,7 @@ impl ImageDependencies {
         self.indexed.get_or_init(index).await;
     }
 
-    /// Something was read that only Python reads, or not.
+    /// Notes what may be a sign that Python runs.
     fn runs(&self, python: bool) {
         self.is_python.fetch_or(python, Ordering::Relaxed);
     }
