@@ -260,7 +260,8 @@ impl Node {
         Ok(start.phases.ready)
     }
 
-    /// The same, after it was pulled once more.
+    /// Pulls an image once more that is on the node, and starts a program in it:
+    /// seconds until that is ready.
     pub fn pull_and_start_again(
         &self,
         image: &str,

@@ -12,6 +12,7 @@ const LOOKED_UP_IN: usize = 16;
 const PYTHON: [&[u8]; 3] = [b"encodings", b"encodings.utf_8", b"sitecustomize"];
 /// The character classes that it loads where no locale is set.
 const PYTHON_LOCALE: &[u8] = b"usr/lib/locale/C.utf8/LC_CTYPE";
+const SHELLS: [&[u8]; 5] = [b"sh", b"ash", b"bash", b"dash", b"zsh"];
 /// What a shell's text has before and behind words.
 const BEFORE: [char; 6] = ['$', '(', '{', '`', '<', '>'];
 const BEHIND: [char; 6] = [')', '}', '`', ';', '&', '|'];
@@ -68,7 +69,7 @@ fn spelled_out(words: &[String]) -> Vec<String> {
         }
         let is_option = is_shell && word.starts_with('-');
         is_text = is_option && word.ends_with('c');
-        is_shell = is_option || matches!(base_name(word), "sh" | "ash" | "bash" | "dash" | "zsh");
+        is_shell = is_option || SHELLS.contains(&base_name(word.as_bytes()));
         all.push(word.clone());
     }
     all.truncate(WORDS);
@@ -123,12 +124,11 @@ fn candidates(program: &Program, word: &str) -> Vec<Vec<u8>> {
 
 /// Whether a program of that name or path is a Python interpreter.
 pub(super) fn is_python(program: &[u8]) -> bool {
-    let name = program.rsplit(|&byte| byte == b'/').next();
-    name.is_some_and(|name| name.starts_with(b"python"))
+    base_name(program).starts_with(b"python")
 }
 
-fn base_name(word: &str) -> &str {
-    word.rsplit('/').next().unwrap_or(word)
+fn base_name(path: &[u8]) -> &[u8] {
+    path.rsplit(|&byte| byte == b'/').next().unwrap_or(path)
 }
 
 #[cfg(test)]

@@ -97,7 +97,7 @@ impl ImageDependencies {
     pub async fn of_program(&self, program: Program) -> Vec<LazyFile> {
         let named = command::named(&program);
         if command::runs_python(&program) {
-            self.runs(true);
+            self.note_python(true);
             self.index().await;
         }
         self.files_of(named, program.directory.into_bytes()).await
@@ -143,31 +143,32 @@ impl ImageDependencies {
         self.indexed.get_or_init(index).await;
     }
 
-    /// Notes what may be a sign that Python runs.
-    fn runs(&self, python: bool) {
-        self.is_python.fetch_or(python, Ordering::Relaxed);
+    /// Notes whether there is a sign that Python runs.
+    fn note_python(&self, is_sign: bool) {
+        self.is_python.fetch_or(is_sign, Ordering::Relaxed);
     }
 
     async fn places(&self, file: &LazyFile) -> Option<Vec<Place>> {
         let head = file.read(0..HEAD).await?;
         if let Some(interpreter) = libraries::interpreter(&head) {
-            self.runs(command::is_python(&interpreter));
+            self.note_python(command::is_python(&interpreter));
             return Some(self.trees.locate(&interpreter).into_iter().collect());
         }
         if head.starts_with(ELF_64_LITTLE) {
             let libraries = libraries::of(file, &head).await?;
-            self.runs(libraries.have_python());
+            self.note_python(libraries.have_python());
             if libraries.are_beside() {
                 self.index().await;
             }
             return Some(libraries::places(&self.trees, file, &libraries));
         }
-        self.runs(python::may_be_module(&head));
+        let is_compiled = python::may_be_module(&head);
+        self.note_python(is_compiled);
         if !self.is_python.load(Ordering::Relaxed) {
             return None;
         }
         self.index().await;
-        if !python::may_be_module(&head) && !self.trees.is_source(file) {
+        if !is_compiled && !self.trees.is_source(file) {
             return None;
         }
         let names = python::imports(&file.read(0..python::LARGEST).await?);

@@ -211,11 +211,7 @@ impl LazyLayer {
                 self.note_elf(first, need);
             }
             if here {
-                let mut texts = elf::texts(&content);
-                // No extension of Python's is among them: to look for modules
-                // would only take time from the container that starts.
-                texts.retain(|text| text.starts_with(b"/"));
-                self.fetch_named(first, need, texts);
+                self.fetch_named(first, need, &content);
             }
         }
     }
@@ -291,11 +287,12 @@ impl LazyLayer {
     }
 
     /// Of the program or library that begins with `first`, which is needed then,
-    /// a part has come that has these texts.
-    pub(super) fn fetch_named(self: &Arc<Self>, first: ChunkId, need: Need, texts: Vec<Vec<u8>>) {
+    /// a part has come.
+    pub(super) fn fetch_named(self: &Arc<Self>, first: ChunkId, need: Need, content: &[u8]) {
         let Some(dependencies) = self.followed.dependencies.lock().clone() else {
             return;
         };
+        let texts = elf::texts(content);
         if texts.is_empty() || need.of_named(CONSTANTS).is_none() {
             return;
         }

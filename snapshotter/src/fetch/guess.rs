@@ -134,7 +134,7 @@ impl LazyLayer {
             return;
         }
         if let Some((first, need)) = elf {
-            return me.fetch_named(first, need, elf::texts(content));
+            return me.fetch_named(first, need, content);
         }
         let known = self.need_of(chunk).filter(|_| !awaited);
         if let Some(need) = known {
@@ -143,7 +143,7 @@ impl LazyLayer {
         let need = known.unwrap_or_else(|| Need::now(self.engine.number_read()));
         if me.fetch_loaded(chunk, need, content) && (known.is_some() || awaited) {
             me.note_elf(chunk, need);
-            me.fetch_named(chunk, need, elf::texts(content));
+            me.fetch_named(chunk, need, content);
         }
     }
 

@@ -1,4 +1,5 @@
-//! Opening all layers of an image at once.
+//! Opening all layers of an image at once, and connections to its registry
+//! beforehand.
 
 use std::collections::HashMap;
 use std::pin::pin;
