@@ -111,7 +111,7 @@ impl Engine {
         let mut soon: BTreeMap<u64, Unit> = BTreeMap::new();
         let mut asked = 0;
         loop {
-            let piece = link.piece();
+            let piece = link.doubtful_piece();
             let mut in_sight: u64 = soon.values().map(|unit| unit.size).sum();
             while in_sight < piece * LOOK_AHEAD
                 && let Some((unit, at)) = wanted.next()
@@ -137,11 +137,11 @@ impl Engine {
             let start = units[0].offset;
             let end = start + len;
             asked += end - start;
-            if asked > MOST {
+            if asked > MOST.min(link.doubtful()) {
                 return;
             }
             let due = Due::At(started + at);
-            let turn = link.turn(due, end - start, Share::BeforeTable).await;
+            let turn = link.turn(due, end - start, Share::Doubtful).await;
             let admission = self.admission();
             let permit = admission.admit(Priority::Prefetch, end - start).await;
             let request = Request {

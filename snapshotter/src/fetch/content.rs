@@ -135,13 +135,23 @@ async fn fetch(
     while next < size || !flights.is_empty() {
         let may_ask = next < size && (flights.len() as u64) < in_flight(&link);
         if may_ask {
+            let is_in_doubt = layers.iter().all(|layer| layer.reads().is_in_doubt());
+            if is_in_doubt && next >= link.doubtful() {
+                let reads = layers.iter().map(|layer| layer.reads());
+                select_all(reads.map(|reads| Box::pin(reads.without_doubt()))).await;
+                continue;
+            }
             // Of one layer at least, what it carries is being read.
             select_all(layers.iter().map(|layer| Box::pin(layer.reads().pays()))).await;
             let engine = by.engine();
             if let Some((quiet, longest)) = courtesy(by) {
                 engine.give_way(quiet, longest, || false).await;
             }
-            let len = link.piece().min(size - next);
+            let piece = match is_in_doubt {
+                true => link.doubtful_piece(),
+                false => link.piece(),
+            };
+            let len = piece.min(size - next);
             let permit = engine.admission().admit(Priority::Prefetch, len).await;
             let offset = next;
             next += len;

@@ -308,6 +308,17 @@ impl Engine {
         };
         let _ = timeout(longest, free).await;
     }
+
+    /// Returns when a reader has come to wait for the caller's own work.
+    pub(super) async fn joined(&self, awaited: impl Fn() -> bool) {
+        loop {
+            let changed = self.0.demand.changed.notified();
+            if awaited() {
+                return;
+            }
+            changed.await;
+        }
+    }
 }
 
 impl Demand {

@@ -34,6 +34,12 @@ const PARALLEL: u64 = 16;
 const PIECE: Duration = Duration::from_millis(50);
 const SMALLEST_PIECE: u64 = 256 << 10;
 const LARGEST_PIECE: u64 = 8 << 20;
+/// Of what may not be needed, so much is fetched before that is known, in so
+/// many pieces. Over a longer round trip than this, all of it is: processors
+/// wait anyway, and what is not asked for then costs another round trip.
+const DOUBTFUL: u64 = 1 << 20;
+const DOUBTFUL_PIECES: u64 = 4;
+const FAR: Duration = Duration::from_millis(60);
 /// A miss costs so much even where the registry is next door: requests,
 /// decoding, and a link that is idle until the reader goes on.
 const LEAST_MISS: Duration = Duration::from_millis(5);
@@ -165,6 +171,20 @@ impl Link {
     pub(super) fn piece(&self) -> u64 {
         self.bytes_in(|round_trip| PIECE.max(round_trip * 2))
             .clamp(SMALLEST_PIECE, LARGEST_PIECE)
+    }
+
+    /// How much of a layer is fetched by a plan before it is known whether that
+    /// is of what runs.
+    pub(super) fn doubtful(&self) -> u64 {
+        match self.round_trip() < FAR {
+            true => DOUBTFUL,
+            false => u64::MAX,
+        }
+    }
+
+    /// The length of one range of that.
+    pub(super) fn doubtful_piece(&self) -> u64 {
+        self.piece().min(self.doubtful() / DOUBTFUL_PIECES)
     }
 
     /// Bytes that could have come while a reader waits for one that misses.
@@ -416,7 +436,7 @@ mod tests {
         assert_eq!(link.figures().bandwidth, INITIAL_BANDWIDTH as u64);
         let mut other = link.expect_table(1_100_000);
         let due = Due::At(Instant::now());
-        let mut turn = Box::pin(link.turn(due, 1, Share::BeforeTable));
+        let mut turn = Box::pin(link.turn(due, 1, Share::Doubtful));
         assert!((&mut turn).now_or_never().is_none());
         other.arrived(100_000);
         tokio::time::advance(ms(10)).await;

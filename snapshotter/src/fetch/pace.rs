@@ -20,9 +20,10 @@ pub(super) enum Due {
 /// How much may be outstanding where somebody asks for more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Share {
-    /// Before a layer's table of contents is here, which comes first: what
-    /// arrives in one round trip, with the tables that are on their way.
-    BeforeTable,
+    /// What may not be needed, or not now: before a layer's table of contents
+    /// is here, or it is known what runs. Tables come first: what arrives in one
+    /// round trip, with those that are on their way.
+    Doubtful,
     /// What keeps the link busy.
     Plan,
     /// Twice as much: ranges are short, and each costs a round trip.
@@ -33,7 +34,7 @@ impl Share {
     /// Of what keeps the link busy.
     fn percent(self) -> u64 {
         match self {
-            Self::BeforeTable => 66,
+            Self::Doubtful => 66,
             Self::Plan => 100,
             Self::Foreseen => 200,
         }
@@ -141,7 +142,7 @@ impl Queue {
     fn next(&mut self) -> Option<Waiting> {
         let may = |share: Share| {
             let tables = match share {
-                Share::BeforeTable => self.tables,
+                Share::Doubtful => self.tables,
                 Share::Plan | Share::Foreseen => 0,
             };
             let limit = self.limit.saturating_mul(share.percent()) / 100;
@@ -241,7 +242,7 @@ mod tests {
         pace.set_limit(100);
         let due = Instant::now();
         let mut table = pace.table(90);
-        let mut before = Box::pin(pace.turn(Due::At(due), 10, Share::BeforeTable));
+        let mut before = Box::pin(pace.turn(Due::At(due), 10, Share::Doubtful));
         assert!((&mut before).now_or_never().is_none());
         let later = Due::At(due + Duration::from_secs(1));
         let plan = pace.turn(later, 30, Share::Plan).now_or_never();

@@ -70,7 +70,12 @@ impl LazyLayer {
         let started = Instant::now();
         let mut asked = 0u64;
         loop {
-            let (piece, gap) = (self.link().piece(), self.link().parallel_gap());
+            let is_in_doubt = self.reads().is_in_doubt();
+            let (piece, share) = match is_in_doubt {
+                true => (self.link().doubtful_piece(), Share::Doubtful),
+                false => (self.link().piece(), Share::Plan),
+            };
+            let gap = self.link().parallel_gap();
             queue.fill(piece * LOOK_AHEAD);
             let new = std::mem::take(&mut queue.new);
             let more = !new.is_empty();
@@ -82,11 +87,15 @@ impl LazyLayer {
                     false => break,
                 }
             };
+            if is_in_doubt && asked >= self.link().doubtful() {
+                self.reads().without_doubt().await;
+                continue;
+            }
             self.reads().pays().await;
             let assumed = || Duration::from_secs_f64(asked as f64 / ASSUMED_NEED);
             let due = Due::At(started + at.unwrap_or_else(assumed));
             let range = queue.range(first, piece, gap);
-            let mut turn = self.link().turn(due, range, Share::Plan).await;
+            let mut turn = self.link().turn(due, range, share).await;
             if let Some((quiet, longest)) = courtesy(self) {
                 self.engine().give_way(quiet, longest, || false).await;
             }

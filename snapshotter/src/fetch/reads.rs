@@ -2,10 +2,13 @@
 //! it.
 
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::Notify;
+use tokio::time::{Instant, timeout_at};
 
 use crate::layer_dir::{ChunkId, Kin, Present, Record};
 
@@ -14,6 +17,15 @@ use crate::layer_dir::{ChunkId, Kin, Present, Record};
 const PATIENCE: u32 = 32;
 /// What one read within the plan makes up for.
 const WORTH: u32 = 2;
+/// So many chunks of a plan any program may read, those of the C library and
+/// other libraries, though the plan is of another one.
+const SHARED: u32 = 128;
+/// Once so many bytes were read, that tells whether a plan is of what runs: who
+/// starts a container reads a few by itself.
+const TELLING: u64 = 256 << 10;
+/// A plan is followed without being told after so long: where no container
+/// starts, nothing is slowed down by it.
+const DOUBT: Duration = Duration::from_millis(500);
 /// Guesses may be wrong by so many bytes, and by as many as were read, where
 /// bytes are dear: no more than twice what is read is fetched, and this.
 const FREE_GUESSES: u64 = 2 << 20;
@@ -34,12 +46,17 @@ pub(super) struct Reads {
     /// Names of files that were read, as [`Kin`] has them.
     names: Mutex<HashSet<u16>>,
     planned: RwLock<Option<Planned>>,
+    /// When there was the first plan.
+    since: OnceLock<Instant>,
     read_bytes: AtomicU64,
     wrong_bytes: AtomicU64,
     foreseen_bytes: AtomicU64,
     /// Reads beside the plan, less those within.
     beside: AtomicU32,
-    within: Notify,
+    /// Whether the plan was judged.
+    judged: AtomicBool,
+    /// What was read or judged has changed what is known of the plan.
+    changed: Notify,
 }
 
 /// The chunks of a plan.
@@ -58,27 +75,32 @@ impl Reads {
             foreseen: Present::empty(chunks),
             names: Mutex::default(),
             planned: RwLock::default(),
+            since: OnceLock::new(),
             read_bytes: AtomicU64::new(0),
             wrong_bytes: AtomicU64::new(0),
             foreseen_bytes: AtomicU64::new(0),
             beside: AtomicU32::new(0),
-            within: Notify::new(),
+            judged: AtomicBool::new(false),
+            changed: Notify::new(),
         }
     }
 
     /// What is going to be fetched by plan, in the place of any plan before.
     pub(super) fn plan(&self, planned: Planned) {
         *self.planned.write() = Some(planned);
+        self.since.get_or_init(Instant::now);
         self.beside.store(0, Ordering::Release);
-        self.within.notify_waiters();
+        self.changed.notify_waiters();
     }
 
     /// What is going to be read is what the plan is of, or it is something else:
-    /// then following it waits until some of it is read all the same.
+    /// then following it waits until more of it is read all the same than any
+    /// program does.
     pub(super) fn judge_plan(&self, fits: bool) {
-        let beside = if fits { 0 } else { PATIENCE * 2 };
+        let beside = if fits { 0 } else { PATIENCE + SHARED * WORTH };
         self.beside.store(beside, Ordering::Release);
-        self.within.notify_waiters();
+        self.judged.store(true, Ordering::Release);
+        self.changed.notify_waiters();
     }
 
     /// A chunk is fetched though nobody has asked for it.
@@ -148,7 +170,7 @@ impl Reads {
             return None;
         }
         let size = u64::from(record.size);
-        self.read_bytes.fetch_add(size, Ordering::Relaxed);
+        let before = self.read_bytes.fetch_add(size, Ordering::AcqRel);
         let guessed = self.guessed.contains(chunk);
         if guessed {
             self.wrong_bytes.fetch_sub(size, Ordering::Relaxed);
@@ -159,13 +181,14 @@ impl Reads {
         let within = self.is_within(chunk, record);
         let step = |beside: u32| match within {
             true => Some(beside.saturating_sub(WORTH)),
-            false => Some((beside + 1).min(PATIENCE * 2)),
+            // Nor is what was judged not to fit judged better.
+            false => Some((beside + 1).min(PATIENCE * 2).max(beside)),
         };
         let _ = self
             .beside
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, step);
-        if within {
-            self.within.notify_waiters();
+        if within || (before < TELLING && before + size >= TELLING) {
+            self.changed.notify_waiters();
         }
         Some(guessed || self.foreseen.contains(chunk))
     }
@@ -173,12 +196,36 @@ impl Reads {
     /// Returns once following the plan pays: at once, unless reads have gone
     /// elsewhere.
     pub(super) async fn pays(&self) {
+        self.until(|| !self.is_resting()).await;
+    }
+
+    /// Whether nothing tells yet if the plan is of what runs, nor is it too late
+    /// for that to matter.
+    pub(super) fn is_in_doubt(&self) -> bool {
+        !self.is_told() && self.doubt_ends() > Instant::now()
+    }
+
+    /// Returns once it is no longer in doubt.
+    pub(super) async fn without_doubt(&self) {
+        let told = self.until(|| self.is_told());
+        let _ = timeout_at(self.doubt_ends(), told).await;
+    }
+
+    fn is_told(&self) -> bool {
+        self.judged.load(Ordering::Acquire) || self.read_bytes.load(Ordering::Acquire) >= TELLING
+    }
+
+    fn doubt_ends(&self) -> Instant {
+        *self.since.get_or_init(Instant::now) + DOUBT
+    }
+
+    async fn until(&self, is_so: impl Fn() -> bool) {
         loop {
-            let within = self.within.notified();
-            if !self.is_resting() {
+            let changed = self.changed.notified();
+            if is_so() {
                 return;
             }
-            within.await;
+            changed.await;
         }
     }
 

@@ -360,10 +360,7 @@ pub(super) async fn fetch_claimed(
         let bytes = window(range, largest.unwrap_or(0));
         let permit = match terms.permit.take() {
             Some(permit) => permit,
-            None => {
-                let admission = layer.engine().admission();
-                admission.admit(terms.priority, bytes).await
-            }
+            None => admit(layer.engine(), &pending, terms.priority, bytes).await,
         };
         let before = pending.len();
         let limit = patience.begin();
@@ -397,6 +394,24 @@ pub(super) async fn fetch_claimed(
         tokio::time::sleep(wait).await;
     }
     Ok(())
+}
+
+/// Waits for the right to ask for what is pending: as a reader does, once one
+/// waits for it. Prefetches that hold all they may have give way to that reader.
+async fn admit(
+    engine: &Engine,
+    pending: &VecDeque<(Claim, bool)>,
+    priority: Priority,
+    bytes: u64,
+) -> Permit {
+    let awaited = || pending.iter().any(|(claim, _)| claim.is_awaited());
+    tokio::select! {
+        biased;
+        permit = engine.admission().admit(priority, bytes) => permit,
+        () = engine.joined(awaited) => {
+            engine.admission().admit(Priority::OnDemand, bytes).await
+        }
+    }
 }
 
 /// The client counts every byte as progress: a registry that breaks off again

@@ -155,6 +155,7 @@ async fn regression_a_plan_does_not_ask_for_what_is_on_its_way() {
     let table = s.layer.dir().chunks();
     let around = [4, 5, 6].map(|file| table.overlapping(s.starts[file], 60_000));
     let order: Vec<_> = around.into_iter().flatten().collect();
+    s.layer.judge_plan(true);
     let _handle = s.layer.prefetch(Plan::Order(order.into()));
     until(|| s.asked() == 3).await;
     s.source.gate.send_replace(u64::MAX);

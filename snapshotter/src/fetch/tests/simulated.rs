@@ -319,6 +319,7 @@ async fn a_plan_keeps_the_link_busy_in_its_order() {
     for (round_trip, least) in [(1, 0.95), (20, 0.9), (100, 0.7)] {
         let world = World::new(round_trip, std::slice::from_ref(&sample));
         let order = world.order(0, scattered(301).take(250));
+        world.layers[0].judge_plan(true);
         let _handle = world.layers[0].prefetch(Plan::Order(order.clone()));
         let present = world.layers[0].dir().present();
         let mut early = 0;
@@ -362,6 +363,7 @@ async fn readers_ahead_of_a_plan_that_fits_do_not_stop_it() {
 #[tokio::test(start_paused = true)]
 async fn readers_wait_for_what_is_on_its_way_and_jump_what_is_not() {
     let world = World::new(20, &[small_files(301)]);
+    world.layers[0].judge_plan(true);
     let _handle = world.layers[0].prefetch(Plan::Order(world.order(0, 0..300)));
     sleep(Duration::from_millis(25)).await;
     world.read_file(0, 3).await;
@@ -435,6 +437,52 @@ async fn a_plan_that_does_not_fit_is_given_up_until_it_does() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn regression_readers_do_not_wait_with_prefetches_that_may_not_ask() {
+    let world = World::new(20, &[small_files(20)]);
+    let admission = world.engine.admission();
+    let mut held = Vec::new();
+    while let Some(permit) = admission.admit(Priority::Prefetch, 1).now_or_never() {
+        held.push(permit);
+    }
+    world.layers[0].fetch_again(&world.chunks(0, 7));
+    sleep(Duration::from_secs(10)).await;
+    assert!(
+        world.asked().is_empty(),
+        "prefetches hold all they may have"
+    );
+    let reading = world.read_file(0, 7);
+    let read = tokio::time::timeout(Duration::from_secs(1), reading).await;
+    assert!(read.is_ok() && world.asked().len() == 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_plan_in_doubt_is_followed_a_little_way() {
+    let world = World::new(20, &[small_files(300), small_files(301)]);
+    let [doubtful, fitting] = [0, 1].map(|layer| &world.layers[layer]);
+    let come = |layer: &Arc<LazyLayer>| layer.dir().present().count() as u64 * CHUNK as u64;
+    let _handle = doubtful.prefetch(Plan::Order(world.order(0, 0..300)));
+    sleep(Duration::from_millis(300)).await;
+    let before = come(doubtful);
+    let (most, piece) = (doubtful.link().doubtful(), doubtful.link().doubtful_piece());
+    assert!((most / 2..most + piece).contains(&before), "{before}");
+    // It may be of something else, while another one is known not to be.
+    doubtful.judge_plan(false);
+    fitting.judge_plan(true);
+    let _other = fitting.prefetch(Plan::Order(world.order(1, 0..300)));
+    world.until(|| world.present(1, 0..300)).await;
+    assert_eq!(come(doubtful), before);
+    doubtful.judge_plan(true);
+    world.until(|| world.present(0, 0..300)).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_plan_goes_on_where_nothing_starts() {
+    let world = World::new(20, &[small_files(300)]);
+    let _handle = world.layers[0].prefetch(Plan::Order(world.order(0, 0..300)));
+    world.until(|| world.present(0, 0..300)).await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn layers_come_in_the_order_of_need() {
     let samples = [small_files(200), small_files(201)];
     let world = World::new(20, &samples);
@@ -444,6 +492,9 @@ async fn layers_come_in_the_order_of_need() {
         let at = |index| Duration::from_millis(after + index);
         Plan::Timed((0..).zip(order.iter()).map(|(i, &c)| (c, at(i))).collect())
     };
+    for layer in &world.layers {
+        layer.judge_plan(true);
+    }
     let _late = world.layers[0].prefetch(timed(0, 1000));
     let _early = world.layers[1].prefetch(timed(1, 0));
     world.until(|| world.present(1, 0..200)).await;
