@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use super::ahead::Handle;
 use super::inflight::Claim;
 use super::layer::LazyLayer;
-use super::pace::{Due, Share};
+use super::pace::{Due, Share, Turn};
 use super::reads::Planned;
 use super::stream::{Terms, courtesy, fetch_claimed, window};
 use super::{Priority, SourceError};
@@ -71,9 +71,9 @@ impl LazyLayer {
         let mut asked = 0u64;
         loop {
             let is_in_doubt = self.reads().is_in_doubt();
-            let (piece, share) = match is_in_doubt {
-                true => (self.link().doubtful_piece(), Share::Doubtful),
-                false => (self.link().piece(), Share::Plan),
+            let piece = match is_in_doubt {
+                true => self.link().doubtful_piece(),
+                false => self.link().piece(),
             };
             let gap = self.link().parallel_gap();
             queue.fill(piece * LOOK_AHEAD);
@@ -95,7 +95,7 @@ impl LazyLayer {
             let assumed = || Duration::from_secs_f64(asked as f64 / ASSUMED_NEED);
             let due = Due::At(started + at.unwrap_or_else(assumed));
             let range = queue.range(first, piece, gap);
-            let mut turn = self.link().turn(due, range, share).await;
+            let mut turn = self.turn(due, range).await;
             if let Some((quiet, longest)) = courtesy(self) {
                 self.engine().give_way(quiet, longest, || false).await;
             }
@@ -126,6 +126,19 @@ impl LazyLayer {
             done.unwrap_or(Ok(()))?;
         }
         Ok(())
+    }
+
+    /// Waits for the turn to ask for about so many bytes of a plan: behind tables
+    /// of contents, while it is in doubt.
+    async fn turn(&self, due: Due, bytes: u64) -> Turn {
+        if self.reads().is_in_doubt() {
+            tokio::select! {
+                biased;
+                turn = self.link().turn(due, bytes, Share::Doubtful) => return turn,
+                () = self.reads().without_doubt() => {}
+            }
+        }
+        self.link().turn(due, bytes, Share::Plan).await
     }
 }
 
