@@ -43,6 +43,9 @@ const FAR: Duration = Duration::from_millis(60);
 /// A miss costs so much even where the registry is next door: requests,
 /// decoding, and a link that is idle until the reader goes on.
 const LEAST_MISS: Duration = Duration::from_millis(5);
+/// Over a faster link bytes are no cheaper: a processor verifies and stores
+/// about so many compressed bytes a second, and the program needs it as well.
+const DIGESTED: f64 = 60e6;
 /// A sequential reader may be busy with something else for about this long.
 const WINDOW: Duration = Duration::from_millis(500);
 /// How much earlier than needed the next range is asked for: what registries
@@ -187,9 +190,12 @@ impl Link {
         self.piece().min(self.doubtful() / DOUBTFUL_PIECES)
     }
 
-    /// Bytes that could have come while a reader waits for one that misses.
+    /// Bytes that could have come and been stored while a reader waits for one
+    /// that misses.
     pub(super) fn price_of_miss(&self) -> u64 {
-        self.bytes_in(|round_trip| round_trip.max(LEAST_MISS))
+        let state = self.state.lock();
+        let miss = state.round_trip().max(LEAST_MISS);
+        (miss.as_secs_f64() * state.bandwidth().min(DIGESTED)) as u64
     }
 
     /// How far to fetch ahead of a sequential reader at most: one range that
@@ -395,8 +401,19 @@ mod tests {
         assert_eq!(near.worthwhile_gap(), SMALLEST_GAP);
         assert!((390_000..=410_000).contains(&far.worthwhile_gap()));
         assert!((9.9e6..10.1e6).contains(&far.bandwidth()));
+        assert!((390_000..=410_000).contains(&far.price_of_miss()));
         assert_eq!(near.piece(), 500_000);
         assert_eq!(far.piece(), 800_000);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_miss_costs_no_more_than_can_be_stored_meanwhile() {
+        let link = Arc::<Link>::default();
+        for _ in 0..3 {
+            transfer(&link, Duration::from_millis(20), 1_250_000, 20).await;
+        }
+        assert!(link.bandwidth() > 120e6);
+        assert_eq!(link.price_of_miss(), 1_200_000);
     }
 
     #[tokio::test(start_paused = true)]
