@@ -458,6 +458,8 @@ async fn attempt(
             && let Some((quiet, longest)) = courtesy(layer)
             && engine.is_jumped(quiet)
         {
+            // A reader may wait for what is here.
+            decoding.flush().await;
             arriving.pause();
             let awaited = || pending.iter().any(|(claim, _)| claim.is_awaited());
             engine.give_way(quiet, longest, awaited).await;
