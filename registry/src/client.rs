@@ -1,11 +1,9 @@
 //! The handle that everything starts from.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
-use futures_util::future::join_all;
 use http::header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE};
-use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use reqwest::Response;
 use sluice_oci::{Descriptor, Digest, Reference, media_type};
 
@@ -150,54 +148,6 @@ impl Client {
             return Err(self.transport.refusal(context, response).await);
         }
         Ok(response)
-    }
-
-    /// Opens up to `connections` to the first host of the image's registry, and
-    /// has a token for its repository where one is asked for, so that what
-    /// comes next need not wait for either. One is enough where the host speaks
-    /// HTTP/2. A hint, which cannot fail. Returns about how long a round trip
-    /// takes, if the host answered: rather too long than too short.
-    pub async fn connect_ahead(
-        &self,
-        reference: &Reference,
-        connections: usize,
-    ) -> Option<Duration> {
-        let host = reference.host().to_owned();
-        let context = &Context {
-            action: "connect to",
-            subject: host.clone(),
-            host,
-        };
-        let endpoints = self
-            .transport
-            .endpoints(reference, Purpose::Pull, context)
-            .unwrap_or_default();
-        let endpoint = endpoints.first()?;
-        let context = &endpoint.context(context);
-        let scope = Scope::pull(reference.repository());
-        let call = &Call::new(Method::GET, endpoint, &scope, context);
-        // To connect takes one, TLS another, and the answer the last.
-        let round_trips = if endpoint.is_plain() { 2 } else { 3 };
-        let touch = || async move {
-            let sent = Instant::now();
-            let touched = self.transport.touch(call).await;
-            touched
-                .map(|version| (version, sent.elapsed() / round_trips))
-                .inspect_err(|error| tracing::debug!("not connected ahead: {error}"))
-        };
-        let mut wanted = connections;
-        let mut first = None;
-        if !endpoint.is_plain() {
-            let (version, round_trip) = touch().await.ok()?;
-            if version >= Version::HTTP_2 {
-                return Some(round_trip);
-            }
-            first = Some(round_trip);
-            wanted = wanted.saturating_sub(1);
-        }
-        let others = join_all((0..wanted).map(|_| touch())).await;
-        let others = others.into_iter().flatten();
-        others.map(|(_, took)| took).chain(first).min()
     }
 
     /// A handle on a blob of the repository that `reference` names; its tag

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use sluice_oci::{Digest, Reference};
-use sluice_registry::{BlobSource, ByteRange, Client, Config, ErrorKind};
+use sluice_registry::{BlobSource, ByteRange, Client, Config, Connections, ErrorKind};
 use support::fault_server::{FaultServer, Reply, Request};
 use tempfile::TempDir;
 
@@ -142,7 +142,12 @@ async fn a_token_is_there_before_it_is_needed() {
     let registry = TokenRegistry::start(300).await;
     let (client, _directory) = logged_in(&registry.server, PASSWORD);
     let image = reference(&registry.server, "team/app");
-    client.connect_ahead(&image, 6).await;
+    let connections = Connections {
+        near: 6,
+        far: 6,
+        far_from: Duration::ZERO,
+    };
+    client.connect_ahead(&image, connections).await;
     let tokens = registry.tokens();
     assert_eq!(tokens.len(), 1);
     let scope = "scope=repository%3Ateam%2Fapp%3Apull";

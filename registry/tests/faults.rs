@@ -9,7 +9,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::future::join_all;
 use sluice_oci::{Digest, Reference};
-use sluice_registry::{Blob, BlobSource, ByteRange, Client, Config, Error, ErrorKind, RetryPolicy};
+use sluice_registry::{
+    Blob, BlobSource, ByteRange, Client, Config, Connections, Error, ErrorKind, RetryPolicy,
+};
 use support::fault_server::{FaultServer, Reply, Request, hang_up, silence};
 
 const SIZE: usize = 200_000;
@@ -518,12 +520,21 @@ async fn crowd(count: usize) -> FaultServer {
     .await
 }
 
+/// So many connections to a host that never counts as far away.
+fn near(count: usize) -> Connections {
+    Connections {
+        near: count,
+        far: 100,
+        far_from: Duration::from_secs(60),
+    }
+}
+
 #[tokio::test]
 async fn connections_are_there_before_they_are_needed() {
     const COUNT: usize = 6;
     let server = crowd(COUNT).await;
     let client = support::client();
-    let round_trip = client.connect_ahead(&image(&server), COUNT).await;
+    let round_trip = client.connect_ahead(&image(&server), near(COUNT)).await;
     assert!(round_trip.is_some());
     assert_eq!(server.log(), vec!["GET /v2/"; COUNT]);
     assert_eq!(server.connections(), COUNT);
@@ -534,6 +545,21 @@ async fn connections_are_there_before_they_are_needed() {
     let blob = client.blob(&image(&server), Digest::of(&content()));
     join_all((0..COUNT).map(|_| part_is_right(&blob))).await;
     assert_eq!((server.count(), server.connections()), (2 * COUNT, COUNT));
+}
+
+#[tokio::test]
+async fn more_connections_are_opened_to_a_host_that_is_far_away() {
+    // None is answered before all have come.
+    let server = crowd(7).await;
+    let connections = Connections {
+        near: 3,
+        far: 7,
+        far_from: Duration::from_millis(1),
+    };
+    let client = support::client();
+    let round_trip = client.connect_ahead(&image(&server), connections).await;
+    assert!(round_trip.is_some());
+    assert_eq!((server.count(), server.connections()), (7, 7));
 }
 
 #[tokio::test]
@@ -550,7 +576,7 @@ async fn connecting_ahead_tries_once_and_never_fails() {
     ] {
         let server = server(vec![answer.clone(); COUNT]).await;
         let client = support::impatient_client();
-        client.connect_ahead(&image(&server), COUNT).await;
+        client.connect_ahead(&image(&server), near(COUNT)).await;
         assert_eq!(server.count(), COUNT, "{answer:?}");
         // What came of it is not held against the registry.
         let blob = client.blob(&image(&server), Digest::of(&content()));
@@ -560,6 +586,6 @@ async fn connecting_ahead_tries_once_and_never_fails() {
     // One at whose address nobody listens.
     let gone = server(Vec::new()).await.host.clone();
     let gone = format!("{gone}/app:v1").parse().unwrap();
-    let round_trip = support::client().connect_ahead(&gone, COUNT).await;
+    let round_trip = support::client().connect_ahead(&gone, near(COUNT)).await;
     assert_eq!(round_trip, None);
 }

@@ -7,6 +7,7 @@ mod support;
 use std::convert::Infallible;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Request, Response, Version};
@@ -18,7 +19,7 @@ use rustls::RootCertStore;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::server::WebPkiClientVerifier;
 use sluice_oci::{Digest, Reference};
-use sluice_registry::{Client, Config, ErrorKind};
+use sluice_registry::{Client, Config, Connections, ErrorKind};
 use support::fault_server::{FaultServer, Reply};
 use tempfile::TempDir;
 use tokio::net::TcpListener;
@@ -188,18 +189,32 @@ async fn http_2_is_used_where_it_is_offered() {
 }
 
 #[tokio::test]
-async fn one_connection_is_made_ahead_where_one_is_enough() {
-    for (protocols, expected) in [
-        (&[&b"h2"[..], b"http/1.1"][..], vec![Version::HTTP_2; 1]),
-        (&[b"http/1.1"], vec![Version::HTTP_11; 4]),
+async fn as_many_connections_are_made_ahead_as_the_first_one_calls_for() {
+    let connections = |far_from| Connections {
+        near: 4,
+        far: 6,
+        far_from,
+    };
+    let (near, far) = (Duration::from_secs(60), Duration::ZERO);
+    for (protocols, far_from, expected) in [
+        (&[&b"h2"[..], b"http/1.1"][..], near, vec![Version::HTTP_2]),
+        (&[b"h2", b"http/1.1"], far, vec![Version::HTTP_2]),
+        (&[b"http/1.1"], near, vec![Version::HTTP_11; 4]),
+        (&[b"http/1.1"], far, vec![Version::HTTP_11; 6]),
     ] {
         let server = TlsServer::start(protocols).await;
-        server.client().connect_ahead(&server.image(), 4).await;
+        let (client, connections) = (server.client(), connections(far_from));
+        let round_trip = client.connect_ahead(&server.image(), connections).await;
+        assert!(round_trip.is_some());
         assert_eq!(*server.versions.lock().unwrap(), expected);
     }
     // Who is not trusted is not asked again.
     let server = TlsServer::start(&[]).await;
-    support::client().connect_ahead(&server.image(), 4).await;
+    let client = support::client();
+    let refused = client
+        .connect_ahead(&server.image(), connections(far))
+        .await;
+    assert_eq!(refused, None);
     assert!(server.versions.lock().unwrap().is_empty());
 }
 

@@ -111,7 +111,7 @@ impl Engine {
         let mut soon: BTreeMap<u64, Unit> = BTreeMap::new();
         let mut asked = 0;
         loop {
-            let piece = link.doubtful_piece();
+            let piece = link.piece_of_plan(true);
             let mut in_sight: u64 = soon.values().map(|unit| unit.size).sum();
             while in_sight < piece * LOOK_AHEAD
                 && let Some((unit, at)) = wanted.next()

@@ -147,11 +147,7 @@ async fn fetch(
             if let Some((quiet, longest)) = courtesy(by) {
                 engine.give_way(quiet, longest, || false).await;
             }
-            let piece = match is_in_doubt {
-                true => link.doubtful_piece(),
-                false => link.piece(),
-            };
-            let len = piece.min(size - next);
+            let len = link.piece_of_plan(is_in_doubt).min(size - next);
             let permit = engine.admission().admit(Priority::Prefetch, len).await;
             let offset = next;
             next += len;

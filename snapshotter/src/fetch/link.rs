@@ -185,9 +185,12 @@ impl Link {
         }
     }
 
-    /// The length of one range of that.
-    pub(super) fn doubtful_piece(&self) -> u64 {
-        self.piece().min(self.doubtful() / DOUBTFUL_PIECES)
+    /// The length of one range of a plan.
+    pub(super) fn piece_of_plan(&self, is_in_doubt: bool) -> u64 {
+        match is_in_doubt {
+            true => self.piece().min(self.doubtful() / DOUBTFUL_PIECES),
+            false => self.piece(),
+        }
     }
 
     /// Bytes that could have come and been stored while a reader waits for one

@@ -71,10 +71,7 @@ impl LazyLayer {
         let mut asked = 0u64;
         loop {
             let is_in_doubt = self.reads().is_in_doubt();
-            let piece = match is_in_doubt {
-                true => self.link().doubtful_piece(),
-                false => self.link().piece(),
-            };
+            let piece = self.link().piece_of_plan(is_in_doubt);
             let gap = self.link().parallel_gap();
             queue.fill(piece * LOOK_AHEAD);
             let new = std::mem::take(&mut queue.new);

@@ -2,13 +2,12 @@
 //! beforehand.
 
 use std::collections::HashMap;
-use std::pin::pin;
 use std::time::Duration;
 
 use futures_util::future::join_all;
 use parking_lot::Mutex;
 use sluice_oci::{Descriptor, Digest, Reference};
-use sluice_registry::Client;
+use sluice_registry::Connections;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
@@ -19,13 +18,14 @@ use crate::service::LayerRequest;
 
 /// To a registry from which an image is about to be pulled: its table of
 /// contents, what profiles are attached to it, and the first of what it reads
-/// are asked for at once.
-const CONNECTIONS: usize = 10;
-/// To one that has not answered after so long, more of them: all requests of a
-/// prefetch and two of readers then find one. Over a shorter round trip, to open
+/// are asked for at once. To one that is far away, all requests of a prefetch
+/// and two of readers find a connection; over a shorter round trip, to open
 /// those that nobody needs takes more time than is saved.
-const FURTHER_CONNECTIONS: usize = 8;
-const FAR: Duration = Duration::from_millis(60);
+const CONNECTIONS: Connections = Connections {
+    near: 10,
+    far: 18,
+    far_from: Duration::from_millis(30),
+};
 
 /// How long connections are waited for that are being opened, rather than that
 /// others are opened.
@@ -72,7 +72,7 @@ impl Node {
         let (client, of) = (self.0.remote.client().clone(), reference.clone());
         let link = self.0.engine.link(reference.host());
         let connecting = tokio::spawn(async move {
-            if let Some(round_trip) = connect(&client, &of, FAR).await {
+            if let Some(round_trip) = client.connect_ahead(&of, CONNECTIONS).await {
                 link.suppose(round_trip);
             }
         });
@@ -129,80 +129,5 @@ impl Node {
             }
         }))
         .await;
-    }
-}
-
-/// Opens connections to the image's registry, and more of them if it has not
-/// answered after `patience`; nobody waits for those. About how long a round
-/// trip takes.
-async fn connect(client: &Client, of: &Reference, patience: Duration) -> Option<Duration> {
-    let mut first = pin!(client.connect_ahead(of, CONNECTIONS));
-    match timeout(patience, &mut first).await {
-        Ok(round_trip) => round_trip,
-        Err(_) => {
-            let (client, of) = (client.clone(), of.clone());
-            tokio::spawn(async move { client.connect_ahead(&of, FURTHER_CONNECTIONS).await });
-            first.await
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::sync::Arc;
-    use std::sync::atomic::{AtomicUsize, Ordering};
-
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-    use tokio::net::TcpListener;
-    use tokio::sync::Semaphore;
-
-    use super::*;
-
-    /// Answers so many requests, each on a connection of its own, once it may;
-    /// counts them.
-    async fn registry(may_answer: &Arc<Semaphore>) -> (Reference, Arc<AtomicUsize>) {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let host = listener.local_addr().unwrap();
-        let asked = Arc::new(AtomicUsize::new(0));
-        let (may_answer, count) = (Arc::clone(may_answer), Arc::clone(&asked));
-        tokio::spawn(async move {
-            while let Ok((mut stream, _)) = listener.accept().await {
-                let (may_answer, count) = (Arc::clone(&may_answer), Arc::clone(&count));
-                tokio::spawn(async move {
-                    let read = stream.read(&mut [0; 4096]).await;
-                    count.fetch_add(usize::from(read.is_ok_and(|n| n > 0)), Ordering::Relaxed);
-                    may_answer.acquire().await.unwrap().forget();
-                    let answer = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n";
-                    stream.write_all(answer).await.unwrap();
-                    // Stays open.
-                    let _ = stream.read(&mut [0; 1]).await;
-                });
-            }
-        });
-        (format!("{host}/app:v1").parse().unwrap(), asked)
-    }
-
-    #[tokio::test]
-    async fn more_connections_are_opened_to_a_registry_that_is_far_away() {
-        let client = super::super::tests::client();
-        let near = Arc::new(Semaphore::new(CONNECTIONS));
-        let (of, asked) = registry(&near).await;
-        let round_trip = connect(&client, &of, Duration::from_secs(60)).await;
-        assert!(round_trip.is_some());
-        assert_eq!(asked.load(Ordering::Relaxed), CONNECTIONS);
-
-        let far = Arc::new(Semaphore::new(0));
-        let (of, asked) = registry(&far).await;
-        let all = CONNECTIONS + FURTHER_CONNECTIONS;
-        let answered = async {
-            while asked.load(Ordering::Relaxed) < all {
-                tokio::task::yield_now().await;
-            }
-            far.add_permits(all);
-        };
-        let connected = connect(&client, &of, Duration::from_millis(1));
-        let (round_trip, ()) = tokio::join!(connected, answered);
-        assert!(round_trip.is_some());
-        assert_eq!(asked.load(Ordering::Relaxed), all);
     }
 }
