@@ -309,6 +309,11 @@ impl Engine {
         let _ = timeout(longest, free).await;
     }
 
+    /// Somebody waits for what others fetch: they are to know.
+    pub(super) fn join(&self) {
+        self.0.demand.changed.notify_waiters();
+    }
+
     /// Returns when a reader has come to wait for the caller's own work.
     pub(super) async fn joined(&self, awaited: impl Fn() -> bool) {
         loop {
@@ -359,11 +364,6 @@ impl DemandGuard {
         if !std::mem::replace(&mut self.jumps, true) {
             self.engine.0.demand.jumping.fetch_add(1, Ordering::AcqRel);
         }
-    }
-
-    /// The reader waits for what others fetch: they are to know.
-    pub(super) fn join(&self) {
-        self.engine.0.demand.changed.notify_waiters();
     }
 }
 

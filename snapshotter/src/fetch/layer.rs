@@ -235,7 +235,7 @@ impl LazyLayer {
                 .in_flight
                 .join(units.iter().copied(), |u| self.has_unit(u));
             if claims.len() < waiters.len() {
-                demand.join();
+                self.engine.join();
             }
             // What comes by plan needs no way made for it.
             let beside = |&chunk: &ChunkId| !self.reads.is_planned(chunk, &table.get(chunk));

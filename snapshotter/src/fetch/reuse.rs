@@ -93,6 +93,9 @@ impl LazyLayer {
             Some(terms) => self.request_on(parted.rest, terms),
             None => self.request(parted.rest, &asked.units),
         }
+        if !parted.coming.is_empty() {
+            self.engine.join();
+        }
         for (claim, waiters) in parted.coming {
             let layer = Arc::clone(&self);
             let (units, range) = (asked.units.clone(), asked.range.clone());

@@ -246,6 +246,31 @@ async fn layers_that_fetch_the_same_at_once_share_it() {
     until(|| first.nothing_is_held() && second.nothing_is_held()).await;
 }
 
+#[tokio::test(start_paused = true)]
+async fn regression_a_prefetch_gives_no_way_to_who_waits_for_it_in_another_layer() {
+    let node = Node::new();
+    let first = node.layer(version(4, 4), &chunks_of(60_000));
+    let second = node.layer(version(4, 3), &chunks_of(60_000));
+    first.source.gate.send_replace(0);
+    let order: Vec<_> = first
+        .layer
+        .dir()
+        .chunks()
+        .overlapping(0, u64::MAX)
+        .collect();
+    let _prefetch = first.layer.prefetch(Plan::Order(order.into()));
+    until(|| !first.source.requests.lock().is_empty()).await;
+    let mut other = node.engine.demand();
+    other.jump();
+    first.layer.judge_plan(false);
+    first.source.gate.send_replace(u64::MAX);
+    // Before the next file it gives way.
+    until(|| first.layer.dir().present().count() == 1).await;
+    let reading = tokio::time::timeout(Duration::from_millis(20), second.read(1));
+    reading.await.expect("at once").unwrap();
+    assert_eq!(second.source.take_requests(), []);
+}
+
 #[tokio::test]
 async fn a_file_that_is_in_a_layer_twice_is_fetched_once() {
     let node = Node::new();
