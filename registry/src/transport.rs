@@ -14,7 +14,7 @@ use sluice_oci::{Digest, Reference};
 use crate::auth::{Auth, Challenge, Scope, log_in};
 use crate::endpoint::{Endpoint, shown};
 use crate::error::{Context, Error, ErrorKind, printable};
-use crate::hosts::{Capabilities, Health, Hosts, Round, authority};
+use crate::hosts::{Capabilities, Health, Host, Hosts, Round, authority};
 use crate::http_client::{broken_body, log_answer, no_answer};
 use crate::redirect::{Key, Redirects};
 use crate::retry::{Attempts, retry_after};
@@ -121,9 +121,16 @@ impl Transport {
         context: &Context,
     ) -> Result<Vec<Endpoint>, Error> {
         let hosts = self.hosts.of(reference.host(), context)?;
-        let endpoints: Vec<_> = hosts
-            .iter()
-            .filter(|host| purpose.suits(host.capabilities))
+        let mut suitable: Vec<&Arc<Host>> = Vec::new();
+        for host in hosts.iter().filter(|h| purpose.suits(h.capabilities)) {
+            // A file may name the registry's own host to say how to speak to it.
+            // Asked once more without that, it would fail, and be left alone.
+            if suitable.iter().all(|other| other.root != host.root) {
+                suitable.push(host);
+            }
+        }
+        let endpoints: Vec<_> = suitable
+            .into_iter()
             .map(|host| Endpoint::new(Arc::clone(host), reference.repository()))
             .collect();
         if endpoints.is_empty() {

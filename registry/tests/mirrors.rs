@@ -300,6 +300,29 @@ async fn headers_and_credentials_are_one_hosts_alone() {
 }
 
 #[tokio::test]
+async fn regression_a_host_that_is_named_twice_is_asked_once() {
+    let world = World::with(
+        |r, _| good(r),
+        |request, _| match request.header("x-key") {
+            Some(_) if request.target.contains("/manifests/") => Reply::new(404, ""),
+            Some(_) => good(request),
+            None => hang_up(),
+        },
+        "",
+    )
+    .await;
+    let text = format!(
+        "server = \"http://{0}\"\n[host.\"http://{0}\".header]\nx-key = \"k\"",
+        world.server.host
+    );
+    std::fs::write(world.directory.path().join("r.example/hosts.toml"), text).unwrap();
+    let error = world.client.manifest(&world.image()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
+    read(&world.blob().without_retries()).await.unwrap();
+    assert_eq!(world.counts(), (0, 2));
+}
+
+#[tokio::test]
 async fn a_bad_file_is_told_with_its_line() {
     let world = World::with(|r, _| good(r), |r, _| good(r), "capabilities = ['fetch']").await;
     let error = world.client.manifest(&world.image()).await.unwrap_err();
