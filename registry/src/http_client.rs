@@ -32,6 +32,9 @@ impl Special {
     }
 }
 
+/// Bytes of an HTTP/2 answer that may come before they are read.
+const STREAM_WINDOW: u32 = 4 << 20;
+
 /// One pool of connections through whatever proxy the environment names, and
 /// one for loopback hosts, which no proxy could reach.
 #[derive(Debug)]
@@ -58,10 +61,10 @@ impl HttpClient {
                 .tcp_keepalive(Duration::from_secs(30))
                 // HTTP/2's initial 64 KiB would cap a stream at one window a
                 // round trip: this much in 100 ms is 320 Mbit/s. All streams
-                // to a host share one connection, which buffers no more than
-                // the second in memory when nobody reads.
-                .http2_initial_stream_window_size(4 << 20)
-                .http2_initial_connection_window_size(16 << 20);
+                // to a host share one connection. Nobody is to wait because
+                // others do not read theirs, so it has room for 32 of them.
+                .http2_initial_stream_window_size(STREAM_WINDOW)
+                .http2_initial_connection_window_size(32 * STREAM_WINDOW);
             let builder = match &special.proxy {
                 Some(proxy) => {
                     let proxy = reqwest::Proxy::all(proxy.clone());

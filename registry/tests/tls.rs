@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::future::join_all;
 use http::{Request, Response, Version};
 use http_body_util::Full;
 use hyper::body::Incoming;
@@ -73,9 +74,17 @@ struct TlsServer {
     _directory: TempDir,
 }
 
-/// Blobs are elsewhere, without TLS.
+/// The digest of a blob of 5 MiB, as far as anybody knows.
+fn large() -> Digest {
+    Digest::of(b"large")
+}
+
+/// All blobs but the large one are elsewhere, without TLS.
 fn answer(path: &str) -> Response<Full<Bytes>> {
     let response = Response::builder();
+    if path.ends_with(&large().to_string()) {
+        return response.body(Full::from(vec![0; 5 << 20])).unwrap();
+    }
     let response = match path.contains("/blobs/") {
         true => response
             .status(307)
@@ -216,6 +225,29 @@ async fn as_many_connections_are_made_ahead_as_the_first_one_calls_for() {
         .await;
     assert_eq!(refused, None);
     assert!(server.versions.lock().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn regression_answers_that_nobody_reads_hold_up_no_other() {
+    let server = TlsServer::start(&[b"h2"]).await;
+    let client = server.client();
+    let blob = client.blob(&server.image(), large());
+    // With the one below, as many as the daemon has requests under way.
+    let unread = join_all((0..31).map(|_| blob.whole())).await;
+    assert!(unread.iter().all(Result::is_ok));
+    // By then as much has come as may.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let image = server.image();
+    let other = tokio::time::timeout(Duration::from_secs(5), client.manifest(&image));
+    other.await.expect("it does not come").unwrap();
+    assert!(
+        server
+            .versions
+            .lock()
+            .unwrap()
+            .iter()
+            .all(|&v| v == Version::HTTP_2)
+    );
 }
 
 #[tokio::test]
