@@ -29,6 +29,7 @@ pub mod scratch;
 pub mod snapshots;
 pub mod soak;
 pub mod systemd;
+pub mod tls;
 pub mod tools;
 pub mod tree;
 

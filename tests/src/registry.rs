@@ -13,6 +13,7 @@ use sluice_oci::Manifest;
 use crate::command::{run, text, wait_for};
 use crate::link::Link;
 use crate::scratch::{Process, Scratch};
+use crate::tls::Identity;
 use crate::tools::push_dir;
 
 /// The one account of a registry with a password.
@@ -30,24 +31,39 @@ pub struct Registry {
     process: Mutex<Process>,
 }
 
+/// Who gets in.
+enum Access {
+    Open,
+    Password,
+    Tls(Identity),
+}
+
 impl Registry {
     /// On loopback, open to everyone.
     pub fn start(scratch: &Scratch) -> Result<Self> {
-        Self::start_on_loopback(scratch, false)
+        Self::start_on_loopback(scratch, &Access::Open)
     }
 
     /// On loopback, for [`USER`] alone.
     pub fn start_with_password(scratch: &Scratch) -> Result<Self> {
-        Self::start_on_loopback(scratch, true)
+        Self::start_on_loopback(scratch, &Access::Password)
     }
 
-    fn start_on_loopback(scratch: &Scratch, password: bool) -> Result<Self> {
+    /// On loopback, by TLS and HTTP/2 for those who trust its authority. (The
+    /// tools that push here ask for no certificate.)
+    pub fn start_with_tls(scratch: &Scratch) -> Result<(Self, Identity)> {
+        let identity = Identity::make(&scratch.fresh_dir("identity")?)?;
+        let access = Access::Tls(identity.clone());
+        Ok((Self::start_on_loopback(scratch, &access)?, identity))
+    }
+
+    fn start_on_loopback(scratch: &Scratch, access: &Access) -> Result<Self> {
         // Another process may take the port between the two binds: try again.
         let mut last = None;
         for _ in 0..5 {
             let port = free_port()?;
             let start = Command::new("docker-registry");
-            match Self::start_at(scratch, start, Ipv4Addr::LOCALHOST, port, password) {
+            match Self::start_at(scratch, start, Ipv4Addr::LOCALHOST, port, access) {
                 Ok(registry) => return Ok(registry),
                 Err(error) => last = Some(error),
             }
@@ -58,7 +74,7 @@ impl Registry {
     /// At the far end of a link.
     pub fn start_behind(scratch: &Scratch, link: &Link) -> Result<Self> {
         let start = link.far_command("docker-registry");
-        Self::start_at(scratch, start, link.far_address(), 5000, false)
+        Self::start_at(scratch, start, link.far_address(), 5000, &Access::Open)
     }
 
     fn start_at(
@@ -66,7 +82,7 @@ impl Registry {
         command: Command,
         address: Ipv4Addr,
         port: u16,
-        password: bool,
+        access: &Access,
     ) -> Result<Self> {
         let dir = scratch.fresh_dir("registry")?;
         let host = format!("{address}:{port}");
@@ -74,16 +90,26 @@ impl Registry {
             "version: 0.1\n\
              log: {{level: warn}}\n\
              storage:\n  filesystem: {{rootdirectory: {}}}\n  delete: {{enabled: true}}\n\
-             http: {{addr: \"{host}\"}}\n",
+             http:\n  addr: \"{host}\"\n",
             dir.join("storage").display()
         );
-        if password {
-            let file = dir.join("htpasswd");
-            fs::write(&file, HTPASSWD)?;
-            config += &format!(
-                "auth:\n  htpasswd: {{realm: test, path: {}}}\n",
-                file.display()
-            );
+        match access {
+            Access::Open => {}
+            Access::Password => {
+                let file = dir.join("htpasswd");
+                fs::write(&file, HTPASSWD)?;
+                config += &format!(
+                    "auth:\n  htpasswd: {{realm: test, path: {}}}\n",
+                    file.display()
+                );
+            }
+            Access::Tls(identity) => {
+                config += &format!(
+                    "  tls: {{certificate: {}, key: {}}}\n",
+                    identity.certificate.display(),
+                    identity.key.display()
+                );
+            }
         }
         fs::write(dir.join("config.yml"), config)?;
         Ok(Self {

@@ -13,6 +13,7 @@ use clap::Parser;
 use serde::Serialize;
 use sluice_benches::median;
 use sluice_benches::rig::chart::{Bar, Group, Waterfall, comparison, waterfall};
+use sluice_benches::rig::front::Protocol;
 use sluice_benches::rig::limit::{Need, Tables};
 use sluice_benches::rig::link::Shape;
 use sluice_benches::rig::node::{Node, SLUICE, Start, UNSHAPED};
@@ -51,6 +52,9 @@ struct Arguments {
     /// The layer format: estargz or zstd-chunked
     #[arg(long, default_value = "zstd-chunked")]
     format: String,
+    /// What the registry speaks: with TLS, waterfalls stay empty
+    #[arg(long, value_enum, default_value = "http")]
+    protocol: Protocol,
     /// Arguments for `sluice convert`, such as --chunk-size=65536
     #[arg(long, allow_hyphen_values = true)]
     convert: Vec<String>,
@@ -119,7 +123,7 @@ fn main() -> Result<()> {
     let out = programs::target_dir().join("cold-start");
     fs::create_dir_all(&out).with_context(|| format!("cannot make {}", out.display()))?;
     let mut rig = Rig {
-        node: Node::start()?,
+        node: Node::start(arguments.protocol)?,
         arguments: &arguments,
         out,
     };

@@ -14,6 +14,7 @@ use anyhow::{Context as _, Result, ensure};
 use clap::{Parser, ValueEnum};
 use serde_json::{Value, json};
 use sluice_benches::median;
+use sluice_benches::rig::front::Protocol;
 use sluice_benches::rig::link::Shape;
 use sluice_benches::rig::node::{NO_DOWNLOAD, Node, SLUICE, UNSHAPED, processor_seconds};
 use sluice_benches::rig::workloads::{ALL, Workload};
@@ -77,8 +78,9 @@ enum What {
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
     ensure!(arguments.rounds > 0, "--rounds 0 measures nothing");
+    let daemons = [(SLUICE, NO_DOWNLOAD), (DOWNLOADING, AT_ONCE)];
     let mut bench = Bench {
-        node: Node::start_with(&[(SLUICE, NO_DOWNLOAD), (DOWNLOADING, AT_ONCE)])?,
+        node: Node::start_with(&daemons, Protocol::Http)?,
         arguments: &arguments,
     };
     let mut report = serde_json::Map::new();

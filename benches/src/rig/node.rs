@@ -1,6 +1,7 @@
 //! The node under test: registry, link, containerd, and a daemon or several.
 
-use std::path::Path;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -10,9 +11,10 @@ use sluice_layer::Profile;
 use sluice_tests::command::{attempt, run};
 use sluice_tests::daemon::Options;
 use sluice_tests::figures::{forget_peak, memory};
+use sluice_tests::tls::trust;
 use sluice_tests::{Containerd, Daemon, Process, Registry, Scratch, programs};
 
-use super::front::Front;
+use super::front::{Front, Protocol};
 use super::link::{Link, Shape, Transfer};
 use crate::at_first_output;
 
@@ -28,7 +30,9 @@ pub struct Node {
     pub scratch: Scratch,
     /// In a network namespace of its own, at the far end.
     pub registry: Registry,
-    _front: Front,
+    front: Front,
+    /// Where clients find whom to trust, if the registry speaks TLS.
+    hosts: Option<PathBuf>,
     /// What pulls go through.
     pub link: Link,
     /// By the names of their snapshotters.
@@ -80,17 +84,17 @@ pub struct Start {
 impl Node {
     /// Starts everything, with a link that is not shaped yet and the one daemon
     /// of [`SLUICE`].
-    pub fn start() -> Result<Self> {
-        Self::start_with(&[(SLUICE, NO_DOWNLOAD)])
+    pub fn start(protocol: Protocol) -> Result<Self> {
+        Self::start_with(&[(SLUICE, NO_DOWNLOAD)], protocol)
     }
 
     /// With daemons by the names of their snapshotters, each with lines of its
     /// own in its configuration.
-    pub fn start_with(daemons: &[(&'static str, &str)]) -> Result<Self> {
+    pub fn start_with(daemons: &[(&'static str, &str)], protocol: Protocol) -> Result<Self> {
         let scratch = Scratch::new()?;
         let namespace = sluice_tests::Link::new(&scratch)?;
         let registry = Registry::start_behind(&scratch, &namespace)?;
-        let front = Front::start(&scratch, &namespace, &registry)?;
+        let front = Front::start(&scratch, &namespace, &registry, protocol)?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
@@ -104,6 +108,15 @@ impl Node {
             Ok((name, Daemon::start(&scratch, &options)?))
         };
         let daemons: Vec<_> = daemons.iter().map(start).collect::<Result<_>>()?;
+        let mut hosts = None;
+        if let Some(authority) = front.authority() {
+            let own = scratch.fresh_dir("hosts")?;
+            let trusting = daemons.iter().map(|(_, daemon)| daemon.hosts_dir());
+            for dir in trusting.chain([own.clone()]) {
+                trust(&dir, &link.host(), authority)?;
+            }
+            hosts = Some(own);
+        }
         let snapshotters: Vec<_> = daemons.iter().map(|(name, d)| (*name, d)).collect();
         let containerd = Containerd::start_with(&scratch, &snapshotters)?;
         let mut events = Command::new("ctr");
@@ -115,7 +128,8 @@ impl Node {
         Ok(Self {
             scratch,
             registry,
-            _front: front,
+            front,
+            hosts,
             link,
             daemons,
             containerd,
@@ -207,6 +221,7 @@ impl Node {
             .args(["--namespace", self.containerd.namespace()])
             .arg("--address")
             .arg(daemon.socket())
+            .args(self.hosts_arguments())
             .arg(self.reference(image))
             .arg("--");
         Ok(record)
@@ -243,6 +258,7 @@ impl Node {
         process.map_or(Ok(()), forget_peak)?;
         let cpu = process.map_or(Ok(0.0), processor_seconds)?;
         self.link.reset(shape);
+        self.front.forget()?;
         let clock = Clock::start()?;
         run(&mut pull)?;
         let pulled = clock.elapsed();
@@ -279,12 +295,24 @@ impl Node {
 
     fn pull_command(&self, reference: &str, snapshotter: &str) -> Result<Command> {
         if snapshotter != "overlayfs" {
-            return self.containerd.lazy_pull_command(reference, snapshotter);
+            let mut pull = self.containerd.lazy_pull_command(reference, snapshotter)?;
+            pull.args(self.hosts_arguments());
+            return Ok(pull);
         }
         let mut pull = self.containerd.ctr();
-        pull.args(["images", "pull", "--plain-http", "--snapshotter"])
-            .args([snapshotter, reference]);
+        pull.args(["images", "pull", "--snapshotter", snapshotter]);
+        match &self.hosts {
+            Some(_) => pull.args(self.hosts_arguments()),
+            None => pull.arg("--plain-http"),
+        };
+        pull.arg(reference);
         Ok(pull)
+    }
+
+    /// What tells a client whom to trust.
+    fn hosts_arguments(&self) -> impl Iterator<Item = &OsStr> {
+        let hosts = self.hosts.iter();
+        hosts.flat_map(|dir| [OsStr::new("--hosts-dir"), dir.as_os_str()])
     }
 
     fn run(
@@ -302,10 +330,16 @@ impl Node {
         // A program that says nothing is ready with its end.
         let first = || {
             let (elapsed, busy) = (clock.elapsed(), busy_seconds());
-            (elapsed, busy, self.link.bytes(), self.link.transfers())
+            let transfers = self.link.transfers();
+            // What is sent by TLS the link does not see.
+            let requests = match self.hosts {
+                Some(_) => self.front.requests(),
+                None => Ok(transfers.len()),
+            };
+            (elapsed, busy, self.link.bytes(), requests, transfers)
         };
         let (first, _, rest) = at_first_output(&mut command, first)?;
-        let (ready, busy, bytes, transfers) = first;
+        let (ready, busy, bytes, requests, transfers) = first;
         ensure!(
             rest.status.success(),
             "{program:?} in {reference} ended with {}: {}\n{}",
@@ -332,7 +366,7 @@ impl Node {
                 ready: ready.max(started),
             },
             bytes,
-            requests: transfers.len(),
+            requests: requests?,
             daemon_cpu: 0.0,
             busy: busy? - clock.busy,
             daemon_peak_kib: 0,
