@@ -52,30 +52,31 @@ impl Client {
             far,
             far_from,
         } = connections;
-        if !endpoint.is_plain() {
+        let told = if endpoint.is_plain() {
+            let mut first = pin!(self.touch(reference, &endpoint, near));
+            match timeout(far_from * round_trips(&endpoint), &mut first).await {
+                Ok(told) => told,
+                Err(_) => {
+                    let (client, of) = (self.clone(), reference.clone());
+                    let (endpoint, more) = (endpoint.clone(), far.saturating_sub(near));
+                    tokio::spawn(async move { client.touch(&of, &endpoint, more).await });
+                    first.await
+                }
+            }
+        } else {
             // The first tells how many more it takes.
-            let (version, round_trip) = shortest(&self.touch(reference, &endpoint, 1).await)?;
+            let mut told = self.touch(reference, &endpoint, 1).await;
+            let &(version, round_trip) = told.first()?;
             let wanted = match round_trip < far_from {
                 _ if version >= Version::HTTP_2 => 1,
                 true => near,
                 false => far,
             };
             let others = wanted.saturating_sub(1);
-            let told = self.touch(reference, &endpoint, others).await;
-            let others = shortest(&told).map(|(_, round_trip)| round_trip);
-            return Some(others.map_or(round_trip, |other| other.min(round_trip)));
-        }
-        let mut first = pin!(self.touch(reference, &endpoint, near));
-        let told = match timeout(far_from * round_trips(&endpoint), &mut first).await {
-            Ok(told) => told,
-            Err(_) => {
-                let (client, of) = (self.clone(), reference.clone());
-                let (endpoint, more) = (endpoint.clone(), far.saturating_sub(near));
-                tokio::spawn(async move { client.touch(&of, &endpoint, more).await });
-                first.await
-            }
+            told.extend(self.touch(reference, &endpoint, others).await);
+            told
         };
-        shortest(&told).map(|(_, round_trip)| round_trip)
+        told.into_iter().map(|(_, round_trip)| round_trip).min()
     }
 
     /// Sends so many requests for nothing at once, each of which takes or opens
@@ -108,11 +109,4 @@ fn about(reference: &Reference) -> Context {
 /// To connect takes one, TLS another, and the answer the last.
 fn round_trips(endpoint: &Endpoint) -> u32 {
     if endpoint.is_plain() { 2 } else { 3 }
-}
-
-/// What the one told that had the shortest round trip.
-fn shortest(told: &[Told]) -> Option<Told> {
-    told.iter()
-        .copied()
-        .min_by_key(|&(_, round_trip)| round_trip)
 }

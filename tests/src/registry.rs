@@ -31,7 +31,7 @@ pub struct Registry {
     process: Mutex<Process>,
 }
 
-/// Who gets in.
+/// Who gets in, and how.
 enum Access {
     Open,
     Password,

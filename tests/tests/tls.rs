@@ -1,6 +1,7 @@
 //! A registry that speaks TLS and HTTP/2, whose authority `hosts.toml` names.
 
 use std::fs;
+use std::path::Path;
 
 use anyhow::{Result, ensure};
 use sluice_tests::command::{run, text};
@@ -13,7 +14,7 @@ use sluice_tests::{Containerd, Daemon, Registry, Scratch};
 const SLUICE: &str = "sluice";
 
 /// One static program, and files that it does not read.
-fn make_image(layout: &std::path::Path) -> Result<()> {
+fn make_image(layout: &Path) -> Result<()> {
     let mut writer = LayoutWriter::new(layout)?;
     let program = fs::read("/sbin/ldconfig")?;
     writer.layer(Compression::Gzip, |to| {
@@ -60,8 +61,8 @@ fn images_are_converted_to_it_and_started_from_it() -> Result<()> {
     let log = daemon.log();
     ensure!(log.contains("version=HTTP/2.0"), "{log}");
     ensure!(!log.contains("version=HTTP/1.1"), "{log}");
-    // That no profile is attached, a registry says by 404. It is asked once, and
-    // stays who is asked for content.
+    // It has no attached profile. That it says so is no reason to ask it in
+    // another way, nor to leave it alone.
     for trouble in ["other hosts are asked", "the reader waits"] {
         ensure!(!log.contains(trouble), "{log}");
     }

@@ -44,8 +44,7 @@ impl Front {
     ) -> Result<Self> {
         let dir = scratch.fresh_dir("front")?;
         let address = SocketAddr::from((link.far_address(), PORT));
-        let requests = dir.join("requests.log");
-        let (place, log, blobs) = (dir.display(), requests.display(), registry.blobs_dir());
+        let (place, blobs) = (dir.display(), registry.blobs_dir());
         let (blobs, registry) = (blobs.display(), registry.host());
         let paths: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
             .map(|name| format!("    {name}_temp_path {place}/{name};\n"))
@@ -59,12 +58,14 @@ impl Front {
             Protocol::Https => " ssl",
             Protocol::Http2 => " ssl http2",
         };
+        let requests = dir.join("requests.log");
         let shown = identity.iter().map(|identity| {
             format!(
                 "        ssl_certificate {};\n        ssl_certificate_key {};\n\
-                 \x20       ssl_protocols TLSv1.3;\n",
+                 \x20       ssl_protocols TLSv1.3;\n        access_log {};\n",
                 identity.certificate.display(),
-                identity.key.display()
+                identity.key.display(),
+                requests.display()
             )
         });
         let tls: String = shown.collect();
@@ -76,7 +77,7 @@ pid {place}/pid;
 error_log stderr warn;
 events {{ worker_connections 1024; }}
 http {{
-{paths}    access_log {log};
+{paths}    access_log off;
     sendfile on;
     keepalive_requests 1000000;
     server {{
@@ -117,6 +118,7 @@ http {{
     pub fn address(&self) -> SocketAddr {
         self.address
     }
+
     /// Who has signed its certificate, for clients that reach it by 127.0.0.1.
     /// None without TLS.
     pub fn authority(&self) -> Option<&Path> {
@@ -128,7 +130,8 @@ http {{
         Ok(fs::write(&self.requests, "")?)
     }
 
-    /// How many requests it has answered to the end.
+    /// How many requests it has answered to the end. Counted with TLS alone:
+    /// without it the link sees them.
     pub fn requests(&self) -> Result<usize> {
         let log = fs::read(&self.requests)?;
         Ok(log.iter().filter(|&&byte| byte == b'\n').count())

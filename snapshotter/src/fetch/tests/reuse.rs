@@ -89,6 +89,12 @@ fn asked(s: &Setup) -> u64 {
     requests.iter().map(|(start, end)| end - start).sum()
 }
 
+/// A plan of all chunks, in the order of the blob.
+fn everything(s: &Setup) -> Plan {
+    let table = s.layer.dir().chunks();
+    Plan::Order(table.overlapping(0, u64::MAX).collect())
+}
+
 fn reused(s: &Setup) -> u64 {
     s.layer.activity().reused
 }
@@ -252,13 +258,7 @@ async fn regression_a_prefetch_gives_no_way_to_who_waits_for_it_in_another_layer
     let first = node.layer(version(4, 4), &chunks_of(60_000));
     let second = node.layer(version(4, 3), &chunks_of(60_000));
     first.source.gate.send_replace(0);
-    let order: Vec<_> = first
-        .layer
-        .dir()
-        .chunks()
-        .overlapping(0, u64::MAX)
-        .collect();
-    let _prefetch = first.layer.prefetch(Plan::Order(order.into()));
+    let _prefetch = first.layer.prefetch(everything(&first));
     until(|| !first.source.requests.lock().is_empty()).await;
     let mut other = node.engine.demand();
     other.jump();
@@ -295,13 +295,7 @@ async fn nothing_is_fetched_ahead_that_another_layer_has() {
     }
     // Six files are the same; the rest of each way is another.
     let second = node.layer(version(8, 6), &layout);
-    let order: Vec<_> = second
-        .layer
-        .dir()
-        .chunks()
-        .overlapping(0, u64::MAX)
-        .collect();
-    let _prefetch = second.layer.prefetch(Plan::Order(order.into()));
+    let _prefetch = second.layer.prefetch(everything(&second));
     until(|| second.layer.dir().is_complete()).await;
     let units = |s: &Setup, files: std::ops::Range<usize>| {
         let chunks = files.flat_map(|file| (0..3).map(move |chunk| (file, chunk)));
