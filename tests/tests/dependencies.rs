@@ -10,6 +10,7 @@ use sluice_tests::command::{text, wait_for};
 use sluice_tests::daemon::Mode;
 use sluice_tests::image::{self, Compression, LayoutWriter, Meta, Noise, Tarball};
 use sluice_tests::node::snapshotter;
+use sluice_tests::proxy::{Fault, Proxy};
 
 /// Between files, so that none comes along with another: more than is guessed
 /// around a read, however slow the machine makes the link look.
@@ -133,6 +134,34 @@ fn program_that_names(text: &str) -> Vec<u8> {
 #[test]
 fn what_a_container_runs_is_there_before_it_is_run() -> Result<()> {
     let node = Node::start(CONFIGURATION)?;
+    what_runs_is_there(&node, &node.registry.reference("runs:1"), || Ok(()))
+}
+
+/// The same while the registry does not answer whether a profile is attached to
+/// the image.
+#[test]
+fn what_a_container_runs_does_not_wait_for_a_profile() -> Result<()> {
+    let node = Node::start(CONFIGURATION)?;
+    let proxy = Proxy::start(node.registry.host())?;
+    for part_of_path in ["/referrers/", "/manifests/sha256-"] {
+        proxy.fail(part_of_path, u64::MAX, Fault::Stall(0));
+    }
+    what_runs_is_there(&node, &proxy.reference("runs:1"), || {
+        let path = "/manifests/sha256-";
+        ensure!(
+            proxy.requests(path) < proxy.asked(path),
+            "the registry has told whether there is a profile"
+        );
+        Ok(())
+    })
+}
+
+/// `when_there` is called once all of it has come.
+fn what_runs_is_there(
+    node: &Node,
+    reference: &str,
+    when_there: impl Fn() -> Result<()>,
+) -> Result<()> {
     let layout = node.scratch.dir("layout")?;
     let mut writer = LayoutWriter::new(&layout)?;
     let interpreter = program_that_names("/etc/interpreter.conf");
@@ -165,19 +194,19 @@ fn what_a_container_runs_is_there_before_it_is_run() -> Result<()> {
             "Env": ["PATH=/opt/bin:/opt/second"],
         }),
     )?;
-    let reference = node.registry.reference("runs:1");
-    image::convert(&layout, &reference, &[])?;
+    let pushed = node.registry.reference("runs:1");
+    image::convert(&layout, &pushed, &[])?;
+    let layers = node.registry.manifest(&pushed)?.layers;
     for mode in Mode::ALL {
-        node.pull_lazily(&reference, mode)?;
+        node.pull_lazily(reference, mode)?;
         let name = format!("runs-{}", mode.name());
         let command = ["/usr/bin/true", "serve", "--all", "main.conf"];
         let snapshotter = snapshotter(mode);
         text(
             &mut node
                 .containerd
-                .run_command(snapshotter, &reference, &name, &command),
+                .run_command(snapshotter, reference, &name, &command),
         )?;
-        let layers = node.registry.manifest(&reference)?.layers;
         let data = node.layer_dir(mode, &layers[0].digest.hex()).join("data");
         let there = || -> Result<_> {
             let all = fs::read(&data)?;
@@ -189,6 +218,7 @@ fn what_a_container_runs_is_there_before_it_is_run() -> Result<()> {
             let come = std::iter::zip(there()?, expected).all(|(there, wanted)| there || !wanted);
             Ok(come.then_some(()))
         })?;
+        when_there()?;
         assert_eq!(there()?, expected, "{}", mode.name());
     }
     Ok(())

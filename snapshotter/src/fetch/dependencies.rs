@@ -2,7 +2,7 @@
 //! modules that a module imports, and theirs. What these are, somebody else
 //! says; here they are fetched before they are asked for.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -139,6 +139,8 @@ pub(super) struct Followed {
     /// Programs and libraries that are needed: their first chunks, their last,
     /// and when.
     elf: Mutex<BTreeMap<ChunkId, (ChunkId, Need)>>,
+    /// The first chunks of others that have come as guesses.
+    guessed_elf: Mutex<HashSet<ChunkId>>,
 }
 
 impl Followed {
@@ -181,19 +183,23 @@ impl LazyLayer {
             let at_start = needs.iter().filter(|(_, need)| need.is_at_start());
             at_start.map(|(&first, &need)| (first, need)).collect()
         };
+        self.look_again(at_start);
+    }
+
+    /// Looks into what is here of files that are needed then.
+    fn look_again(self: &Arc<Self>, files: Vec<(ChunkId, Need)>) {
         let layer = Arc::clone(self);
         self.spawn(async move {
             let look = move || {
-                for (first, need) in at_start {
-                    layer.look_again(first, need);
+                for (first, need) in files {
+                    layer.look_at_present(first, need);
                 }
             };
             let _ = spawn_blocking(look).await;
         });
     }
 
-    /// Looks into what is here of a file that is needed then.
-    fn look_again(self: &Arc<Self>, first: ChunkId, need: Need) {
+    fn look_at_present(self: &Arc<Self>, first: ChunkId, need: Need) {
         let (table, present) = (self.dir.chunks(), self.dir.present());
         let mut content = Vec::new();
         let last = *table.file_of(first).end();
@@ -227,6 +233,7 @@ impl LazyLayer {
             self.followed.needs.lock().clear();
             self.followed.seen.lock().clear();
             self.followed.elf.lock().clear();
+            self.followed.guessed_elf.lock().clear();
         }
     }
 
@@ -315,6 +322,14 @@ impl LazyLayer {
         }
     }
 
+    /// The file that begins with `first` is one as well, but came as a guess:
+    /// nobody is known to need it.
+    pub(super) fn note_guessed_elf(&self, first: ChunkId) {
+        if self.has_dependencies() {
+            self.followed.guessed_elf.lock().insert(first);
+        }
+    }
+
     /// Where the program or library begins that the chunk is of, and when it is
     /// needed; none if it is of none that is known.
     pub(super) fn elf_of(&self, chunk: ChunkId) -> Option<(ChunkId, Need)> {
@@ -342,7 +357,9 @@ impl LazyLayer {
             return;
         }
         self.fetch_foreseen(&file.missing(small), need);
-        if self.dir.present().contains(file.first) {
+        if self.followed.guessed_elf.lock().remove(&file.first) {
+            self.look_again(vec![(file.first, need)]);
+        } else if self.dir.present().contains(file.first) {
             self.fetch_dependencies(file.first, need);
         }
     }

@@ -141,9 +141,14 @@ impl LazyLayer {
             me.fetch_dependencies(chunk, need);
         }
         let need = known.unwrap_or_else(|| Need::now(self.engine.number_read()));
-        if me.fetch_loaded(chunk, need, content) && (known.is_some() || awaited) {
+        if !me.fetch_loaded(chunk, need, content) {
+            return;
+        }
+        if known.is_some() || awaited {
             me.note_elf(chunk, need);
             me.fetch_named(chunk, need, content);
+        } else {
+            me.note_guessed_elf(chunk);
         }
     }
 

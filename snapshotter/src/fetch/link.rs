@@ -33,7 +33,9 @@ const PARALLEL: u64 = 16;
 /// that waits for its last byte waits no longer.
 const PIECE: Duration = Duration::from_millis(50);
 const SMALLEST_PIECE: u64 = 256 << 10;
-const LARGEST_PIECE: u64 = 8 << 20;
+/// As much as an HTTP/2 answer may have on its way before it is read: of a
+/// longer one, the rest would take another round trip.
+const LARGEST_PIECE: u64 = 4 << 20;
 /// Of what may not be needed, so much is fetched before that is known, in so
 /// many pieces. Over a longer round trip than this, all of it is: processors
 /// wait anyway, and what is not asked for then costs another round trip.

@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 use sluice_layer::{Profile, StartChunks};
 use sluice_oci::{Digest, Reference};
 use tokio::task::spawn_blocking;
+use tokio::time::timeout;
 
 use super::{Node, source};
 use crate::dependencies::ImageDependencies;
@@ -51,6 +52,10 @@ impl Starting {
     }
 }
 
+/// Whoever may have a profile that is attached to an image is waited for so long
+/// before something is fetched that is not from it. A mirror asks its registry,
+/// which may not even be reachable.
+const TELLS_SOON: Duration = Duration::from_millis(500);
 /// How long after an image's last start it is looked at what its files load.
 const START: Duration = Duration::from_secs(120);
 
@@ -88,9 +93,16 @@ impl Node {
         });
     }
 
-    /// Whether something says what a start of the image reads.
+    /// Whether something says what a start of the image reads; not, where the
+    /// registry does not tell soon.
     async fn has_profile(&self, image: &ImageId) -> bool {
-        self.0.profiles.find(image).is_some() || self.attached(image).await.is_some()
+        if self.0.profiles.find(image).is_some() {
+            return true;
+        }
+        let (node, image) = (self.clone(), image.clone());
+        // Others wait for the same answer, so it is not given up.
+        let attached = tokio::spawn(async move { node.attached(&image).await.is_some() });
+        matches!(timeout(TELLS_SOON, attached).await, Ok(Ok(true)))
     }
 
     /// A container is about to run what `program` finds out: what that names is
@@ -149,11 +161,13 @@ impl Node {
             });
             return self.follows(digest, ProfileSource::Image, plan).await;
         }
+        let foresee = async {
+            if !self.has_profile(image).await {
+                LazyLayer::foresee_start(&dependencies.of_any_program().await);
+            }
+        };
         let own = self.follow_own(&layer, image);
-        let (attached, ()) = tokio::join!(self.attached(image), own);
-        if !self.has_profile(image).await {
-            LazyLayer::foresee_start(&dependencies.of_any_program().await);
-        }
+        let (attached, (), ()) = tokio::join!(self.attached(image), own, foresee);
         let attached = attached.filter(|a| a.profile.layers().contains(&digest));
         if let Some(attached) = attached {
             let mut plan = None;

@@ -1,11 +1,15 @@
 //! What is fetched beside what is asked for.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
+use futures_util::future::BoxFuture;
 use tokio::time::sleep;
 
 use super::simulated::{CHUNK, World, one_file, scattered, small_files};
 use crate::fetch::elf::tests::library;
+use crate::fetch::{Dependencies, LazyFile, LazyLayer};
 use crate::sample::{Layout, Sample, SampleFile, noise};
 
 const MODULE: usize = 5000;
@@ -93,6 +97,53 @@ async fn what_a_loader_reads_comes_with_the_beginning() {
     world.read(0, 5_100_000, 300_000).await;
     assert_eq!(world.asked().len(), before);
     assert!(world.bytes() < 1_500_000, "{}", world.bytes());
+}
+
+/// Whatever a library's constants name is this file.
+#[derive(Debug)]
+struct Names(LazyFile);
+
+impl Dependencies for Names {
+    fn of<'f>(&'f self, _: &'f LazyFile) -> BoxFuture<'f, Vec<LazyFile>> {
+        async { Vec::new() }.boxed()
+    }
+
+    fn named_in<'f>(
+        &'f self,
+        _: &'f LazyFile,
+        texts: Vec<Vec<u8>>,
+    ) -> BoxFuture<'f, Vec<LazyFile>> {
+        assert_eq!(texts, [b"/etc/data"]);
+        async { vec![self.0.clone()] }.boxed()
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_came_as_a_guess_is_looked_into_once_it_is_known_to_be_needed() {
+    let mut content = library(&[(4, 0, 1000)]);
+    content.extend(b"\0/etc/data\0");
+    content.resize(1000, b'.');
+    let guessed = SampleFile {
+        name: "usr/lib/libguessed.so".to_owned(),
+        content,
+    };
+    let mut files = vec![file("usr/lib/libread.so".to_owned(), MODULE), guessed];
+    files.extend((0..100).map(|number| file(format!("opt/{number}"), 20_000 + number)));
+    files.push(file("etc/data".to_owned(), MODULE));
+    let data = files.len() - 1;
+    let world = World::new(20, &[Sample::new(files, &Layout::default())]);
+    let layer = &world.layers[0];
+    let begins = |number| layer.dir().chunks().get(world.chunks(0, number)[0]);
+    let at = |number| LazyFile::at(layer, begins(number).data_offset).unwrap();
+    layer.set_dependencies(Arc::new(Names(at(data))));
+    world.read_file(0, 0).await;
+    sleep(Duration::from_secs(1)).await;
+    assert!(world.present(0, [1]), "as its neighbour");
+    assert!(!world.present(0, [data]), "nobody needs it so far");
+    LazyLayer::foresee_start(&[at(1)]);
+    sleep(Duration::from_secs(1)).await;
+    assert!(world.present(0, [data]));
+    assert!(!world.present(0, [data / 2]));
 }
 
 #[tokio::test(start_paused = true)]

@@ -209,7 +209,7 @@ impl World {
     }
 
     /// The chunks of a file.
-    fn chunks(&self, layer: usize, file: usize) -> Vec<ChunkId> {
+    pub(super) fn chunks(&self, layer: usize, file: usize) -> Vec<ChunkId> {
         let table = self.layers[layer].dir().chunks();
         let first = table.overlapping(self.starts[layer][file], 1).next();
         let first = first.unwrap();
