@@ -15,9 +15,10 @@ use super::relatives::{Allowance, State, relatives};
 use super::reuse::Asked;
 use crate::layer_dir::ChunkId;
 
-/// What is fetched around a read that misses, as a multiple of what a miss
-/// costs: the best in replayed starts of programs.
-const AROUND: u64 = 2;
+/// What is fetched around a read that misses, in percent of what a miss costs,
+/// and where that is dear: the best in starts of programs.
+const AROUND_PERCENT: u64 = 150;
+const AROUND_PERCENT_WHERE_DEAR: u64 = 200;
 /// Its bounds: less saves nothing, since a request costs as much; more delays
 /// what is read next by too much when it is wrong.
 const LEAST_AROUND: u64 = 32 << 10;
@@ -80,7 +81,11 @@ impl LazyLayer {
     fn budget(&self) -> Option<Budget> {
         let longest = self.engine.config().read_ahead;
         let price = self.link.price_of_miss();
-        let around = (price * AROUND).clamp(LEAST_AROUND, MOST_AROUND);
+        let percent = match price {
+            ..DEAR_MISS => AROUND_PERCENT,
+            _ => AROUND_PERCENT_WHERE_DEAR,
+        };
+        let around = (price * percent / 100).clamp(LEAST_AROUND, MOST_AROUND);
         let around = around.min(longest);
         let (onwards, times) = match price {
             ..DEAR_MISS => (0, 1),
