@@ -1,7 +1,7 @@
 //! Finding and reading a layer's TOC, wherever the layer is.
 
 use sluice_layer::annotations::{
-    START_CHUNKS, TOC_DIGEST, TOC_POSITION, UNCOMPRESSED_SIZE, ZSTD_CHUNKED_PREFIXES,
+    START_CHUNKS, START_RANGES, TOC_DIGEST, TOC_POSITION, UNCOMPRESSED_SIZE, ZSTD_CHUNKED_PREFIXES,
 };
 use sluice_layer::{
     FOOTER_MAX, FooterError, Format, LayerAnnotations, Limits, TocLocation, TocTrust, UntrustedToc,
@@ -32,7 +32,14 @@ pub(crate) enum NoToc {
 
 /// Whether the annotation belongs to a layer's TOC.
 pub(crate) fn is_toc_annotation(key: &str) -> bool {
-    [TOC_DIGEST, TOC_POSITION, UNCOMPRESSED_SIZE, START_CHUNKS].contains(&key)
+    [
+        TOC_DIGEST,
+        TOC_POSITION,
+        UNCOMPRESSED_SIZE,
+        START_CHUNKS,
+        START_RANGES,
+    ]
+    .contains(&key)
         || ZSTD_CHUNKED_PREFIXES
             .iter()
             .any(|prefix| key.starts_with(prefix))

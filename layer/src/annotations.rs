@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use sluice_oci::Digest;
 
 use crate::footer::{TocLocation, ZSTD_FRAME_HEADER};
-use crate::{Format, StartChunks, TocTrust};
+use crate::{Format, StartChunks, StartRanges, TocTrust};
 
 /// Digest of the uncompressed TOC; eStargz, and zstd:chunked by stargz-snapshotter.
 pub const TOC_DIGEST: &str = "containerd.io/snapshot/stargz/toc.digest";
@@ -30,6 +30,10 @@ pub const TOC_POSITION: &str = "containerd.io/snapshot/sluice.toc-position";
 /// the order of the blob and from the least significant on, in base64. Sluice's
 /// own, like [`TOC_POSITION`].
 pub const START_CHUNKS: &str = "containerd.io/snapshot/sluice.start-chunks";
+/// Where in the blob the first of these chunks lie: `start-end`, the end not
+/// included, one after the other with commas between. Sluice's own, like
+/// [`TOC_POSITION`].
+pub const START_RANGES: &str = "containerd.io/snapshot/sluice.start-ranges";
 
 /// A layer's annotations that concern its TOC.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -41,6 +45,7 @@ pub struct LayerAnnotations {
     uncompressed_size: Option<u64>,
     tar_split: Option<FramePosition>,
     start_chunks: Option<StartChunks>,
+    start_ranges: Option<StartRanges>,
 }
 
 /// Where a frame that is not the TOC lies in the blob.
@@ -94,6 +99,7 @@ impl LayerAnnotations {
             uncompressed_size,
             tar_split: either(annotations, TARSPLIT_POSITION, tar_split)?,
             start_chunks: get(START_CHUNKS).and_then(StartChunks::parse),
+            start_ranges: get(START_RANGES).and_then(StartRanges::parse),
         })
     }
 
@@ -155,6 +161,12 @@ impl LayerAnnotations {
     /// [`START_CHUNKS`] says.
     pub fn start_chunks(&self) -> Option<&StartChunks> {
         self.start_chunks.as_ref()
+    }
+
+    /// Where in the blob the first that a start reads lies, if
+    /// [`START_RANGES`] says.
+    pub fn start_ranges(&self) -> Option<&StartRanges> {
+        self.start_ranges.as_ref()
     }
 
     /// Where the tar-split frame is, if stated.

@@ -24,7 +24,7 @@ pub use footer::{FOOTER_MAX, FooterError, TocLocation, locate_toc};
 pub use format::Format;
 pub use likely::{HeaderStyle, likely_tar, toc_in_tar};
 pub use profile::{Profile, ProfileError};
-pub use start_reads::{StartChunks, StartReads};
+pub use start_reads::{StartChunks, StartRanges, StartReads};
 pub use tar_split::{TarPart, TarSplit};
 pub use toc::{
     Child, Chunk, ChunkSource, Directory, EntryError, FileContent, Limits, Mtime, Node, NodeId,

@@ -10,6 +10,11 @@ use crate::Profile;
 
 /// containerd takes labels up to 4,096 bytes, the key included.
 const LONGEST: usize = 4000;
+/// A range is no longer, so that several can be on their way.
+const LONGEST_RANGE: u64 = 256 << 10;
+/// So many bytes are said to be read first: what may be asked for before the TOC
+/// is here, over any link.
+const FIRST: u64 = 8 << 20;
 
 /// Parts of files, by their names.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -77,6 +82,74 @@ impl FromIterator<bool> for StartChunks {
     }
 }
 
+/// Where in the blob the chunks before a landmark lie that are read first, in
+/// the order of the blob. A hint: whoever wrote the manifest says so.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct StartRanges(Vec<Range<u64>>);
+
+impl StartRanges {
+    /// Of chunks that lie there, in the order of the blob.
+    pub(crate) fn of(chunks: impl IntoIterator<Item = Range<u64>>) -> Self {
+        let mut ranges: Vec<Range<u64>> = Vec::new();
+        let mut first = 0;
+        for chunk in chunks {
+            first += chunk.end - chunk.start;
+            if first > FIRST {
+                break;
+            }
+            match ranges.last_mut() {
+                Some(last)
+                    if last.end == chunk.start && chunk.end - last.start <= LONGEST_RANGE =>
+                {
+                    last.end = chunk.end;
+                }
+                _ => ranges.push(chunk),
+            }
+        }
+        Self(ranges)
+    }
+
+    /// From the annotation's value; none if it is none.
+    pub(crate) fn parse(value: &str) -> Option<Self> {
+        if value.len() > LONGEST {
+            return None;
+        }
+        let mut before = 0;
+        let range = |text: &str| {
+            let (start, end) = text.split_once('-')?;
+            let number = |digits: &str| {
+                let all = digits.bytes().all(|byte| byte.is_ascii_digit());
+                digits.parse().ok().filter(|_| all)
+            };
+            let range: Range<u64> = number(start)?..number(end)?;
+            let follows = before <= range.start && range.start < range.end;
+            before = range.end;
+            follows.then_some(range)
+        };
+        value.split(',').map(range).collect::<Option<_>>().map(Self)
+    }
+
+    /// The annotation's value, of as many as containerd would take; none where
+    /// nothing is read.
+    pub(crate) fn annotation(&self) -> Option<String> {
+        let mut value = String::new();
+        for Range { start, end } in &self.0 {
+            let comma = if value.is_empty() { "" } else { "," };
+            let range = format!("{comma}{start}-{end}");
+            if value.len() + range.len() > LONGEST {
+                break;
+            }
+            value.push_str(&range);
+        }
+        (!value.is_empty()).then_some(value)
+    }
+
+    /// They do not overlap, and none is empty.
+    pub fn iter(&self) -> impl Iterator<Item = Range<u64>> + use<'_> {
+        self.0.iter().cloned()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -100,7 +173,50 @@ mod tests {
         assert_eq!(many.annotation(), None);
     }
 
+    #[test]
+    fn what_adjoins_is_one_range_up_to_a_bound() {
+        let ranges = |chunks: &[Range<u64>]| StartRanges::of(chunks.to_vec()).annotation();
+        assert_eq!(ranges(&[]), None);
+        let adjoining = [10..20, 20..50, 51..60, 100..100 + LONGEST_RANGE];
+        assert_eq!(
+            ranges(&adjoining).unwrap(),
+            format!("10-50,51-60,100-{}", 100 + LONGEST_RANGE)
+        );
+        let half = LONGEST_RANGE / 2 + 1;
+        let long = ranges(&[0..half, half..2 * half]).unwrap();
+        assert_eq!(long, format!("0-{half},{half}-{}", 2 * half));
+        assert_eq!(
+            ranges(&[0..FIRST, FIRST..FIRST + 1]).unwrap(),
+            format!("0-{FIRST}")
+        );
+        let many: Vec<_> = (0..5000).map(|at| at * 10..at * 10 + 5).collect();
+        assert!(ranges(&many).unwrap().len() <= LONGEST);
+    }
+
+    #[test]
+    fn ranges_that_cannot_be_are_none() {
+        for value in [
+            "", "1", "1-", "-2", "2-2", "3-2", "1-5,4-6", "1-2,", "+1-2", "1-2-3",
+        ] {
+            assert_eq!(StartRanges::parse(value), None, "{value}");
+        }
+        assert_eq!(StartRanges::parse(&format!("0-{}", "9".repeat(30))), None);
+    }
+
     proptest! {
+        #[test]
+        fn ranges_come_back_from_their_annotation(lengths in prop::collection::vec((0..99u64, 1..99u64), 1..200)) {
+            let mut at = 0;
+            let chunks = lengths.iter().map(|(gap, len)| {
+                let start = at + gap;
+                at = start + len;
+                start..at
+            });
+            let ranges = StartRanges::of(chunks);
+            let parsed = StartRanges::parse(&ranges.annotation().unwrap());
+            prop_assert_eq!(parsed, Some(ranges));
+        }
+
         #[test]
         fn chunks_come_back_from_their_annotation(chunks in prop::collection::vec(any::<bool>(), 0..2000)) {
             let set: StartChunks = chunks.iter().copied().collect();

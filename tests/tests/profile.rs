@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use sluice_layer::Profile;
-use sluice_layer::annotations::START_CHUNKS;
+use sluice_layer::annotations::{START_CHUNKS, START_RANGES};
 use sluice_tests::command::{run, text, wait_for};
 use sluice_tests::containerd::Containerd;
 use sluice_tests::daemon::{Daemon, Options};
@@ -328,7 +328,9 @@ fn built_in(world: &World, file: &Path, profile: &Profile) -> Result<()> {
         .collect();
     ensure!(listed == wanted, "{listed:?} instead of {wanted:?}");
     let layer = &world.registry.manifest(&to)?.layers[0];
-    ensure!(layer.annotations.contains_key(START_CHUNKS), "{layer:?}");
+    for hint in [START_CHUNKS, START_RANGES] {
+        ensure!(layer.annotations.contains_key(hint), "{layer:?}");
+    }
     Ok(())
 }
 

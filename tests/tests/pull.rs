@@ -393,8 +393,9 @@ fn layers_are_opened_before_containerd_asks() -> Result<()> {
         Ok(all.then_some(()))
     })?;
     assert_eq!(snapshots(&containerd, SLUICE)?, 0);
+    // More, where the machine is so busy that the registry seems far away.
     wait_for("the connections", || {
-        Ok((connected_ahead(&proxy) == 10).then_some(()))
+        Ok((connected_ahead(&proxy) >= 10).then_some(()))
     })?;
     // The client's: the daemon was given it.
     assert_eq!(proxy.requests("/manifests/"), 1, "{:?}", proxy.seen());

@@ -27,6 +27,14 @@ pub(super) struct PlacedChunk {
     pub(super) digest: Digest,
 }
 
+/// What a start reads of the prioritized files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Started {
+    pub(super) chunks: StartChunks,
+    /// The same by the numbers of their [`PlacedChunk`]s.
+    pub(super) read: Vec<usize>,
+}
+
 #[derive(Debug, Clone)]
 struct Entry {
     header: EntryHeader,
@@ -125,17 +133,22 @@ impl Entries {
 
     /// Which of the chunks so far are read. Those of entries that later ones
     /// have replaced do not count: the TOC does not have them.
-    pub(super) fn start_chunks(&self, reads: &StartReads) -> StartChunks {
+    pub(super) fn started(&self, reads: &StartReads) -> Started {
         let mut live: Vec<(&str, usize)> = self.live.iter().map(|(n, &i)| (&**n, i)).collect();
         live.sort_unstable_by_key(|&(_, index)| index);
-        live.iter()
-            .flat_map(|&(name, index)| {
-                self.chunks[self.entries[index].chunks.clone()]
-                    .iter()
-                    .map(move |part| (name, part.file_offset..part.file_offset + part.size))
-            })
-            .map(|(name, part)| reads.reads(name, &part))
-            .collect()
+        let mut read = Vec::new();
+        let chunks = live.iter().flat_map(|&(name, index)| {
+            let chunks = self.entries[index].chunks.clone();
+            chunks.map(move |chunk| (name, chunk))
+        });
+        let chunks = chunks.map(|(name, chunk)| {
+            let part = self.chunks[chunk];
+            let is_read = reads.reads(name, &(part.file_offset..part.file_offset + part.size));
+            read.extend(is_read.then_some(chunk));
+            is_read
+        });
+        let chunks = chunks.collect();
+        Started { chunks, read }
     }
 
     /// States the digest of the last entry, a file of several chunks or none.

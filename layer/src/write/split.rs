@@ -3,14 +3,14 @@
 use sluice_oci::{Digest, Hasher};
 
 use super::cut::Cutter;
-use super::entries::{ChunkPart, Entries};
+use super::entries::{ChunkPart, Entries, Started};
 use super::header::{BLOCK, Header, Kind, encode};
 use super::scan::{Event, Scanner};
 use super::tarsplit::{Recorder, TarSplit};
 use super::{
     Chunking, NO_PREFETCH_LANDMARK, Options, PREFETCH_LANDMARK, TOC_NAME, WriteError, clean_name,
 };
-use crate::{Format, StartChunks, StartReads};
+use crate::{Format, StartReads};
 
 /// The most bytes of headers and padding in one unit. Only layers with very
 /// many empty files and directories reach it.
@@ -67,7 +67,7 @@ struct Sink {
     altered: bool,
     size: u64,
     tar_split: Option<Recorder>,
-    start_chunks: Option<StartChunks>,
+    started: Option<Started>,
 }
 
 enum Current {
@@ -89,7 +89,7 @@ pub struct Split {
     pub(super) output: Hasher,
     pub(super) size: u64,
     pub(super) tar_split: Option<TarSplit>,
-    pub(super) start_chunks: Option<StartChunks>,
+    pub(super) started: Option<Started>,
 }
 
 impl Splitter {
@@ -122,7 +122,7 @@ impl Splitter {
                 altered: prioritized,
                 size: 0,
                 tar_split: if zstd { Some(Recorder::new()?) } else { None },
-                start_chunks: None,
+                started: None,
             },
         };
         if !zstd && !prioritized {
@@ -138,7 +138,7 @@ impl Splitter {
         reads: Option<&StartReads>,
         units: &mut Units<'_>,
     ) -> Result<(), WriteError> {
-        self.sink.start_chunks = reads.map(|reads| self.sink.entries.start_chunks(reads));
+        self.sink.started = reads.map(|reads| self.sink.entries.started(reads));
         self.sink.landmark(PREFETCH_LANDMARK, units)
     }
 
@@ -174,7 +174,7 @@ impl Splitter {
             output: sink.output,
             size: sink.size,
             tar_split,
-            start_chunks: sink.start_chunks,
+            started: sink.started,
         })
     }
 }

@@ -1,17 +1,18 @@
 //! What follows the units: TOC, tar-split and footer.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use sluice_oci::Digest;
 
 use super::entries::PlacedChunk;
 use super::header::{BLOCK, Header, Kind, encode};
 use super::{CompressedUnit, Split, TOC_NAME, UnitCompressor, WriteError};
-use crate::Format;
 use crate::annotations::{
-    MANIFEST_CHECKSUM, MANIFEST_POSITION, START_CHUNKS, TARSPLIT_POSITION, TOC_DIGEST,
-    TOC_POSITION, UNCOMPRESSED_SIZE, ZSTD_CHUNKED_PREFIXES, toc_position,
+    MANIFEST_CHECKSUM, MANIFEST_POSITION, START_CHUNKS, START_RANGES, TARSPLIT_POSITION,
+    TOC_DIGEST, TOC_POSITION, UNCOMPRESSED_SIZE, ZSTD_CHUNKED_PREFIXES, toc_position,
 };
+use crate::{Format, StartRanges};
 
 const SKIPPABLE_MAGIC: [u8; 4] = [0x50, 0x2a, 0x4d, 0x18];
 /// Bytes of a skippable frame before its payload.
@@ -42,6 +43,13 @@ impl Assembler {
             });
         }
         self.offset += unit.bytes.len() as u64;
+    }
+
+    /// Where a chunk lies, with what follows it up to the next one.
+    fn range(&self, chunk: usize) -> Option<Range<u64>> {
+        let start = self.chunks.get(chunk)?.offset;
+        let next = self.chunks.get(chunk + 1);
+        Some(start..next.map_or(self.offset, |next| next.offset))
     }
 }
 
@@ -129,8 +137,14 @@ pub fn finish(split: Split, placed: Assembler) -> Result<Tail, WriteError> {
         }
     };
     annotate(UNCOMPRESSED_SIZE.to_owned(), size.to_string());
-    if let Some(chunks) = split.start_chunks.and_then(|chunks| chunks.annotation()) {
-        annotate(START_CHUNKS.to_owned(), chunks);
+    if let Some(started) = split.started {
+        if let Some(chunks) = started.chunks.annotation() {
+            annotate(START_CHUNKS.to_owned(), chunks);
+        }
+        let ranges = started.read.iter().filter_map(|&chunk| placed.range(chunk));
+        if let Some(ranges) = StartRanges::of(ranges).annotation() {
+            annotate(START_RANGES.to_owned(), ranges);
+        }
     }
     Ok(Tail {
         bytes,

@@ -74,8 +74,9 @@ impl RangeBody for Answer {
 }
 
 impl Engine {
-    /// Asks for units of the layer's blob, which are first needed after so long,
-    /// in this order, while its table of contents is on its way.
+    /// Asks for units of the layer's blob, or several at once that adjoin, which
+    /// are first needed after so long, in this order, while its table of
+    /// contents is on its way.
     pub fn begin(
         &self,
         layer: Digest,
@@ -194,13 +195,16 @@ impl Engine {
 }
 
 impl LazyLayer {
-    /// Takes over what was asked for before it was open. What of it is no unit
-    /// is dropped.
+    /// Takes over what was asked for before it was open. What of it is no whole
+    /// unit is dropped.
     pub fn take_begun(self: &Arc<Self>, begun: Begun) {
         for range in std::mem::take(&mut *begun.ranges.lock()) {
             let table = self.dir().chunks();
-            let is_unit = |unit: &Unit| table.units_from(unit.offset).next() == Some(*unit);
-            let units = range.wanted.into_iter().filter(is_unit);
+            let units = range.wanted.into_iter().flat_map(|wanted| {
+                let end = wanted.offset + wanted.size;
+                let units = table.units_from(wanted.offset);
+                units.take_while(move |unit| unit.offset + unit.size <= end)
+            });
             let claims: Vec<Claim> = units.filter_map(|unit| self.claim(unit)).collect();
             if claims.is_empty() {
                 continue;

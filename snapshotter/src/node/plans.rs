@@ -6,7 +6,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use sluice_layer::{Profile, StartChunks};
+use sluice_layer::{Profile, StartChunks, StartRanges, Unit};
 use sluice_oci::{Digest, Reference};
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
@@ -183,10 +183,9 @@ impl Node {
         }
     }
 
-    /// Asks for the first of what was seen on this node that the image needs of
-    /// the layer, before there is a table of contents that says where it is.
-    /// None where nothing is known of that, or other layers may have it, or the
-    /// image says itself what is needed.
+    /// Asks for the first of what the image needs of the layer, before there is a
+    /// table of contents that says where it is. None where neither the image nor
+    /// a former start on this node says where, or other layers may have it.
     pub(super) async fn begin_fetch(
         &self,
         reference: &Reference,
@@ -194,11 +193,26 @@ impl Node {
         digest: Digest,
         known: &Known,
     ) -> Option<Begun> {
-        if !self.0.config.prefetch || known.start_chunks().is_some() {
+        if !self.0.config.prefetch {
             return None;
         }
+        let wanted = match known.start_ranges() {
+            Some(ranges) => in_order(ranges),
+            None if known.start_chunks().is_some() => return None,
+            None => self.seen_first(image, digest).await?,
+        };
+        if self.shares(reference, image) {
+            return None;
+        }
+        let source = source(&self.0.remote, reference, digest);
+        Some(self.0.engine.begin(digest, Arc::new(source), wanted))
+    }
+
+    /// Where the blob has what was seen on this node that the image needs of the
+    /// layer, and after how long.
+    async fn seen_first(&self, image: &ImageId, digest: Digest) -> Option<Vec<(Unit, Duration)>> {
         let found = self.0.profiles.find(image)?;
-        if !found.image.layers.contains(&digest) || self.shares(reference, image) {
+        if !found.image.layers.contains(&digest) {
             return None;
         }
         let store: Arc<Profiles> = Arc::clone(&self.0.profiles);
@@ -206,15 +220,10 @@ impl Node {
             // Why it cannot be read is told when it is followed.
             let profile = store.load(&found).ok()?;
             let reads = profile.reads_of(digest);
-            Some(
-                reads
-                    .filter_map(|read| Some((read.unit?, read.at)))
-                    .collect(),
-            )
+            let wanted = reads.filter_map(|read| Some((read.unit?, read.at)));
+            Some(wanted.collect())
         });
-        let wanted: Vec<_> = wanted.await.ok()??;
-        let source = source(&self.0.remote, reference, digest);
-        Some(self.0.engine.begin(digest, Arc::new(source), wanted))
+        wanted.await.ok()?
     }
 
     /// Whether layers of other images may have what the image needs.
@@ -271,6 +280,15 @@ impl Node {
             Err(_) => None,
         }
     }
+}
+
+/// The ranges as what is needed one after the other.
+fn in_order(ranges: &StartRanges) -> Vec<(Unit, Duration)> {
+    let units = ranges.iter().map(|range| Unit {
+        offset: range.start,
+        size: range.end - range.start,
+    });
+    units.zip((0..).map(Duration::from_millis)).collect()
 }
 
 /// Of the chunks before a landmark, those that a start reads, in the order of

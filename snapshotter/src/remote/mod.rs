@@ -9,7 +9,9 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use sluice_layer::annotations::AnnotationError;
-use sluice_layer::{FooterError, LayerAnnotations, Limits, StartChunks, TocError, TocTrust};
+use sluice_layer::{
+    FooterError, LayerAnnotations, Limits, StartChunks, StartRanges, TocError, TocTrust,
+};
 use sluice_oci::{Descriptor, Digest, Reference};
 use sluice_registry::{Client, ErrorKind};
 
@@ -160,6 +162,11 @@ impl Known {
     /// Which of the prioritized files' chunks a start reads, if the image says.
     pub fn start_chunks(&self) -> Option<&StartChunks> {
         self.annotations.start_chunks()
+    }
+
+    /// Where in the blob the first of them lie, if the image says.
+    pub fn start_ranges(&self) -> Option<&StartRanges> {
+        self.annotations.start_ranges()
     }
 
     /// Whether the image vouches for a TOC that was once verified against

@@ -49,6 +49,25 @@ async fn the_layer_takes_over_what_was_begun() {
 }
 
 #[tokio::test]
+async fn several_units_are_begun_as_one() {
+    let s = setup();
+    let span = |files: [usize; 2]| {
+        let (offset, end) = (s.range(files[0]).0, s.range(files[1]).1);
+        let size = end - offset;
+        (Unit { offset, size }, Duration::ZERO)
+    };
+    let begun = s.begin(vec![span([2, 3]), span([7, 7])]);
+    until(|| s.asked() == 2).await;
+    s.layer.take_begun(begun);
+    for file in [2, 3, 7] {
+        s.read(file).await.unwrap();
+    }
+    let ranges = [(s.range(2).0, s.range(3).1), s.range(7)];
+    assert_eq!(s.source.take_requests(), ranges);
+    until(|| s.nothing_is_held()).await;
+}
+
+#[tokio::test]
 async fn readers_wait_for_what_was_begun() {
     let s = setup();
     let (first, second) = (s.unit(2, 0), s.unit(2, 1));

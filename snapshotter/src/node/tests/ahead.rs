@@ -1,7 +1,7 @@
 //! What is fetched before anybody reads it.
 
 use base64::prelude::{BASE64_STANDARD, Engine as _};
-use sluice_layer::annotations::START_CHUNKS;
+use sluice_layer::annotations::{START_CHUNKS, START_RANGES};
 
 use super::*;
 
@@ -61,6 +61,38 @@ async fn prefetch_leaves_out_what_a_start_does_not_read() {
     let first = &sample.files[0];
     assert!(read(mount.join(&first.name)).await.unwrap() == first.content);
     assert_eq!(registry.take_log().len(), 1, "its second chunk");
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_start_reads_first_comes_with_the_table_of_contents() {
+    let root = tempfile::tempdir().unwrap();
+    let layout = Layout {
+        prioritized: 6,
+        ..Layout::default()
+    };
+    let sample = Sample::new(files(12, 90_000), &layout);
+    let registry = Registry::serve(&[(&sample, labels(&sample))]);
+    let mut config = config(&root);
+    config.prefetch = true;
+    let node = Node::start(config, client()).unwrap();
+    let mut request = request(&registry, &sample);
+    let end = sample.toc().prefetch_end().unwrap();
+    // The second range has no chunk, and costs its bytes.
+    let ranges = format!("0-{end},{}-{}", end + 10, end + 20);
+    request.annotations.insert(START_RANGES.to_owned(), ranges);
+    node.open(request).await.unwrap();
+    let mount = node.mount(sample.digest()).await.unwrap();
+    while node.in_use() != (0, 0) {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    for file in &sample.files[..6] {
+        assert!(read(mount.join(&file.name)).await.unwrap() == file.content);
+    }
+    let mut asked = registry.take_ranges();
+    asked.sort_unstable();
+    assert_eq!(asked[..2], [(0, end), (end + 10, end + 20)], "{asked:?}");
+    assert_eq!(asked.len(), 3, "and the table of contents: {asked:?}");
     node.stop().await;
 }
 
