@@ -27,12 +27,12 @@ pub(super) struct PlacedChunk {
     pub(super) digest: Digest,
 }
 
-/// What a start reads of the prioritized files.
+/// Which chunks of the prioritized files a start reads.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Started {
+pub(super) struct ReadAtStart {
     pub(super) chunks: StartChunks,
     /// The same by the numbers of their [`PlacedChunk`]s.
-    pub(super) read: Vec<usize>,
+    pub(super) numbers: Vec<usize>,
 }
 
 #[derive(Debug, Clone)]
@@ -133,10 +133,10 @@ impl Entries {
 
     /// Which of the chunks so far are read. Those of entries that later ones
     /// have replaced do not count: the TOC does not have them.
-    pub(super) fn started(&self, reads: &StartReads) -> Started {
+    pub(super) fn read_at_start(&self, reads: &StartReads) -> ReadAtStart {
         let mut live: Vec<(&str, usize)> = self.live.iter().map(|(n, &i)| (&**n, i)).collect();
         live.sort_unstable_by_key(|&(_, index)| index);
-        let mut read = Vec::new();
+        let mut numbers = Vec::new();
         let chunks = live.iter().flat_map(|&(name, index)| {
             let chunks = self.entries[index].chunks.clone();
             chunks.map(move |chunk| (name, chunk))
@@ -144,11 +144,11 @@ impl Entries {
         let chunks = chunks.map(|(name, chunk)| {
             let part = self.chunks[chunk];
             let is_read = reads.reads(name, &(part.file_offset..part.file_offset + part.size));
-            read.extend(is_read.then_some(chunk));
+            numbers.extend(is_read.then_some(chunk));
             is_read
         });
         let chunks = chunks.collect();
-        Started { chunks, read }
+        ReadAtStart { chunks, numbers }
     }
 
     /// States the digest of the last entry, a file of several chunks or none.

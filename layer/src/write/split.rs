@@ -3,7 +3,7 @@
 use sluice_oci::{Digest, Hasher};
 
 use super::cut::Cutter;
-use super::entries::{ChunkPart, Entries, Started};
+use super::entries::{ChunkPart, Entries, ReadAtStart};
 use super::header::{BLOCK, Header, Kind, encode};
 use super::scan::{Event, Scanner};
 use super::tarsplit::{Recorder, TarSplit};
@@ -67,7 +67,7 @@ struct Sink {
     altered: bool,
     size: u64,
     tar_split: Option<Recorder>,
-    started: Option<Started>,
+    read_at_start: Option<ReadAtStart>,
 }
 
 enum Current {
@@ -89,7 +89,7 @@ pub struct Split {
     pub(super) output: Hasher,
     pub(super) size: u64,
     pub(super) tar_split: Option<TarSplit>,
-    pub(super) started: Option<Started>,
+    pub(super) read_at_start: Option<ReadAtStart>,
 }
 
 impl Splitter {
@@ -122,7 +122,7 @@ impl Splitter {
                 altered: prioritized,
                 size: 0,
                 tar_split: if zstd { Some(Recorder::new()?) } else { None },
-                started: None,
+                read_at_start: None,
             },
         };
         if !zstd && !prioritized {
@@ -138,7 +138,7 @@ impl Splitter {
         reads: Option<&StartReads>,
         units: &mut Units<'_>,
     ) -> Result<(), WriteError> {
-        self.sink.started = reads.map(|reads| self.sink.entries.started(reads));
+        self.sink.read_at_start = reads.map(|reads| self.sink.entries.read_at_start(reads));
         self.sink.landmark(PREFETCH_LANDMARK, units)
     }
 
@@ -174,7 +174,7 @@ impl Splitter {
             output: sink.output,
             size: sink.size,
             tar_split,
-            started: sink.started,
+            read_at_start: sink.read_at_start,
         })
     }
 }

@@ -137,11 +137,14 @@ pub fn finish(split: Split, placed: Assembler) -> Result<Tail, WriteError> {
         }
     };
     annotate(UNCOMPRESSED_SIZE.to_owned(), size.to_string());
-    if let Some(started) = split.started {
-        if let Some(chunks) = started.chunks.annotation() {
+    if let Some(read_at_start) = split.read_at_start {
+        if let Some(chunks) = read_at_start.chunks.annotation() {
             annotate(START_CHUNKS.to_owned(), chunks);
         }
-        let ranges = started.read.iter().filter_map(|&chunk| placed.range(chunk));
+        let ranges = read_at_start
+            .numbers
+            .iter()
+            .filter_map(|&chunk| placed.range(chunk));
         if let Some(ranges) = StartRanges::of(ranges).annotation() {
             annotate(START_RANGES.to_owned(), ranges);
         }

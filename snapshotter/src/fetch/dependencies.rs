@@ -199,6 +199,7 @@ impl LazyLayer {
         });
     }
 
+    /// The same of one of them, unless it is no program or library.
     fn look_at_present(self: &Arc<Self>, first: ChunkId, need: Need) {
         let (table, present) = (self.dir.chunks(), self.dir.present());
         let mut content = Vec::new();
